@@ -1,0 +1,27 @@
+"""Gradient compression and error feedback for JAX, as Optax transformations."""
+
+from importlib.metadata import version as _version
+
+from efopt import wire as wire
+from efopt.compressors import Compressor as Compressor
+from efopt.compressors import CompressorState as CompressorState
+from efopt.compressors import identity as identity
+from efopt.compressors import random_k as random_k
+from efopt.compressors import scaled_sign as scaled_sign
+from efopt.compressors import sign as sign
+from efopt.compressors import top_k as top_k
+from efopt.feedback import CompressState as CompressState
+from efopt.feedback import ErrorFeedbackState as ErrorFeedbackState
+from efopt.feedback import compress as compress
+from efopt.feedback import error_feedback as error_feedback
+from efopt.workers import AccumulateState as AccumulateState
+from efopt.workers import PerWorker as PerWorker
+from efopt.workers import accumulate as accumulate
+from efopt.workers import distribute as distribute
+from efopt.workers import local_params as local_params
+from efopt.workers import partition_specs as partition_specs
+from efopt.workers import per_worker as per_worker
+from efopt.workers import stack_workers as stack_workers
+
+__version__ = _version("efopt")
+__all__ = sorted(name for name in globals() if not name.startswith("_"))

@@ -1,0 +1,212 @@
+"""The contract of a compressor: a codec for blocks, and the conversation it holds.
+
+A codec is a frozen, hashable dataclass that knows how an array becomes a payload and
+back. It knows nothing of workers, residuals or collectives: it *yields* what it wants
+averaged and is *sent* the average.
+"""
+
+import dataclasses
+import math
+from collections.abc import Generator
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Payload = Any
+Rounds = Generator["Message", jax.Array, tuple[jax.Array, jax.Array, Any]]
+
+
+class Turn(NamedTuple):
+    """When and where a message is made, for codecs that draw random numbers.
+
+    ``step`` is equal on all workers (shared randomness: which coordinates to send).
+    ``worker`` differs (private randomness: which way to round).
+    """
+
+    step: jax.Array  # shape=(), uint32
+    worker: jax.Array  # shape=(), uint32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """What is known of a batch of ``n`` blocks without looking at their values.
+
+    Attributes:
+      index: uint32 ``(n,)``, the block's number in the whole tree; the same on every
+        worker, so that shared randomness needs no communication.
+      count: int32 ``(n,)``, valid coordinates of each block, which come first; the rest
+        is padding. ``None``: every block is full.
+      shape: The shape of one block. Static.
+      dtype: The dtype of the leaf that the blocks were cut from. Static.
+    """
+
+    index: jax.Array
+    count: jax.Array | None
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+
+    @property
+    def compute_dtype(self) -> np.dtype:
+        return compute_dtype(self.dtype)
+
+    @property
+    def size(self) -> int:
+        """Coordinates of one block, padding included."""
+        return math.prod(self.shape)
+
+    def valid(self) -> jax.Array:
+        """Valid coordinates of each block, int32 ``(n,)``."""
+        if self.count is None:
+            return jnp.full(self.index.shape, self.size, jnp.int32)
+        return self.count
+
+    def mask(self, x: jax.Array) -> jax.Array:
+        """Sets the padding of ``x``, shape ``(n, *shape)``, to zero."""
+        if self.count is None:
+            return x
+        place = jnp.arange(self.size, dtype=jnp.int32).reshape(1, *self.shape)
+        count = self.count.reshape(-1, *(1 for _ in self.shape))
+        return jnp.where(place < count, x, jnp.zeros((), x.dtype))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Message:
+    """A payload, and all that its receiver needs to read it.
+
+    Attributes:
+      codec: Reads the payload.
+      payload: Pytree of arrays, each with the block axis first.
+      blocks: What the payload stands for.
+      turn: When it was made. Receivers share ``turn.step``, never ``turn.worker``.
+    """
+
+    codec: "Codec"
+    payload: Payload
+    blocks: Blocks
+    turn: Turn
+
+    def with_payload(self, payload: Payload) -> "Message":
+        """The same message about another payload, such as another worker's."""
+        return dataclasses.replace(self, payload=payload)
+
+    def decode(self) -> jax.Array:
+        """The blocks that the payload stands for, ``(n, *shape)``, padding zero."""
+        return self.blocks.mask(
+            self.codec.decode(self.payload, self.blocks, self.turn)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """Base of all codecs: the declared contract, and the one-message conversation.
+
+    A codec for one message implements :meth:`encode` and :meth:`decode`. One that needs
+    several rounds, like PowerSGD, implements :meth:`rounds` instead and asks through
+    other codecs. What must hold:
+
+    * arrays of a payload have the block axis first, and each block decodes on its own;
+    * padding is zero on entry and may decode to anything (it is masked for all);
+    * ``decode`` depends on ``turn.step`` at most, never on ``turn.worker``;
+    * payloads of a ``linear`` codec may be summed: the decoded mean is the mean of the
+      decoded;
+    * state has the block axis first as well, and comes out equal on all workers when
+      it went in so: it may be computed from averages and shared randomness only.
+    """
+
+    linear: ClassVar[bool] = False
+    unbiased: ClassVar[bool] = False
+    stateful: ClassVar[bool] = False
+    one_bit: ClassVar[bool] = False  # the payload is one sign a coordinate
+    stacks: ClassVar[bool] = True  # leaves may be joined along the block axis
+    default_exchange: ClassVar[str] = "all_gather"
+    block_size: ClassVar[int | None] = None
+
+    def block_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The view ``(num_blocks, *block)`` in which a non-empty leaf is compressed."""
+        size = math.prod(shape)
+        if self.block_size is None:
+            return (1, size)
+        # A leaf below the block size gets the next power of two: little padding, few
+        # different block sizes.
+        block = min(self.block_size, 1 << (size - 1).bit_length())
+        return (-(-size // block), block)
+
+    def init(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """The state for a leaf, block axis first. Only asked of stateful codecs."""
+        del shape, dtype
+        return ()
+
+    def encode(self, x: jax.Array, blocks: Blocks, turn: Turn) -> Payload:
+        """Blocks ``(n, *block)`` in the compute dtype to a payload."""
+        raise TypeError(f"`{self}` speaks in rounds, it has no single payload.")
+
+    def decode(self, payload: Payload, blocks: Blocks, turn: Turn) -> jax.Array:
+        """A payload to blocks ``(n, *block)`` in the compute dtype."""
+        raise TypeError(f"`{self}` speaks in rounds, it has no single payload.")
+
+    def rounds(self, x: jax.Array, blocks: Blocks, state: Any, turn: Turn) -> Rounds:
+        """The conversation about ``x``, blocks ``(n, *block)``.
+
+        Yields messages; is sent the mean over workers of each decoded message; returns
+        (average, own estimate of ``x``, new state).
+        """
+        message = Message(self, self.encode(x, blocks, turn), blocks, turn)
+        mean = yield message
+        return mean, message.decode(), state
+
+    def delta(self, shape: tuple[int, ...]) -> float | None:
+        """Contraction factor for a leaf: ``E|C(x) - x|^2 <= (1 - delta) |x|^2``."""
+        del shape
+        return None
+
+    def omega(self, shape: tuple[int, ...]) -> float | None:
+        """Variance factor for a leaf: ``E C(x) = x, E|C(x) - x|^2 <= omega |x|^2``."""
+        del shape
+        return None
+
+
+def compute_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
+    """float32, or the dtype itself where it is wider: what efopt computes in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def block_sum(x: jax.Array) -> jax.Array:
+    """Sums ``(n, size)`` over the last axis in two levels: ``(n,)``.
+
+    A backend may add in order; in float32 a single running sum of ten million terms
+    loses the third digit, two sums of some thousand terms each do not.
+    """
+    n, size = x.shape
+    width = 1 << (max(size, 1).bit_length() // 2)
+    rows = -(-size // width)
+    x = jnp.pad(x, ((0, 0), (0, rows * width - size)))
+    return jnp.sum(jnp.sum(x.reshape(n, rows, width), axis=1), axis=1)
+
+
+def payload_bits(codec: Codec, shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Bits that one worker hands over for one leaf, all rounds, by abstract evaluation."""
+    from efopt.compressors.conversation import converse
+
+    seen: list[int] = []
+
+    def meet(messages):
+        for message in messages:
+            arrays = jax.tree.leaves(message.payload)
+            seen.extend(8 * a.size * a.dtype.itemsize for a in arrays)
+        return [message.decode() for message in messages]
+
+    def talk(x, step):
+        memory = [codec.init(shape, dtype)]
+        return converse(codec, [x], [dtype], memory, Turn(step, step), meet)
+
+    if math.prod(shape) == 0:
+        return 0
+    jax.eval_shape(
+        talk,
+        jax.ShapeDtypeStruct(shape, compute_dtype(dtype)),
+        jax.ShapeDtypeStruct((), jnp.uint32),
+    )
+    return sum(seen)

@@ -1,0 +1,204 @@
+"""The compressor as users meet it: an Optax transformation with a wire format."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from efopt.compressors import bits
+from efopt.compressors.base import (
+    Codec,
+    Payload,
+    Turn,
+    compute_dtype,
+    payload_bits,
+)
+from efopt.compressors.conversation import alone, converse, plan
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class CompressorState(NamedTuple):
+    """State of a compressor chained by itself.
+
+    Attributes:
+      count: Steps taken. shape=(), int32.
+      memory: The codec's state for each leaf; ``()`` for a stateless codec.
+    """
+
+    count: jax.Array
+    memory: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    """A module-level function bound to a codec: equal, hashable and picklable."""
+
+    function: Callable[..., Any]
+    codec: Codec
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.codec, *args, **kwargs)
+
+
+class Compressor(optax.GradientTransformationExtraArgs):
+    """A lossy map on arrays with a wire format and a declared contract.
+
+    It is an :class:`optax.GradientTransformation`: chained by itself it replaces each
+    leaf by what a receiver would read, without feedback and without workers. Give it to
+    :func:`efopt.error_feedback` or :func:`efopt.compress` to send it.
+
+    Compressors are immutable and compare, hash, copy, pickle and print by their options.
+    Make one with a factory such as :func:`efopt.scaled_sign`.
+    """
+
+    @property
+    def codec(self) -> Codec:
+        """The codec that does the work: a frozen dataclass."""
+        return self.init.codec  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        return repr(self.codec)
+
+    @property
+    def linear(self) -> bool:
+        """Whether payloads may be summed, as ``exchange="all_reduce"`` does."""
+        return self.codec.linear
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether ``E C(x) = x``."""
+        return self.codec.unbiased
+
+    @property
+    def block_size(self) -> int | None:
+        """Coordinates compressed as one unit; ``None``: the whole leaf."""
+        return self.codec.block_size
+
+    def delta(self, shape: tuple[int, ...]) -> float | None:
+        """Contraction factor for a leaf of ``shape``, or ``None`` if it has none.
+
+        ``E|C(x) - x|^2 <= (1 - delta) |x|^2`` for every ``x``.
+        """
+        return self.codec.delta(tuple(shape))
+
+    def omega(self, shape: tuple[int, ...]) -> float | None:
+        """Variance factor for a leaf of ``shape``, or ``None`` if it is biased.
+
+        ``E C(x) = x`` and ``E|C(x) - x|^2 <= omega |x|^2`` for every ``x``.
+        """
+        return self.codec.omega(tuple(shape))
+
+    def payload_bits(
+        self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32
+    ) -> int:
+        """Bits that one worker hands to the exchange for one leaf, one way.
+
+        The arrays of the payload, padding of blocks included; the carrier may round
+        each array up to whole 32-bit words.
+        """
+        return payload_bits(self.codec, tuple(shape), np.dtype(dtype))
+
+    def compress(self, x: jax.Array, step: jax.typing.ArrayLike = 0) -> Payload:
+        """The payload of one array: a pytree of arrays, block axis first.
+
+        Args:
+          x: A floating-point array of any shape, not empty.
+          step: Selects the random numbers, equal on sender and receiver.
+
+        Raises:
+          TypeError: If the compressor speaks in several rounds, or ``x`` is no float.
+        """
+        x = jnp.asarray(x)
+        check_float((), x, "`compress(x)`")
+        (bucket,) = plan(self.codec, (tuple(x.shape),), (x.dtype,))
+        blocks = bucket.join([x.astype(compute_dtype(x.dtype))])
+        return self.codec.encode(blocks, bucket.blocks(), _turn(step))
+
+    def decompress(
+        self,
+        payload: Payload,
+        shape: tuple[int, ...],
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        step: jax.typing.ArrayLike = 0,
+    ) -> jax.Array:
+        """What a receiver reads from :meth:`compress`: ``shape``, rounded to ``dtype``.
+
+        Args:
+          payload: The payload.
+          shape: The shape of the array that was compressed.
+          dtype: Its dtype.
+          step: The step given to :meth:`compress`.
+        """
+        (bucket,) = plan(self.codec, (tuple(shape),), (np.dtype(dtype),))
+        blocks = bucket.blocks()
+        decoded = self.codec.decode(payload, blocks, _turn(step))
+        return bits.cast(bucket.part(blocks.mask(decoded))[0], dtype)
+
+
+def make(codec: Codec) -> Compressor:
+    """The compressor of a codec."""
+    return Compressor(_Bound(_init, codec), _Bound(_update, codec))  # type: ignore
+
+
+def check_float(path: Any, leaf: Any, api: str) -> np.dtype:
+    """The dtype of a leaf that can be compressed, or a TypeError that names it."""
+    dtype = jnp.result_type(leaf)
+    if dtype.name not in FLOATS:
+        name = jax.tree_util.keystr(path) or "the array"
+        raise TypeError(
+            f"{api} takes real floating-point leaves ({', '.join(FLOATS)}), got "
+            f"{dtype.name} at {name}. Leave such leaves out with `optax.partition`."
+        )
+    return dtype
+
+
+def init_memory(codec: Codec, params: Any, api: str) -> Any:
+    """The codec's state for every leaf of ``params``, after a check of their dtypes.
+
+    A ``jax.tree.map`` over params, as ``optax.tree.map_params`` wants it.
+    """
+
+    def one(path, leaf):
+        dtype = check_float(path, leaf, api)
+        return codec.init(jnp.shape(leaf), dtype)
+
+    memory = jax.tree_util.tree_map_with_path(one, params)
+    return memory if codec.stateful else ()
+
+
+def flatten_memory(codec: Codec, treedef: Any, memory: Any) -> list[Any]:
+    """One state per leaf from what :func:`init_memory` made."""
+    if not codec.stateful:
+        return [()] * treedef.num_leaves
+    return treedef.flatten_up_to(memory)
+
+
+def _turn(step: jax.typing.ArrayLike) -> Turn:
+    return Turn(jnp.asarray(step).astype(jnp.uint32), jnp.uint32(0))
+
+
+def _init(codec: Codec, params: optax.Params) -> CompressorState:
+    memory = init_memory(codec, params, f"`{codec}`")
+    return CompressorState(jnp.zeros([], jnp.int32), memory)
+
+
+def _update(codec, updates, state, params=None, **extra_args):
+    del params, extra_args
+    paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
+    dtypes = [check_float(path, leaf, f"`{codec}`") for path, leaf in paths]
+    arrays = [
+        jnp.asarray(x).astype(compute_dtype(d))
+        for (_, x), d in zip(paths, dtypes, strict=True)
+    ]
+    memories = flatten_memory(codec, treedef, state.memory)
+    turn = _turn(state.count)
+    averages, _, memories = converse(codec, arrays, dtypes, memories, turn, alone)
+    out = [bits.cast(x, d) for x, d in zip(averages, dtypes, strict=True)]
+    memory = treedef.unflatten(memories) if codec.stateful else ()
+    count = optax.safe_increment(state.count)
+    return treedef.unflatten(out), CompressorState(count, memory)

@@ -1,0 +1,1 @@
+"""Exchanges: how the workers' payloads become one average. One way of meeting a file."""

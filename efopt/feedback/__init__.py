@@ -1,0 +1,6 @@
+"""Feedback schemes: what a worker owes, and when it is paid. One scheme a file."""
+
+from efopt.feedback.compress import CompressState as CompressState
+from efopt.feedback.compress import compress as compress
+from efopt.feedback.error_feedback import ErrorFeedbackState as ErrorFeedbackState
+from efopt.feedback.error_feedback import error_feedback as error_feedback

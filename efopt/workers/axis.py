@@ -1,0 +1,99 @@
+"""What is known of the mapped axis at trace time: is it bound, are its types on?
+
+Under ``shard_map`` with its default checks an array's type says over which axes its
+value varies. Under ``pmap``, ``vmap`` and without the checks, types say nothing. All
+questions about that are asked here and nowhere else.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def check_axis_name(api: str, axis_name: Any) -> None:
+    """Raises unless ``axis_name`` is ``None`` or a string."""
+    if axis_name is not None and not isinstance(axis_name, str):
+        raise TypeError(
+            f"`{api}(axis_name=...)` must be None or the name of one mapped axis, got "
+            f"{axis_name!r}."
+        )
+
+
+def is_bound(axis_name: str) -> bool:
+    """Whether the trace is inside a function mapped over ``axis_name``."""
+    try:
+        lax.axis_index(axis_name)
+    except NameError:
+        return False
+    return True
+
+
+def require_bound(api: str, axis_name: str) -> None:
+    """Raises unless the axis is bound."""
+    if not is_bound(axis_name):
+        raise ValueError(
+            f"`{api}(axis_name={axis_name!r})` averages over a mapped axis, and none of "
+            "that name is bound here. Call `update` inside `jax.shard_map`, `jax.pmap` "
+            f"or `jax.vmap(..., axis_name={axis_name!r})`, or pass `axis_name=None` for "
+            "a single worker."
+        )
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The mapped axes over which the type of ``x``, array or struct, says it varies."""
+    kind = getattr(x, "manual_axis_type", None)
+    if kind is None:
+        kind = getattr(jax.typeof(x), "mat", None)
+    return frozenset(kind.varying) if kind is not None else frozenset()
+
+
+def is_typed(axis_name: str) -> bool:
+    """Whether the axis is bound and types tell which arrays vary over it."""
+    return is_bound(axis_name) and axis_name in varying(lax.axis_index(axis_name))
+
+
+def vary(tree: Any, *axis_names: str) -> Any:
+    """Casts every leaf to varying over the axes, where types are on."""
+
+    def cast(x):
+        missing = tuple(a for a in axis_names if a not in varying(x) and is_typed(a))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
+def zeros_like(x: Any) -> jax.Array:
+    """Zeros that vary over the same axes as ``x``, array or struct: a loop's start."""
+    return vary(jnp.zeros(x.shape, x.dtype), *varying(x))
+
+
+def local_params(params: Any, axis_name: str) -> Any:
+    """Marks parameters as this worker's own, so that gradients stay local.
+
+    Inside ``shard_map``, ``jax.grad`` with respect to replicated parameters returns the
+    gradient already summed over workers: an uncompressed all-reduce, and nothing left to
+    compress. Differentiate with respect to ``local_params(params, axis_name)`` instead.
+    Under ``pmap``, ``vmap`` and without checks this changes nothing.
+
+    Args:
+      params: Any pytree of arrays.
+      axis_name: The mapped axis over which the workers are laid out.
+
+    Returns:
+      The same values, typed as varying over ``axis_name``.
+
+    Raises:
+      ValueError: If the axis is not bound.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import efopt
+      >>> jax.vmap(lambda x: efopt.local_params(x, "data"), axis_name="data")(
+      ...     jnp.arange(2.0))
+      Array([0., 1.], dtype=float32)
+    """
+    check_axis_name("local_params", axis_name)
+    require_bound("local_params", axis_name)
+    return vary(params, axis_name)

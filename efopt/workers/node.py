@@ -1,0 +1,92 @@
+"""The pytree node that marks what differs from worker to worker."""
+
+import dataclasses
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from efopt.workers import axis
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class PerWorker:
+    """State that differs from worker to worker along a mapped axis.
+
+    Every array inside has a leading worker axis: of length 1 inside the mapped function
+    and on a state fresh from ``init``, of length ``n`` as a global array placed by
+    :func:`efopt.distribute`. The node marks itself, so the placement helpers find it in
+    any pytree: an Optax chain, a Flax ``TrainState``, a checkpoint.
+
+    Attributes:
+      value: Pytree of arrays ``(1 or n, ...)``.
+      axis_name: The mapped axis of the workers. Static.
+      split: ``None``: each worker owns a copy of its own (residuals). An int: the
+        workers own consecutive ranges of that many blocks, which stand on the second
+        axis; fresh from ``init`` one holds all of them (server residuals). Static.
+    """
+
+    value: Any
+    axis_name: str = dataclasses.field(metadata={"static": True})
+    split: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __post_init__(self):
+        _register_with_flax()
+
+    def local(self, api: str, extent: int | None = None) -> Any:
+        """The value without its worker axis, inside the mapped function.
+
+        Args:
+          api: The caller, for the error.
+          extent: The length that a split value must have on this worker.
+        """
+        for path, x in jax.tree_util.tree_flatten_with_path(self.value)[0]:
+            placed = x.shape[:1] == (1,)
+            if placed and extent is not None:
+                placed = x.shape[1] == extent
+            if placed and axis.is_typed(self.axis_name):
+                placed = self.axis_name in axis.varying(x)
+            if not placed:
+                raise ValueError(
+                    f"{api} got per-worker state that is not laid out over the workers: "
+                    f"{jax.tree_util.keystr(path) or 'its value'} has shape {x.shape} "
+                    f"inside the function mapped over {self.axis_name!r}. Place the "
+                    "state with `efopt.distribute(state, mesh)` and pass "
+                    "`efopt.partition_specs(state)` as in_specs and out_specs of "
+                    "`jax.shard_map`; for `pmap` and `vmap` use "
+                    "`efopt.stack_workers(state, n)`."
+                )
+        return jax.tree.map(lambda x: x[0], self.value)
+
+    @classmethod
+    def wrap(cls, value: Any, axis_name: str, split: int | None = None) -> "PerWorker":
+        """The node around one worker's value, given without its worker axis."""
+        value = axis.vary(value, axis_name)
+        return cls(jax.tree.map(lambda x: x[None], value), axis_name, split)
+
+
+def is_node(x: Any) -> bool:
+    """Whether ``x`` is a :class:`PerWorker`; for ``is_leaf``."""
+    return isinstance(x, PerWorker)
+
+
+def _register_with_flax() -> None:
+    """Teaches ``flax.serialization`` the node, once Flax has been imported.
+
+    Unknown nodes are stored whole by Flax, static fields and all, and come back as
+    opaque objects. Flax is no dependency of efopt, so it is never imported from here.
+    """
+    serialization = sys.modules.get("flax.serialization")
+    if serialization is None or getattr(_register_with_flax, "done", False):
+        return
+    _register_with_flax.done = True
+
+    def restore(target: PerWorker, state: Any) -> PerWorker:
+        value = serialization.from_state_dict(target.value, state["value"])
+        return PerWorker(value, target.axis_name, target.split)
+
+    serialization.register_serialization_state(
+        PerWorker, lambda x: {"value": serialization.to_state_dict(x.value)}, restore
+    )

@@ -1,0 +1,180 @@
+"""Where state lives: laying a pytree out over workers, on a mesh or stacked."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec as P
+
+from efopt.workers.node import PerWorker, is_node
+
+
+def partition_specs(tree: Any, params_specs: Any = None) -> Any:
+    """The ``PartitionSpec`` of every leaf of a state, for ``jax.shard_map``.
+
+    Leaves inside a :class:`efopt.PerWorker` are split over its axis, all others are
+    replicated.
+
+    Args:
+      tree: A state, a ``TrainState``, or anything that contains one; arrays or
+        ``jax.ShapeDtypeStruct``.
+      params_specs: Specs of parameters that are sharded over other mesh axes: every
+        subtree with the structure of ``params_specs`` takes them, behind the worker axis
+        where it is per worker. ``None``: parameters are replicated.
+
+    Returns:
+      A pytree of the structure of ``tree`` with a ``PartitionSpec`` at every leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import efopt
+      >>> tx = efopt.error_feedback(efopt.scaled_sign(), axis_name="data")
+      >>> efopt.partition_specs(tx.init(jnp.zeros(3))).residual.value
+      PartitionSpec('data',)
+    """
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    structure = jax.tree.structure(params_specs, is_leaf=is_spec)
+    matches = lambda x: (  # noqa: E731
+        params_specs is not None and jax.tree.structure(x) == structure
+    )
+
+    def specs(subtree, *lead):
+        def one(x):
+            if is_node(x):
+                return PerWorker(specs(x.value, x.axis_name), x.axis_name, x.split)
+            if matches(x):
+                return jax.tree.map(
+                    lambda s: PartitionSpec(*lead, *s), params_specs, is_leaf=is_spec
+                )
+            return PartitionSpec(*lead)
+
+        return jax.tree.map(one, subtree, is_leaf=lambda x: is_node(x) or matches(x))
+
+    return specs(tree)
+
+
+def distribute(tree: Any, mesh: jax.sharding.Mesh, params_specs: Any = None) -> Any:
+    """Lays a state out over the workers of a mesh, ready for a jitted, donated step.
+
+    Per-worker values get one copy a worker (or one range of blocks), everything else is
+    replicated. Every array is copied, also where it already lies right: a donated step
+    deletes its inputs, and those must not be the caller's own parameters. Python
+    numbers become arrays, or the second step would compile anew.
+
+    Args:
+      tree: A state fresh from ``init``, a ``TrainState``, or anything that contains
+        one. A state already laid out over as many workers is placed as it is.
+      mesh: The mesh; every axis that the tree names must be one of its axes.
+      params_specs: As in :func:`efopt.partition_specs`.
+
+    Returns:
+      The same pytree with global arrays.
+
+    Raises:
+      ValueError: If the mesh lacks an axis, or the state is laid out over another
+        number of workers.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import efopt
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> tx = efopt.error_feedback(efopt.scaled_sign(), axis_name="data")
+      >>> state = efopt.distribute(tx.init(jnp.zeros(3)), mesh)
+      >>> state.residual.value.shape == (jax.device_count(), 3)
+      True
+    """
+
+    def spread(node):
+        if node.axis_name not in mesh.shape:
+            raise ValueError(
+                f"`distribute(tree, mesh)` needs a mesh with the axis "
+                f"{node.axis_name!r} of the per-worker state, got axes "
+                f"{tuple(mesh.axis_names)}."
+            )
+        return _spread(node, mesh.shape[node.axis_name])
+
+    def place(x, spec):
+        # A copy of our own first: `device_put` may hand out the caller's buffers, even
+        # under `may_alias=False`, and a donated step would delete them.
+        x = jnp.copy(_strong(x))
+        # A step returns empty arrays replicated, whatever their spec says.
+        return jax.device_put(x, NamedSharding(mesh, spec if x.size else P()))
+
+    tree = jax.tree.map(
+        lambda x: spread(x) if is_node(x) else x, tree, is_leaf=is_node
+    )
+    return jax.tree.map(place, tree, partition_specs(tree, params_specs))
+
+
+def stack_workers(tree: Any, num_workers: int) -> Any:
+    """Stacks a state for ``pmap`` or ``vmap``: a leading worker axis on every leaf.
+
+    Args:
+      tree: A state fresh from ``init``, a ``TrainState``, or anything that contains one.
+      num_workers: The number of workers, at least 1.
+
+    Returns:
+      The same pytree, every leaf with a leading axis of length ``num_workers``. Map over
+      it with ``in_axes=0``; inside, the state looks as under ``shard_map``.
+
+    Raises:
+      TypeError: If ``num_workers`` is not a Python int.
+      ValueError: If it is below 1, or the state is laid out over another number.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import efopt
+      >>> tx = efopt.error_feedback(efopt.scaled_sign(), axis_name="data")
+      >>> efopt.stack_workers(tx.init(jnp.zeros(3)), 4).residual.value.shape
+      (4, 1, 3)
+    """
+    if isinstance(num_workers, bool) or not isinstance(num_workers, int):
+        raise TypeError(
+            "`stack_workers(tree, num_workers)` takes a Python int, got "
+            f"{type(num_workers).__name__}."
+        )
+    if num_workers < 1:
+        raise ValueError(
+            f"`stack_workers(tree, num_workers)` needs at least 1, got {num_workers}."
+        )
+
+    def stack(x):
+        if is_node(x):
+            value = jax.tree.map(lambda v: v[:, None], _spread(x, num_workers).value)
+            return PerWorker(value, x.axis_name, x.split)
+        x = _strong(x)
+        return jnp.broadcast_to(x, (num_workers, *x.shape)).copy()
+
+    return jax.tree.map(stack, tree, is_leaf=is_node)
+
+
+def _spread(node: PerWorker, n: int) -> PerWorker:
+    """The node with a worker axis of length ``n`` on every array."""
+
+    def one(x):
+        x = _strong(x)
+        if node.split is not None:
+            if x.shape[:2] == (1, node.split):
+                rows = -(-node.split // n)
+                padding = [(0, rows * n - node.split)] + [(0, 0)] * (x.ndim - 2)
+                return jnp.pad(x[0], padding).reshape(n, rows, *x.shape[2:])
+            if x.shape[:2] == (n, -(-node.split // n)):
+                return x
+        elif x.shape[:1] == (1,):
+            return jnp.broadcast_to(x, (n, *x.shape[1:])).copy()
+        elif x.shape[:1] == (n,):
+            return x
+        raise ValueError(
+            f"the per-worker state over {node.axis_name!r} has an array of shape "
+            f"{x.shape}, which is laid out neither for one worker nor for {n}. Start "
+            "from `tx.init(params)`, or from a state of the same number of workers."
+        )
+
+    return PerWorker(jax.tree.map(one, node.value), node.axis_name, node.split)
+
+
+def _strong(x: Any) -> jax.Array:
+    """An array of definite dtype: a Python number would be weakly typed."""
+    x = jnp.asarray(x)
+    return jax.lax.convert_element_type(x, x.dtype)
