@@ -16,11 +16,10 @@ Not seen are send and recv, and what a custom kernel moves by itself.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,16 +34,18 @@ _LINK_BYTES: dict[str, Callable[[int, int], int]] = {
     "collective-permute": lambda b, n: b,
     "collective-broadcast": lambda b, n: b,
 }
-_COLUMNS = "operation,type,shape,count,group,operand bytes,link bytes".split(",")
+_Callers = dict[str, list[tuple[str, bool, float]]]
+_COLUMNS = ["operation", "type", "shape", "count", "group"]
+_COLUMNS += ["operand bytes", "link bytes"]
 
 # `%computation (a: f32[8]) -> f32[8] {` opens a computation, and in it each line reads
 # `ROOT %name = type opcode(operands), attributes`.
 _OPENING = re.compile(r"(?:ENTRY )?%?([\w.-]+) (?:\(.*)?\{$")
 _INSTRUCTION = re.compile(
     r"\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>.+?) (?P<opcode>[a-z][\w-]*)"
-    r"\((?P<operands>.*?)(?:\)(?:, (?P<attributes>.*))?)?$"
+    r"\((?P<operands>.*?)(?:\)(?P<attributes>, .*)?)?$"
 )
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
+_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
 _CALL = re.compile(
     r"\b(body|condition|branch_computations|true_computation|false_computation"
     r"|calls|to_apply|called_computations)=(\{[^}]*\}|[%\w.-]+)"
@@ -53,12 +54,11 @@ _TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
 # A TPU may spread a collective over several fusions. All of them print it, but only the
 # fusion that starts it has the flag -1.
 _LATER_STEP = re.compile(r'async_collective_fusion_config\W+flag_start[\\":]+\d')
-_PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\}[, ]*)*)\}")
-_LISTED = re.compile(r"replica_groups=\{((?:\{[\d, ]*\}[, ]*)*)\}")  # {{0,1},{2,3}}
-_IOTA = re.compile(r"replica_groups=\[[\d,]*?(\d+)\]<=")  # [2,4]<=[4,2]T(1,0)
+_PAIRS = re.compile(r"\bsource_target_pairs=\{((?:\{\d+,\d+\}[, ]*)*)\}")
+_LISTED = re.compile(r"\breplica_groups=\{((?:\{[\d, ]*\}[, ]*)*)\}")  # {{0,1},{2,3}}
+_IOTA = re.compile(r"\breplica_groups=\[[\d,]*?(\d+)\]<=")  # [2,4]<=[4,2]T(1,0)
 _MESH = re.compile(  # mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x','y':(1)2}
-    r"replica_groups=@?mesh[\[<]([^\]>]*)[\]>]"
-    r"(?:, device_ids=\((?:[^()]|\([^()]*\))*\))? ?\{([^}]*)\}"
+    r"\breplica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\}"
 )
 
 
@@ -67,9 +67,8 @@ class Collective:
     """One collective of a compiled program, as one worker sees it.
 
     Attributes:
-      operation: ``"all-reduce"``, ``"all-gather"``, ``"all-to-all"``,
-        ``"reduce-scatter"``, ``"collective-permute"``, ``"collective-broadcast"`` or
-        ``"ragged-all-to-all"``, also for their asynchronous forms.
+      operation: A name from the list at the top of this module, such as
+        ``"all-gather"``; asynchronous forms carry the same name.
       name: Name of the HLO instruction.
       element_types: HLO type of each operand's elements, for example ``("u32",)``.
       shapes: Shape of each operand on one worker.
@@ -111,24 +110,20 @@ class WireReport:
     def __str__(self) -> str:
         if not self.collectives:
             return "no collectives: nothing travels between workers"
-        alike: dict[Collective, int] = defaultdict(int)
-        for c in self.collectives:
-            alike[replace(c, name="")] += 1
-        rows = [_COLUMNS]
-        for c, n in alike.items():
-            types, shape = ",".join(dict.fromkeys(c.element_types)), _brief(c.shapes)
+        rows: list[list[str]] = [_COLUMNS]
+        notes: set[str] = set()
+        for c, n in Counter(replace(c, name="") for c in self.collectives).items():
             count = f"{n}*" if c.executions is None else f"{n * c.executions}"
+            if c.executions is None:
+                notes.add("* in a loop or branch, run unknown times: counted once")
+            types, shape = ",".join(dict.fromkeys(c.element_types)), _brief(c.shapes)
             sizes = f"{n * c.operand_bytes:,}", f"{n * c.link_bytes:,}"
             rows.append([c.operation, types, shape, count, f"{c.group_size}", *sizes])
         sizes = f"{self.operand_bytes:,}", f"{self.bytes_sent_per_worker:,}"
         rows.append(["total", "", "", "", "", *sizes])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(map("{:{}{}}".format, row, "<<<>>>>", widths)) for row in rows
-        ]
-        if any(c.executions is None for c in self.collectives):
-            lines.append("* in a loop or branch, run unknown times: counted once")
-        return "\n".join(lines)
+        lines = ("  ".join(map("{:{}{}}".format, r, "<<<>>>>", widths)) for r in rows)
+        return "\n".join([*lines, *notes])
 
 
 def measure(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> WireReport:
@@ -146,8 +141,8 @@ def measure(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> WireReport:
       A :class:`WireReport`, in bytes per worker.
 
     Raises:
-      TypeError: If ``fn`` is not callable, or the backend gives no HLO text.
-      ValueError: If the text holds a collective that cannot be read.
+      TypeError: If ``fn`` is not callable.
+      ValueError: If the backend gives no HLO text, or :func:`read_hlo` cannot read it.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -156,11 +151,17 @@ def measure(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> WireReport:
     """
     if not callable(fn):
         raise TypeError(
-            "`measure(fn, ...)` must be given a function, got "
-            f"{type(fn).__name__}; a text is read by `read_hlo(text)`."
+            f"`measure(fn, ...)` must be given a function, got {type(fn).__name__}; "
+            "a text is read by `read_hlo(text)`."
         )
-    lower = fn.lower if hasattr(fn, "lower") else jax.jit(fn).lower
-    return WireReport(read_hlo(lower(*args, **kwargs).compile().as_text()))
+    lower = getattr(fn, "lower", None) or jax.jit(fn).lower
+    text = lower(*args, **kwargs).compile().as_text()
+    if text is None:
+        raise ValueError(
+            "`measure(fn, ...)` needs the HLO text of the compiled step, but this "
+            "backend gives none; compile for a CPU or, ahead of time, for a TPU."
+        )
+    return WireReport(read_hlo(text))
 
 
 def read_hlo(text: str, num_partitions: int | None = None) -> tuple[Collective, ...]:
@@ -168,21 +169,21 @@ def read_hlo(text: str, num_partitions: int | None = None) -> tuple[Collective, 
 
     A start and its done are one collective, and so is the reduction of a whole tuple.
     A loop multiplies by its trip count where the text states it; all branches of a
-    conditional count. What the compiler has put in a collective's place is reported
-    as what it is.
+    conditional count. What the compiler puts in a collective's place is reported as
+    what it is.
 
     Args:
       text: ``jax.jit(f).lower(...).compile().as_text()``, also for absent devices.
-      num_partitions: Number of workers in all, for groups printed empty, which mean
-        everybody. Default: as the ``HloModule`` line says.
+      num_partitions: Number of workers in all, for groups that are printed empty and
+        mean everybody. Default: as the ``HloModule`` line says.
 
     Returns:
       The collectives in the order of the text, with sizes in bytes.
 
     Raises:
       TypeError: If ``text`` is not a string.
-      ValueError: If ``num_partitions`` is not a positive int, if the text is not HLO,
-        or if it holds a collective that cannot be read: none is passed over.
+      ValueError: If ``num_partitions`` is not a positive int, the text is not HLO, or
+        it holds a collective that cannot be read: none is passed over.
 
     Examples:
       >>> text = '''
@@ -196,69 +197,144 @@ def read_hlo(text: str, num_partitions: int | None = None) -> tuple[Collective, 
     """
     if not isinstance(text, str):
         raise TypeError(
-            "`read_hlo(text)` must be a string, as `compiled.as_text()` gives it on a "
-            f"CPU, GPU or TPU; got {type(text).__name__}."
-        )
-    if num_partitions is not None and not (
-        type(num_partitions) is int and num_partitions > 0
-    ):
-        raise ValueError(
-            f"`read_hlo(num_partitions=...)` must be a positive int, {num_partitions=}."
+            f"`read_hlo(text)` must be a string, got {type(text).__name__}; pass "
+            "`compiled.as_text()`."
         )
     if num_partitions is None and (header := re.search(r"^HloModule .*", text, re.M)):
         counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header[0])
         num_partitions = math.prod(map(int, counts))
-
-    computations: dict[str, dict[str, re.Match[str]]] = {"": {}}
-    body = computations[""]
+    elif num_partitions is not None and not (
+        type(num_partitions) is int and num_partitions > 0
+    ):
+        raise ValueError(
+            "`read_hlo(num_partitions=...)` must be a positive int, "
+            f"got {num_partitions!r}."
+        )
+    bodies: dict[str, dict[str, re.Match[str]]] = {"": {}}
+    callers: _Callers = defaultdict(list)
+    computation = ""
     for line in text.splitlines():
         if instruction := _INSTRUCTION.match(line):
-            body[instruction["name"]] = instruction
+            bodies[computation][instruction["name"]] = instruction
+            for called, role, times in _calls(instruction):
+                callers[called].append((computation, role, times))
         elif opening := _OPENING.match(line.strip()):
-            body = computations.setdefault(opening[1], {})
-    if not any(computations.values()):
+            computation = opening[1]
+            bodies[computation] = {}
+    if not any(bodies.values()):
         raise ValueError(
             "`read_hlo(text)` must be the HLO text of a compiled program, got a text "
             "without any HLO instruction; pass `.lower(...).compile().as_text()`, not "
             "`.lower(...).as_text()`."
         )
-    executions = _executions(computations)
     return tuple(
-        _collective(instruction, body, num_partitions, *executions(computation))
-        for computation, body in computations.items()
+        _collective(instruction, body, num_partitions, *_runs(computation, callers))
+        for computation, body in bodies.items()
         for instruction in body.values()
         if instruction["opcode"].removesuffix("-start") in _LINK_BYTES
         and not _LATER_STEP.search(instruction["attributes"] or "")
     )
 
 
-def _executions(
-    computations: Mapping[str, Mapping[str, re.Match[str]]],
-) -> Callable[[str], tuple[bool, int | None]]:
-    """Answers for a computation: is it in a loop or branch, how often is it run?"""
-    sites: dict[str, list[tuple[str, bool, int | None]]] = defaultdict(list)
-    for caller, body in computations.items():
-        for instruction in body.values():
-            attributes = instruction["attributes"] or ""
-            if instruction["opcode"].endswith(("-update", "-done")):
-                continue  # its start has already called the computation
-            trips = int(found[1]) if (found := _TRIPS.search(attributes)) else None
-            for role, names in _CALL.findall(_unquoted(attributes)):
-                times = 1 if role.startswith("call") or role == "to_apply" else None
-                if role in ("body", "condition") and trips is not None:
-                    times = trips + (role == "condition")
-                inside = role not in ("calls", "to_apply", "called_computations")
-                for called in re.findall(r"[\w.-]+", names):
-                    sites[called].append((caller, inside, times))
+def _calls(instruction: re.Match[str]) -> Iterator[tuple[str, bool, float]]:
+    """Yields what it calls: name, whether that is a loop or branch, runs (or nan)."""
+    if instruction["opcode"].endswith(("-update", "-done")):
+        return  # they repeat the call of their start
+    attributes = instruction["attributes"] or ""
+    trips = int(found[1]) if (found := _TRIPS.search(attributes)) else math.nan
+    for role, names in _CALL.findall(attributes):
+        plain = role in ("calls", "to_apply", "called_computations")
+        looped = {"body": trips, "condition": trips + 1}
+        for name in re.findall(r"[\w.-]+", names):
+            yield name, not plain, 1 if plain else looped.get(role, math.nan)
 
-    @functools.cache
-    def executions(computation: str) -> tuple[bool, int | None]:
-        loop, total = False, 0
-        for caller, inside, times in sites.get(computation, [("", False, 1)]):
-            outer_loop, outer = executions(caller) if caller else (False, 1)
-            loop |= inside or outer_loop
-            known = total is not None and times is not None and outer is not None
-            total = total + times * outer if known else None
-        return loop, total
 
-    return executions
+def _runs(computation: str, callers: _Callers) -> tuple[bool, float]:
+    """Whether a computation is in a loop or branch, and how often it runs (or nan)."""
+    if computation not in callers:
+        return False, 1
+    loop, runs = False, 0.0
+    for caller, inside, times in callers[computation]:
+        outer_loop, outer_runs = _runs(caller, callers)
+        loop, runs = loop or inside or outer_loop, runs + times * outer_runs
+    return loop, runs
+
+
+def _collective(
+    instruction: re.Match[str],
+    body: Mapping[str, re.Match[str]],
+    num_partitions: int | None,
+    loop: bool,
+    runs: float,
+) -> Collective:
+    name, operands = instruction["name"], instruction["operands"]
+    operation = instruction["opcode"].removesuffix("-start")
+    arrays = _arrays(operands)  # older texts print the types, newer ones names alone
+    if not arrays:
+        names = re.findall(r"([\w.-]+)(?:,|$)", operands)
+        types = [body[n]["type"] for n in names if n in body]
+        arrays = [array for type_ in types for array in _arrays(type_)]
+        if not types or len(types) < len(names):
+            raise ValueError(
+                f"`read_hlo(text)` cannot find the operands of `{name}`, got "
+                f"`{operands}`; pass the whole text, as the compiler prints it."
+            )
+    if operation == "ragged-all-to-all":
+        arrays = arrays[:1]  # the others are the output buffer, offsets and sizes
+    size = _group_size(instruction["attributes"] or "", num_partitions)
+    if size is None:
+        raise ValueError(
+            f"`read_hlo(text)` cannot tell the group size of `{name}`, got "
+            f"`{instruction['attributes']}`; if `replica_groups={{}}`, which means "
+            "everybody, pass `num_partitions=...`."
+        )
+    given = sum(nbytes for _, _, nbytes in arrays)
+    times = 1 if math.isnan(runs) else int(runs)
+    return Collective(
+        operation,
+        name,
+        element_types=tuple(element for element, _, _ in arrays),
+        shapes=tuple(shape for _, shape, _ in arrays),
+        group_size=size,
+        operand_bytes=given * times,
+        link_bytes=_LINK_BYTES[operation](given, size) * times if size > 1 else 0,
+        loop=loop,
+        executions=None if math.isnan(runs) else times,
+    )
+
+
+def _arrays(text: str) -> list[tuple[str, tuple[int, ...], int]]:
+    """Element type, shape and bytes of every array type in ``text``."""
+    arrays = []
+    for element, digits, dims, layout in _ARRAY.findall(text):
+        shape = tuple(int(dim.strip("<=")) for dim in dims.split(",") if dim)
+        packed = re.search(r"E\((\d+)\)", layout)  # several elements to the byte
+        bits = int(packed[1]) if packed else max(8, int(digits or 8))
+        arrays.append((element, shape, -(-math.prod(shape) * bits // 8)))
+    return arrays
+
+
+def _group_size(attributes: str, num_partitions: int | None) -> int | None:
+    if pairs := _PAIRS.search(attributes):  # the largest set of workers they link
+        linked: dict[str, set[str]] = {}
+        for source, target in re.findall(r"(\d+),(\d+)", pairs[1]):
+            both = linked.get(source, {source}) | linked.get(target, {target})
+            linked.update(dict.fromkeys(both, both))
+        return max(map(len, linked.values()), default=1)
+    if mesh := _MESH.search(attributes):
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", mesh[1]))
+        axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    if iota := _IOTA.search(attributes):
+        return int(iota[1])
+    if listed := _LISTED.search(attributes):
+        groups = re.findall(r"\{([^}]*)\}", listed[1])
+        return max((g.count(",") + 1 for g in groups), default=num_partitions)
+    return None
+
+
+def _brief(shapes: tuple[tuple[int, ...], ...]) -> str:
+    first = str(list(shapes[0])).replace(" ", "")
+    if len(set(shapes)) > 1:
+        return f"{first} + {len(shapes) - 1} more"
+    return first if len(shapes) == 1 else f"{len(shapes)} x {first}"

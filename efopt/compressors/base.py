@@ -94,9 +94,7 @@ class Message:
 
     def decode(self) -> jax.Array:
         """The blocks that the payload stands for, ``(n, *shape)``, padding zero."""
-        return self.blocks.mask(
-            self.codec.decode(self.payload, self.blocks, self.turn)
-        )
+        return self.blocks.mask(self.codec.decode(self.payload, self.blocks, self.turn))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,29 +182,3 @@ def block_sum(x: jax.Array) -> jax.Array:
     rows = -(-size // width)
     x = jnp.pad(x, ((0, 0), (0, rows * width - size)))
     return jnp.sum(jnp.sum(x.reshape(n, rows, width), axis=1), axis=1)
-
-
-def payload_bits(codec: Codec, shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Bits that one worker hands over for one leaf, all rounds, by abstract evaluation."""
-    from efopt.compressors.conversation import converse
-
-    seen: list[int] = []
-
-    def meet(messages):
-        for message in messages:
-            arrays = jax.tree.leaves(message.payload)
-            seen.extend(8 * a.size * a.dtype.itemsize for a in arrays)
-        return [message.decode() for message in messages]
-
-    def talk(x, step):
-        memory = [codec.init(shape, dtype)]
-        return converse(codec, [x], [dtype], memory, Turn(step, step), meet)
-
-    if math.prod(shape) == 0:
-        return 0
-    jax.eval_shape(
-        talk,
-        jax.ShapeDtypeStruct(shape, compute_dtype(dtype)),
-        jax.ShapeDtypeStruct((), jnp.uint32),
-    )
-    return sum(seen)

@@ -10,14 +10,9 @@ import numpy as np
 import optax
 
 from efopt.compressors import bits
-from efopt.compressors.base import (
-    Codec,
-    Payload,
-    Turn,
-    compute_dtype,
-    payload_bits,
-)
-from efopt.compressors.conversation import alone, converse, plan
+from efopt.compressors.base import Codec, Payload, Turn, compute_dtype
+from efopt.compressors.conversation import alone, converse
+from efopt.compressors.layout import Layout, plan
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -101,7 +96,22 @@ class Compressor(optax.GradientTransformationExtraArgs):
         The arrays of the payload, padding of blocks included; the carrier may round
         each array up to whole 32-bit words.
         """
-        return payload_bits(self.codec, tuple(shape), np.dtype(dtype))
+        shape, dtype = tuple(shape), jnp.dtype(dtype)
+        layout, bits_seen = plan(self.codec, (shape,), (dtype,)), []
+
+        def count(messages):
+            arrays = jax.tree.leaves([m.payload for m in messages])
+            bits_seen.extend(8 * a.size * a.dtype.itemsize for a in arrays)
+            return alone(messages)
+
+        def talk(x, step):
+            memory = layout.join_memory([self.codec.init(shape, dtype)])
+            xs = layout.join([x], step)
+            return converse(self.codec, layout, xs, memory, _turn(step), count)
+
+        x = jax.ShapeDtypeStruct(shape, compute_dtype(dtype))
+        jax.eval_shape(talk, x, jax.ShapeDtypeStruct((), jnp.uint32))
+        return sum(bits_seen)
 
     def compress(self, x: jax.Array, step: jax.typing.ArrayLike = 0) -> Payload:
         """The payload of one array: a pytree of arrays, block axis first.
@@ -114,10 +124,10 @@ class Compressor(optax.GradientTransformationExtraArgs):
           TypeError: If the compressor speaks in several rounds, or ``x`` is no float.
         """
         x = jnp.asarray(x)
-        check_float((), x, "`compress(x)`")
-        (bucket,) = plan(self.codec, (tuple(x.shape),), (x.dtype,))
-        blocks = bucket.join([x.astype(compute_dtype(x.dtype))])
-        return self.codec.encode(blocks, bucket.blocks(), _turn(step))
+        dtype = check_float((), x, "`compress(x)`")
+        layout = plan(self.codec, (tuple(x.shape),), (dtype,))
+        (blocks,) = layout.join([x.astype(compute_dtype(dtype))], jnp.uint32(0))
+        return self.codec.encode(blocks, layout.buckets[0].blocks(), _turn(step))
 
     def decompress(
         self,
@@ -134,10 +144,11 @@ class Compressor(optax.GradientTransformationExtraArgs):
           dtype: Its dtype.
           step: The step given to :meth:`compress`.
         """
-        (bucket,) = plan(self.codec, (tuple(shape),), (np.dtype(dtype),))
-        blocks = bucket.blocks()
+        layout = plan(self.codec, (tuple(shape),), (jnp.dtype(dtype),))
+        blocks = layout.buckets[0].blocks()
         decoded = self.codec.decode(payload, blocks, _turn(step))
-        return bits.cast(bucket.part(blocks.mask(decoded))[0], dtype)
+        out = bits.cast(blocks.mask(decoded), dtype)
+        return layout.part([out], jnp.uint32(0), [jnp.zeros(shape, dtype)])[0]
 
 
 def make(codec: Codec) -> Compressor:
@@ -171,11 +182,21 @@ def init_memory(codec: Codec, params: Any, api: str) -> Any:
     return memory if codec.stateful else ()
 
 
-def flatten_memory(codec: Codec, treedef: Any, memory: Any) -> list[Any]:
-    """One state per leaf from what :func:`init_memory` made."""
+def open_memory(codec: Codec, layout: Layout, treedef: Any, memory: Any) -> list[Any]:
+    """One state per bucket from what :func:`init_memory` made."""
     if not codec.stateful:
-        return [()] * treedef.num_leaves
-    return treedef.flatten_up_to(memory)
+        return [()] * len(layout.buckets)
+    return layout.join_memory(treedef.flatten_up_to(memory))
+
+
+def close_memory(
+    codec: Codec, layout: Layout, treedef: Any, joined: list[Any], memory: Any
+) -> Any:
+    """Inverse of :func:`open_memory`; ``memory`` is the state before."""
+    if not codec.stateful:
+        return ()
+    old = treedef.flatten_up_to(memory)
+    return treedef.unflatten(layout.part_memory(joined, old))
 
 
 def _turn(step: jax.typing.ArrayLike) -> Turn:
@@ -190,15 +211,16 @@ def _init(codec: Codec, params: optax.Params) -> CompressorState:
 def _update(codec, updates, state, params=None, **extra_args):
     del params, extra_args
     paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
-    dtypes = [check_float(path, leaf, f"`{codec}`") for path, leaf in paths]
-    arrays = [
-        jnp.asarray(x).astype(compute_dtype(d))
-        for (_, x), d in zip(paths, dtypes, strict=True)
-    ]
-    memories = flatten_memory(codec, treedef, state.memory)
-    turn = _turn(state.count)
-    averages, _, memories = converse(codec, arrays, dtypes, memories, turn, alone)
-    out = [bits.cast(x, d) for x, d in zip(averages, dtypes, strict=True)]
-    memory = treedef.unflatten(memories) if codec.stateful else ()
-    count = optax.safe_increment(state.count)
-    return treedef.unflatten(out), CompressorState(count, memory)
+    dtypes = tuple(check_float(path, leaf, f"`{codec}`") for path, leaf in paths)
+    arrays = [jnp.asarray(x) for _, x in paths]
+    layout, turn = (
+        plan(codec, tuple(x.shape for x in arrays), dtypes),
+        _turn(state.count),
+    )
+    xs = [x.astype(compute_dtype(x.dtype)) for x in layout.join(arrays, turn.step)]
+    memory = open_memory(codec, layout, treedef, state.memory)
+    averages, _, memory = converse(codec, layout, xs, memory, turn, alone)
+    memory = close_memory(codec, layout, treedef, memory, state.memory)
+    out = [bits.cast(x, b.dtype) for x, b in zip(averages, layout.buckets, strict=True)]
+    out = treedef.unflatten(layout.part(out, turn.step, arrays))
+    return out, CompressorState(optax.safe_increment(state.count), memory)

@@ -44,9 +44,7 @@ def sparsity(api: str, fraction: Any, k: Any, block: int | None) -> None:
             "pass `static_args=('fraction',)`."
         )
     if not 0 < fraction <= 1:
-        raise ValueError(
-            f"`{api}(fraction=...)` must lie in (0, 1], got {fraction=}."
-        )
+        raise ValueError(f"`{api}(fraction=...)` must lie in (0, 1], got {fraction=}.")
 
 
 def kept(fraction: float | None, k: int | None, size: int) -> int:

@@ -6,17 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from efopt.compressors.base import Codec, Turn
+from efopt.compressors.base import Codec, Turn, compute_dtype
 from efopt.compressors.compressor import (
     Compressor,
     check_float,
-    flatten_memory,
+    close_memory,
     init_memory,
+    open_memory,
 )
 from efopt.compressors.conversation import alone, converse
+from efopt.compressors.layout import Layout, plan
 from efopt.exchange.all_gather import AllGather
 from efopt.exchange.all_reduce import AllReduce
 from efopt.exchange.base import Exchange
@@ -55,70 +56,93 @@ class Channel:
         if not leaves:  # a placeholder of `optax.tree.map_params`: stand in for params
             return memory, params
         assert self.axis_name is not None
-        shapes = [tuple(jnp.shape(x)) for x in leaves]
-        dtypes = [jnp.result_type(x) for x in leaves]
+        shapes = tuple(jnp.shape(x) for x in leaves)
+        dtypes = tuple(jnp.result_type(x) for x in leaves)
+        layout = plan(self.codec, shapes, dtypes)
         n = lax.axis_size(self.axis_name) if axis.is_bound(self.axis_name) else 1
         server = []
-        for (blocks, *block), dtype in server_shapes(self.codec, shapes, dtypes):
+        for (blocks, *block), dtype in server_shapes(layout):
             zeros = jnp.zeros((range_size(blocks, n), *block), dtype)
             server.append(PerWorker.wrap(zeros, self.axis_name, blocks))
         return memory, tuple(server)
 
-    def average(
-        self,
-        treedef: Any,
-        arrays: Sequence[jax.Array],
-        dtypes: Sequence[np.dtype],
-        memory: Any,
-        server: Any,
-        count: jax.Array,
-        ratio: jax.Array | None = None,
-    ) -> tuple[list[jax.Array], list[jax.Array], Any, Any]:
-        """Averages one array per leaf over the workers.
+    def receive(self, updates: Any, count: jax.Array, like: Any = None) -> "Inbound":
+        """Checks updates on their way in, and lays them out in buckets.
 
         Args:
-          treedef: The structure of the updates.
-          arrays: One array per leaf, in the compute dtype.
-          dtypes: The leaves' own dtypes.
+          updates: The updates of this worker.
+          count: The step, equal on all workers.
+          like: A tree of arrays with the structure and shapes that they must have.
+        """
+        if self.axis_name is not None:
+            axis.require_bound(self.api, self.axis_name)
+        paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
+        if like is not None:
+            _check_like(self.api, paths, treedef, like)
+        dtypes = tuple(check_float(path, x, self.api) for path, x in paths)
+        arrays = [jnp.asarray(x) for _, x in paths]
+        if self.axis_name is not None and axis.is_typed(self.axis_name):
+            for (path, _), x in zip(paths, arrays, strict=True):
+                if self.axis_name not in axis.varying(x):
+                    raise ValueError(
+                        f"{self.api} got updates that are already equal on all workers "
+                        f"along {self.axis_name!r}, at "
+                        f"{jax.tree_util.keystr(path) or 'the root'}: there is nothing "
+                        "left to compress. Inside `jax.shard_map`, `jax.grad` sums over "
+                        "workers when parameters are replicated; differentiate with "
+                        "respect to "
+                        f"`efopt.local_params(params, {self.axis_name!r})`."
+                    )
+        worker = jnp.uint32(0)
+        if self.axis_name is not None:
+            worker = lax.axis_index(self.axis_name).astype(jnp.uint32)
+        turn = Turn(count.astype(jnp.uint32), worker)
+        layout = plan(self.codec, tuple(x.shape for x in arrays), dtypes)
+        return Inbound(treedef, arrays, layout, turn)
+
+    def average(
+        self,
+        inbound: "Inbound",
+        xs: Sequence[jax.Array],
+        memory: Any,
+        server: Any,
+        ratio: jax.Array | None = None,
+    ) -> tuple[list[jax.Array], list[jax.Array], Any, Any]:
+        """Averages one array per bucket over the workers.
+
+        Args:
+          inbound: What :meth:`receive` returned for this step's updates.
+          xs: One array per bucket, ``(n, *block)``, in the compute dtype.
           memory: As returned by :meth:`init`.
           server: As returned by :meth:`init`, or by this method.
-          count: The step, equal on all workers.
           ratio: Factor on the server residual before it is added, or ``None``.
 
         Returns:
           The averages (equal on all workers), what this worker has paid of its arrays,
           the new memory, and the new server residual.
         """
-        memories = flatten_memory(self.codec, treedef, memory)
-        step = count.astype(jnp.uint32)
-        if self.exchange is None or self.axis_name is None:
-            turn = Turn(step, jnp.uint32(0))
-            averages, paid, memories = converse(
-                self.codec, arrays, dtypes, memories, turn, alone
-            )
-            return averages, paid, self._memory(treedef, memories), server
+        codec, layout, treedef = self.codec, inbound.layout, inbound.treedef
+        meet, owed = alone, ()
+        if self.exchange is not None and self.axis_name is not None:
+            exchange, name = self.exchange, self.axis_name
+            owed = self._owed(server, lax.axis_size(name), ratio)
 
-        name, exchange = self.axis_name, self.exchange
-        turn = Turn(step, lax.axis_index(name).astype(jnp.uint32))
-        owed = self._owed(server, lax.axis_size(name), ratio)
+            def meet(messages):
+                nonlocal owed
+                means, owed = exchange.meet(messages, name, owed)
+                return means
 
-        def meet(messages):
-            nonlocal owed
-            means, owed = exchange.meet(messages, name, owed)
-            return means
-
+        memories = open_memory(codec, layout, treedef, memory)
         averages, paid, memories = converse(
-            self.codec, arrays, dtypes, memories, turn, meet
+            codec, layout, xs, memories, inbound.turn, meet
         )
-        if exchange.pays_average:
+        memory = close_memory(codec, layout, treedef, memories, memory)
+        if self.exchange is not None and self.exchange.pays_average:
             paid = averages
-        if exchange.keeps:
+        if owed:
             pairs = zip(owed, server, strict=True)
-            server = tuple(PerWorker.wrap(x, name, s.split) for x, s in pairs)
-        return averages, paid, self._memory(treedef, memories), server
-
-    def _memory(self, treedef, memories):
-        return treedef.unflatten(memories) if self.codec.stateful else ()
+            server = tuple(PerWorker.wrap(x, s.axis_name, s.split) for x, s in pairs)
+        return averages, paid, memory, server
 
     def _owed(self, server, num_workers, ratio):
         owed = []
@@ -127,6 +151,33 @@ class Channel:
             x = node.local(self.api, extent)
             owed.append(x if ratio is None else x * ratio.astype(x.dtype))
         return tuple(owed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inbound:
+    """One step's updates, checked, with their layout.
+
+    Attributes:
+      treedef: Their structure.
+      arrays: Their leaves.
+      layout: How the leaves are cut into buckets.
+      turn: The step and this worker.
+    """
+
+    treedef: Any
+    arrays: list[jax.Array]
+    layout: Layout
+    turn: Turn
+
+    def join(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+        """One array per leaf to one per bucket, in the compute dtype."""
+        xs = self.layout.join(leaves, self.turn.step)
+        buckets = self.layout.buckets
+        return [x.astype(compute_dtype(b.dtype)) for x, b in zip(xs, buckets)]
+
+    def part(self, xs: Sequence[jax.Array], like: Sequence[jax.Array]) -> Any:
+        """One array per bucket to a tree of the updates' structure."""
+        return self.treedef.unflatten(self.layout.part(xs, self.turn.step, like))
 
 
 def open_channel(
@@ -159,37 +210,6 @@ def open_channel(
             f"`{api}({compressor!r}, exchange={name!r})` cannot work: {reason}."
         )
     return Channel(label, codec, EXCHANGES[name], axis_name)
-
-
-def open_updates(
-    channel: Channel, updates: Any, like: Any = None
-) -> tuple[Any, list[jax.Array], list[np.dtype]]:
-    """Checks updates on their way in: the structure, the arrays, their dtypes.
-
-    Args:
-      channel: The channel they are for.
-      updates: The updates of this worker.
-      like: A tree of arrays with the structure and shapes that they must have.
-    """
-    if channel.axis_name is not None:
-        axis.require_bound(channel.api.strip("`"), channel.axis_name)
-    paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
-    if like is not None:
-        _check_like(channel.api, paths, treedef, like)
-    dtypes = [check_float(path, x, channel.api) for path, x in paths]
-    arrays = [jnp.asarray(x) for _, x in paths]
-    if channel.axis_name is not None and axis.is_typed(channel.axis_name):
-        for (path, _), x in zip(paths, arrays, strict=True):
-            if channel.axis_name not in axis.varying(x):
-                raise ValueError(
-                    f"{channel.api} got updates that are already equal on all workers "
-                    f"along {channel.axis_name!r}, at "
-                    f"{jax.tree_util.keystr(path) or 'the root'}: there is nothing left "
-                    "to compress. Inside `jax.shard_map`, `jax.grad` sums over workers "
-                    "when parameters are replicated; differentiate with respect to "
-                    f"`efopt.local_params(params, {channel.axis_name!r})`."
-                )
-    return treedef, arrays, dtypes
 
 
 def _check_like(api, paths, treedef, like):

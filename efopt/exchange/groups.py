@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efopt.compressors.base import Blocks, Codec, Message, Turn
-from efopt.compressors.conversation import plan
+from efopt.compressors.base import Blocks, Message, Turn, compute_dtype
+from efopt.compressors.layout import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +77,13 @@ def group(messages: Sequence[Message], num_workers: int) -> list[Group]:
     return groups
 
 
-def server_shapes(
-    codec: Codec, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype]
-) -> list[tuple[tuple[int, ...], np.dtype]]:
+def server_shapes(layout: Layout) -> list[tuple[tuple[int, ...], np.dtype]]:
     """Shape ``(num_blocks, *block)`` and compute dtype of each group's residual."""
     sizes: dict[Any, int] = {}
-    for bucket in plan(codec, tuple(shapes), tuple(dtypes)):
-        key = (bucket.block, bucket.dtype)
-        sizes[key] = sizes.get(key, 0) + sum(bucket.num_blocks)
-    return [
-        ((n, *block), jnp.promote_types(dtype, jnp.float32))
-        for (block, dtype), n in sizes.items()
-    ]
+    for b in layout.buckets:
+        key = (b.block, b.dtype)
+        sizes[key] = sizes.get(key, 0) + b.shape[0]
+    return [((n, *block), compute_dtype(dtype)) for (block, dtype), n in sizes.items()]
 
 
 def owner_turn(turn: Turn, num_workers: int) -> Turn:

@@ -72,8 +72,11 @@ class TwoPhase(Exchange):
         carriers = base.all_gather(carrier, axis_name)
         gathered = buffers.unpack(carriers, mine, 1)
         parts = [g.part(p) for g, p in zip(groups, gathered, strict=True)]
-        by_message = {id(m): p for g, ps in zip(groups, parts, strict=True)
-                      for m, p in zip(g.messages, ps, strict=True)}
+        by_message = {
+            id(m): p
+            for g, ps in zip(groups, parts, strict=True)
+            for m, p in zip(g.messages, ps, strict=True)
+        }
         return [by_message[id(m)].decode() for m in messages], server
 
 

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from efopt.compressors import bits
-from efopt.compressors.base import compute_dtype
 from efopt.compressors.compressor import Compressor
-from efopt.exchange.channel import open_channel, open_updates
+from efopt.exchange.channel import open_channel
 
 
 class CompressState(NamedTuple):
@@ -83,13 +82,14 @@ def compress(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        treedef, arrays, dtypes = open_updates(channel, updates)
-        arrays = [x.astype(compute_dtype(d)) for x, d in zip(arrays, dtypes)]
+        inbound = channel.receive(updates, state.count)
         averages, _, memory, server = channel.average(
-            treedef, arrays, dtypes, state.memory, state.server, state.count
+            inbound, inbound.join(inbound.arrays), state.memory, state.server
         )
-        out = [bits.cast(x, d) for x, d in zip(averages, dtypes, strict=True)]
+        buckets = inbound.layout.buckets
+        out = [bits.cast(x, b.dtype) for x, b in zip(averages, buckets, strict=True)]
         count = optax.safe_increment(state.count)
-        return treedef.unflatten(out), CompressState(count, memory, server)
+        updates = inbound.part(out, inbound.arrays)
+        return updates, CompressState(count, memory, server)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -9,7 +9,7 @@ import optax
 from efopt.compressors import bits
 from efopt.compressors.base import compute_dtype
 from efopt.compressors.compressor import FLOATS, Compressor
-from efopt.exchange.channel import Channel, open_channel, open_updates
+from efopt.exchange.channel import Channel, open_channel
 from efopt.workers.node import PerWorker
 
 
@@ -145,38 +145,43 @@ def error_feedback(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         residual = _unwrap(channel, state.residual)
-        treedef, arrays, dtypes = open_updates(channel, updates, residual)
-        old = treedef.flatten_up_to(residual)
+        inbound = channel.receive(updates, state.count, residual)
+        old = jax.tree.leaves(residual)
         rate, last, ratio = _rates(learning_rate, state)
 
-        wide = [compute_dtype(d) for d in dtypes]
-        owed = [e.astype(w) for e, w in zip(old, wide, strict=True)]
+        owed = inbound.join(old)
         if ratio is not None:
             owed = [e * ratio.astype(e.dtype) for e in owed]
         # p = g + (rate of last step / rate of this step) e, 1905.10936 Algorithm 2
-        full = [g.astype(e.dtype) + e for g, e in zip(arrays, owed, strict=True)]
+        given = inbound.join(inbound.arrays)
+        full = [g + e for g, e in zip(given, owed, strict=True)]
         averages, paid, memory, server = channel.average(
-            treedef, full, dtypes, state.memory, state.server, state.count, ratio
+            inbound, full, state.memory, state.server, ratio
         )
         # The average is applied in the leaf's dtype; every worker owes the rounding.
+        dtypes = [b.dtype for b in inbound.layout.buckets]
         applied = [bits.round_to(a, d) for a, d in zip(averages, dtypes, strict=True)]
         new = [
             p - q + (a - r)
             for p, q, a, r in zip(full, paid, averages, applied, strict=True)
         ]
-        new = [bits.cast(e, o.dtype) for e, o in zip(new, old, strict=True)]
+        out = inbound.part(
+            [r.astype(d) for r, d in zip(applied, dtypes, strict=True)], inbound.arrays
+        )
+        if residual_dtype is not None:
+            new = [bits.cast(e, residual_dtype) for e in new]
+        new = inbound.part(new, old)
         if rate is not None:
             held = rate == 0
-            applied = [jnp.where(held, 0, r) for r in applied]
-            new = [jnp.where(held, o, e) for e, o in zip(new, old, strict=True)]
-            hold = lambda n, o: jnp.where(held, o, n)  # noqa: E731
-            memory = jax.tree.map(hold, memory, state.memory)
-            server = jax.tree.map(hold, server, state.server)
-
-        out = [r.astype(d) for r, d in zip(applied, dtypes, strict=True)]
-        return treedef.unflatten(out), ErrorFeedbackState(
+            out = jax.tree.map(lambda u: jnp.where(held, jnp.zeros_like(u), u), out)
+            new, memory, server = jax.tree.map(
+                lambda n, o: jnp.where(held, o, n),
+                (new, memory, server),
+                (residual, state.memory, state.server),
+            )
+        return out, ErrorFeedbackState(
             count=optax.safe_increment(state.count),
-            residual=_wrap(channel, treedef.unflatten(new)),
+            residual=_wrap(channel, new),
             memory=memory,
             server=server,
             learning_rate=last,

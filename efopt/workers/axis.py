@@ -34,8 +34,8 @@ def require_bound(api: str, axis_name: str) -> None:
     """Raises unless the axis is bound."""
     if not is_bound(axis_name):
         raise ValueError(
-            f"`{api}(axis_name={axis_name!r})` averages over a mapped axis, and none of "
-            "that name is bound here. Call `update` inside `jax.shard_map`, `jax.pmap` "
+            f"{api} works over the mapped axis {axis_name!r}, and none of that name is "
+            "bound here. Call it inside `jax.shard_map`, `jax.pmap` "
             f"or `jax.vmap(..., axis_name={axis_name!r})`, or pass `axis_name=None` for "
             "a single worker."
         )
@@ -95,5 +95,5 @@ def local_params(params: Any, axis_name: str) -> Any:
       Array([0., 1.], dtype=float32)
     """
     check_axis_name("local_params", axis_name)
-    require_bound("local_params", axis_name)
+    require_bound("`local_params`", axis_name)
     return vary(params, axis_name)

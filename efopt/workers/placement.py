@@ -101,9 +101,7 @@ def distribute(tree: Any, mesh: jax.sharding.Mesh, params_specs: Any = None) -> 
         # A step returns empty arrays replicated, whatever their spec says.
         return jax.device_put(x, NamedSharding(mesh, spec if x.size else P()))
 
-    tree = jax.tree.map(
-        lambda x: spread(x) if is_node(x) else x, tree, is_leaf=is_node
-    )
+    tree = jax.tree.map(lambda x: spread(x) if is_node(x) else x, tree, is_leaf=is_node)
     return jax.tree.map(place, tree, partition_specs(tree, params_specs))
 
 

@@ -48,7 +48,7 @@ def per_worker(
         return PerWorker.wrap(jax.tree.map(jnp.asarray, inner.init(params)), axis_name)
 
     def update_fn(updates, state, params=None, **extra_args):
-        axis.require_bound("per_worker", axis_name)
+        axis.require_bound("`per_worker`", axis_name)
         own = state.local(f"`per_worker(axis_name={axis_name!r})`")
         updates, own = inner.update(updates, own, params, **extra_args)
         return updates, PerWorker.wrap(own, axis_name)
@@ -124,7 +124,7 @@ def accumulate(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        axis.require_bound("accumulate", axis_name)
+        axis.require_bound("`accumulate`", axis_name)
         total = state.accumulator.local(f"`accumulate(axis_name={axis_name!r})`")
         total = jax.tree.map(lambda a, g: a + g.astype(a.dtype) / every, total, updates)
 
