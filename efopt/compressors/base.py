@@ -127,9 +127,8 @@ class Codec:
         size = math.prod(shape)
         if self.block_size is None:
             return (1, size)
-        # A leaf below the block size gets the next power of two: little padding, few
-        # different block sizes.
-        block = min(self.block_size, 1 << (size - 1).bit_length())
+        # A leaf below the block size gets a smaller one: little padding, few sizes.
+        block = min(self.block_size, max(16, 4 ** (-(-(size - 1).bit_length() // 2))))
         return (-(-size // block), block)
 
     def init(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:

@@ -11,6 +11,7 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -77,9 +78,8 @@ def hash_words(*words: jax.Array | int) -> jax.Array:
     return h
 
 
-def sample_without_replacement(
-    key: jax.Array, num: int, size: int, *, rounds: int = 6
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def sample_without_replacement(key: jax.Array, num: int, size: int) -> jax.Array:
     """``num`` distinct pseudo-random indices below ``size`` for each key.
 
     A Feistel network over the rectangle ``rows x columns >= size`` permutes it; an index
@@ -90,7 +90,6 @@ def sample_without_replacement(
       key: uint32 ``(n,)``, one key per row of the result.
       num: Indices per key, at most ``size``. Static.
       size: The range of the indices. Static.
-      rounds: Feistel rounds. Static.
 
     Returns:
       uint32 ``(n, num)``; the first ``num`` places of a permutation of ``range(size)``.
@@ -98,18 +97,20 @@ def sample_without_replacement(
     columns = max(1, round(size**0.5))
     rows = -(-size // columns)
 
-    def permute(index):
-        row, column = index // jnp.uint32(columns), index % jnp.uint32(columns)
-        for i in range(0, rounds, 2):
-            row = (row + hash_words(key[:, None], i, column) % rows) % rows
-            column = (column + hash_words(key[:, None], i + 1, row) % columns) % columns
-        return row * jnp.uint32(columns) + column
+    def permute(i, index):
+        row, column = index // np.uint32(columns), index % np.uint32(columns)
+        word = np.uint32(2) * i.astype(jnp.uint32)
+        row = (row + hash_words(key[:, None], word, column) % rows) % rows
+        word = word + np.uint32(1)
+        column = (column + hash_words(key[:, None], word, row) % columns) % columns
+        return row * np.uint32(columns) + column
 
-    start = jnp.broadcast_to(jnp.arange(num, dtype=jnp.uint32), (key.shape[0], num))
-    if rows * columns == size:
-        return permute(start)
-    return lax.while_loop(
-        lambda index: jnp.any(index >= size),
-        lambda index: jnp.where(index >= size, permute(index), index),
-        permute(start),
-    )
+    def walk(carry):
+        index, outside = carry
+        moved = lax.fori_loop(0, 3, permute, index)
+        index = jnp.where(outside, moved, index)
+        return index, outside & (index >= size)
+
+    start = jnp.arange(num, dtype=jnp.uint32) + (key[:, None] & np.uint32(0))
+    index, _ = lax.while_loop(lambda c: jnp.any(c[1]), walk, (start, start == start))
+    return index

@@ -19,7 +19,7 @@ from jax import lax
 from efopt.compressors.base import Blocks, Codec
 
 # Coordinates that may be joined in one bucket; a larger leaf has a bucket of its own.
-BUCKET_SIZE = 1 << 22
+BUCKET_SIZE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +78,15 @@ class Layout:
 
     def join(self, arrays: Sequence[jax.Array], step: jax.Array) -> list[jax.Array]:
         """One array per leaf to one per bucket, blocks ``(n, *block)``, zero-padded."""
-        return [self._join(b, arrays, step) for b in self.buckets]
+        return self._fence([_join(b, arrays) for b in self.buckets], step)
 
     def part(
         self, xs: Sequence[jax.Array], step: jax.Array, like: Sequence[jax.Array]
     ) -> list[jax.Array]:
         """Inverse of :meth:`join`; empty leaves take their dtype from ``like``."""
         arrays = [jnp.zeros(a.shape, a.dtype) if a.size == 0 else a for a in like]
-        for b, x in zip(self.buckets, xs, strict=True):
-            x = _joint(x, step) if len(b.leaves) > 1 else x
-            flat = x.reshape(-1)
-            end = 0
+        for b, x in zip(self.buckets, self._fence(xs, step), strict=True):
+            flat, end = x.reshape(-1), 0
             for i, n, size in zip(b.leaves, b.num_blocks, b.sizes, strict=True):
                 start, end = end, end + n * math.prod(b.block)
                 arrays[i] = flat[start : start + size].reshape(self.shapes[i])
@@ -111,16 +109,36 @@ class Layout:
                 out[i] = jax.tree.map(lambda m, s=start, e=end: m[s:e], state)
         return out
 
-    @staticmethod
-    def _join(b: Bucket, arrays: Sequence[jax.Array], step: jax.Array) -> jax.Array:
-        parts = []
-        for i, n, size in zip(b.leaves, b.num_blocks, b.sizes, strict=True):
-            parts.append(arrays[i].reshape(-1))
-            padding = n * math.prod(b.block) - size
-            if padding:
-                parts.append(jnp.zeros(padding, arrays[i].dtype))
-        x = _concatenate(*parts).reshape(b.shape)
-        return _joint(x, step) if len(b.leaves) > 1 else x
+    def _fence(self, xs: Sequence[jax.Array], step: jax.Array) -> list[jax.Array]:
+        """Keeps every bucket of several leaves in one piece.
+
+        Fused into each of its leaves, the arithmetic on a bucket would be compiled once
+        a leaf. The CPU compiler drops barriers before it fuses, but not a branch; this
+        one is never taken.
+        """
+        shared = [i for i, b in enumerate(self.buckets) if len(b.leaves) > 1]
+        if not shared:
+            return list(xs)
+
+        def branch(xs):
+            never = step == np.uint32(2**32 - 1)
+            return lax.cond(never, lambda xs: [-x for x in xs], lambda xs: xs, xs)
+
+        whole = lax.platform_dependent(
+            [xs[i] for i in shared], cpu=branch, default=lax.optimization_barrier
+        )
+        fenced = dict(zip(shared, whole, strict=True))
+        return [fenced.get(i, x) for i, x in enumerate(xs)]
+
+
+def _join(b: Bucket, arrays: Sequence[jax.Array]) -> jax.Array:
+    parts = []
+    for i, n, size in zip(b.leaves, b.num_blocks, b.sizes, strict=True):
+        parts.append(arrays[i].reshape(-1))
+        padding = n * math.prod(b.block) - size
+        if padding:
+            parts.append(jnp.zeros(padding, arrays[i].dtype))
+    return _concatenate(*parts).reshape(b.shape)
 
 
 @functools.lru_cache(maxsize=256)
@@ -161,16 +179,3 @@ def _runs(members, block_size, stacks):
 
 def _concatenate(*parts: jax.Array) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-
-def _joint(x: jax.Array, step: jax.Array) -> jax.Array:
-    """Keeps a bucket of several leaves in one piece.
-
-    Fused into each of its leaves, the arithmetic on a bucket would be compiled once a
-    leaf. The CPU compiler drops barriers before it fuses, but not a branch.
-    """
-
-    def branch(x):
-        return lax.cond(step == np.uint32(2**32 - 1), jnp.negative, lambda x: x, x)
-
-    return lax.platform_dependent(x, cpu=branch, default=lax.optimization_barrier)
