@@ -68,8 +68,9 @@ def top_k_count(size, k=None, fraction=None, block_size=None):
     """How many coordinates `top_k` keeps in a full block of a leaf of ``size``.
 
     A fraction is taken of the whole leaf, or, with a block size, of the block unit
-    min(block_size, next power of two >= size); never below one coordinate. The factor
-    1 - 1e-12 keeps 0.07 * 100 = 7.000000000000001 and its like from becoming 8.
+    min(block_size, next power of four >= size, 16 at least); never below one
+    coordinate. The factor 1 - 1e-12 keeps 0.07 * 100 = 7.000000000000001 and its
+    like from becoming 8.
     """
     if (k is None) == (fraction is None):
         raise ValueError("give exactly one of k and fraction")
@@ -77,9 +78,9 @@ def top_k_count(size, k=None, fraction=None, block_size=None):
         return k
     unit = size
     if block_size is not None:
-        power = 1
+        power = 16
         while power < size:
-            power *= 2
+            power *= 4
         unit = min(block_size, power)
     return max(1, math.ceil(fraction * unit * (1 - 1e-12)))
 

@@ -111,6 +111,6 @@ def sample_without_replacement(key: jax.Array, num: int, size: int) -> jax.Array
         index = jnp.where(outside, moved, index)
         return index, outside & (index >= size)
 
-    start = jnp.arange(num, dtype=jnp.uint32) + (key[:, None] & np.uint32(0))
+    start = jnp.arange(num, dtype=jnp.uint32)[None, :] + (key[:, None] & np.uint32(0))
     index, _ = lax.while_loop(lambda c: jnp.any(c[1]), walk, (start, start == start))
     return index

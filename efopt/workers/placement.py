@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.sharding import PartitionSpec as P
 
 from efopt.workers.node import PerWorker, is_node
@@ -64,7 +64,9 @@ def distribute(tree: Any, mesh: jax.sharding.Mesh, params_specs: Any = None) -> 
 
     Args:
       tree: A state fresh from ``init``, a ``TrainState``, or anything that contains
-        one. A state already laid out over as many workers is placed as it is.
+        one. A state already laid out over as many workers is placed as it is. Of
+        ``jax.ShapeDtypeStruct`` leaves, as ``jax.eval_shape(tx.init, params)`` returns,
+        comes the same with shardings: enough to compile for devices one does not have.
       mesh: The mesh; every axis that the tree names must be one of its axes.
       params_specs: As in :func:`efopt.partition_specs`.
 
@@ -94,14 +96,25 @@ def distribute(tree: Any, mesh: jax.sharding.Mesh, params_specs: Any = None) -> 
             )
         return _spread(node, mesh.shape[node.axis_name])
 
+    def lay_out(tree):
+        return jax.tree.map(
+            lambda x: spread(x) if is_node(x) else _strong(x), tree, is_leaf=is_node
+        )
+
     def place(x, spec):
+        # A step returns empty arrays replicated, unless shardings are part of types.
+        if x.size == 0 and AxisType.Explicit not in mesh.axis_types:
+            spec = P()
+        sharding = NamedSharding(mesh, spec)
+        if abstract:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         # A copy of our own first: `device_put` may hand out the caller's buffers, even
         # under `may_alias=False`, and a donated step would delete them.
-        x = jnp.copy(_strong(x))
-        # A step returns empty arrays replicated, whatever their spec says.
-        return jax.device_put(x, NamedSharding(mesh, spec if x.size else P()))
+        return jax.device_put(jnp.copy(x), sharding)
 
-    tree = jax.tree.map(lambda x: spread(x) if is_node(x) else x, tree, is_leaf=is_node)
+    leaves = jax.tree.leaves(tree)
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+    tree = jax.eval_shape(lay_out, tree) if abstract else lay_out(tree)
     return jax.tree.map(place, tree, partition_specs(tree, params_specs))
 
 

@@ -1,0 +1,80 @@
+"""One step function under every way of mapping it over workers.
+
+``run(how, tx, params, grads)`` feeds ``grads``, one tree per step with a leading worker
+axis, and returns the parameters after each step and the last state, both as NumPy with
+a leading worker axis on parameters where workers could differ.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import efopt
+
+AXIS = "data"
+HOWS = ("auto", "explicit", "two_d", "pmap", "vmap")
+
+
+def make_mesh(how, n=8):
+    if how == "two_d":
+        kinds = (AxisType.Auto, AxisType.Auto)
+        return jax.make_mesh((n, 8 // n), (AXIS, "other"), axis_types=kinds)
+    kind = AxisType.Explicit if how == "explicit" else AxisType.Auto
+    return jax.make_mesh((n,), (AXIS,), axis_types=(kind,), devices=jax.devices()[:n])
+
+
+def make_step(tx):
+    """Applies this worker's gradients; the gradient of <g, p> is g, kept local."""
+
+    def step(state, grads):
+        params, opt_state = state
+        local = efopt.local_params(params, AXIS)
+        product = lambda p: sum(  # noqa: E731
+            jnp.vdot(a.astype(jnp.float32), b.astype(jnp.float32))
+            for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(grads), strict=True)
+        )
+        own = jax.grad(product)(local)
+        own = jax.tree.map(lambda g, p: g.astype(p.dtype), own, params)
+        updates, opt_state = tx.update(own, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
+
+
+def mapped(how, tx, params, n=8):
+    """The jitted step, its first state, and how to place one step's gradients."""
+    step = make_step(tx)
+    whole = (params, tx.init(params))
+    if how in ("pmap", "vmap"):
+        state = efopt.stack_workers(whole, n)
+        if how == "pmap":
+            return jax.pmap(step, axis_name=AXIS, devices=jax.devices()[:n]), state, (
+                lambda g: g
+            )
+        return jax.jit(jax.vmap(step, axis_name=AXIS)), state, lambda g: g
+    mesh = make_mesh(how, n)
+    state = efopt.distribute(whole, mesh)
+    specs = efopt.partition_specs(state)
+    inner = lambda s, g: step(s, jax.tree.map(lambda x: x[0], g))  # noqa: E731
+    fn = jax.jit(
+        jax.shard_map(inner, mesh=mesh, in_specs=(specs, P(AXIS)), out_specs=specs)
+    )
+    sharding = jax.NamedSharding(mesh, P(AXIS))
+    return fn, state, lambda g: jax.device_put(g, sharding)
+
+
+def run(how, tx, params, grads, n=8):
+    fn, state, place = mapped(how, tx, params, n)
+    history = []
+    for g in grads:
+        state = fn(state, place(g))
+        history.append(jax.tree.map(np.asarray, state[0]))
+    return history, jax.tree.map(np.asarray, state[1])
+
+
+def copies(x, n=8):
+    """Every device's own copy of a replicated array."""
+    return [np.asarray(s.data) for s in x.addressable_shards][:n]
