@@ -1,6 +1,6 @@
 """Gradient compression and error feedback for JAX, as Optax transformations."""
 
-from importlib.metadata import version as _version
+from importlib import metadata as _metadata
 
 from efopt import wire as wire
 from efopt.compressors import Compressor as Compressor
@@ -23,5 +23,8 @@ from efopt.workers import partition_specs as partition_specs
 from efopt.workers import per_worker as per_worker
 from efopt.workers import stack_workers as stack_workers
 
-__version__ = _version("efopt")
+try:
+    __version__ = _metadata.version("efopt")
+except _metadata.PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0.0.0"
 __all__ = sorted(name for name in globals() if not name.startswith("_"))

@@ -54,7 +54,7 @@ class PowerSGD(Codec):
         )
 
     def _ask(self, x, blocks, turn):
-        blocks = Blocks(blocks.index, None, x.shape[1:], jnp.dtype(jnp.float32))
+        blocks = Blocks(blocks.index, None, None, x.shape[1:], jnp.dtype(jnp.float32))
         return Message(
             Identity(), Identity().encode(x, blocks, turn), blocks, turn
         )

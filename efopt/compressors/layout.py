@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efopt.compressors.base import Blocks, Codec
+from efopt.compressors.base import Blocks, Codec, compute_dtype
 
 # Coordinates that may be joined in one bucket; a larger leaf has a bucket of its own.
 BUCKET_SIZE = 1 << 20
@@ -54,12 +54,11 @@ class Bucket:
         ends = np.cumsum(self.num_blocks)
         for coordinates, n, end in zip(self.sizes, self.num_blocks, ends, strict=True):
             count[end - 1] = coordinates - (n - 1) * size
-        full = bool((count == size).all())
+        if (count == size).all():
+            return Blocks(jnp.asarray(index), None, None, self.block, self.dtype)
+        weight = jnp.asarray(1 / count, compute_dtype(self.dtype))
         return Blocks(
-            jnp.asarray(index),
-            None if full else jnp.asarray(count),
-            self.block,
-            self.dtype,
+            jnp.asarray(index), jnp.asarray(count), weight, self.block, self.dtype
         )
 
 

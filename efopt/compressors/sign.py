@@ -44,7 +44,7 @@ class ScaledSign(Codec):
         del turn
         return {
             "signs": bits.pack_bits(x >= 0),
-            "scale": mean_magnitude(x, blocks.valid())[:, None],
+            "scale": mean_magnitude(x, blocks.mean_weight())[:, None],
         }
 
     def decode(self, payload, blocks, turn):
@@ -57,15 +57,14 @@ class ScaledSign(Codec):
         return 1 / self.block_shape(shape)[1]
 
 
-def mean_magnitude(x: jax.Array, count: jax.Array) -> jax.Array:
+def mean_magnitude(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Mean of ``|x|`` over the valid coordinates of ``(n, size)``: ``(n,)``.
 
     One pass that neither overflows at 1e38 nor vanishes at 1e-30: every term is first
     divided by a power of two near ``size``, which is exact.
     """
     power = 2.0 ** (x.shape[1] - 1).bit_length()
-    total = block_sum(jnp.abs(x) * (1 / power))
-    return total * (power / jnp.maximum(count, 1).astype(x.dtype))
+    return block_sum(jnp.abs(x) * (1 / power)) * (weight * power)
 
 
 def sign() -> Compressor:

@@ -63,12 +63,11 @@ def group(messages: Sequence[Message], num_workers: int) -> list[Group]:
         extra = rows * num_workers - total
         blocks = [m.blocks for m in same]
         first = blocks[0]
-        count = None
+        index, count, weight = _join([b.index for b in blocks], extra), None, None
         if extra or any(b.count is not None for b in blocks):
             count = _join([b.valid() for b in blocks], extra)
-        joined = Blocks(
-            _join([b.index for b in blocks], extra), count, first.shape, first.dtype
-        )
+            weight = _join([b.mean_weight() for b in blocks], extra)
+        joined = Blocks(index, count, weight, first.shape, first.dtype)
         payload = jax.tree.map(
             lambda *xs, extra=extra: _join(xs, extra), *(m.payload for m in same)
         )
