@@ -27,4 +27,25 @@ try:
     __version__ = _metadata.version("efopt")
 except _metadata.PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0.0.0"
-__all__ = sorted(name for name in globals() if not name.startswith("_"))
+__all__ = [
+    "AccumulateState",
+    "CompressState",
+    "Compressor",
+    "CompressorState",
+    "ErrorFeedbackState",
+    "PerWorker",
+    "accumulate",
+    "compress",
+    "distribute",
+    "error_feedback",
+    "identity",
+    "local_params",
+    "partition_specs",
+    "per_worker",
+    "random_k",
+    "scaled_sign",
+    "sign",
+    "stack_workers",
+    "top_k",
+    "wire",
+]

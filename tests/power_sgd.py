@@ -55,9 +55,7 @@ class PowerSGD(Codec):
 
     def _ask(self, x, blocks, turn):
         blocks = Blocks(blocks.index, None, None, x.shape[1:], jnp.dtype(jnp.float32))
-        return Message(
-            Identity(), Identity().encode(x, blocks, turn), blocks, turn
-        )
+        return Message(Identity(), Identity().encode(x, blocks, turn), blocks, turn)
 
 
 def power_sgd(rank: int):

@@ -1,7 +1,7 @@
 """What bad input gets: an error that names the option, the rule, what came, the cure.
 
-Only the library's own words are asserted. Everything is refused when a transformation is
-made or traced, so that no test here compiles a step.
+Only the library's own words are asserted. Everything is refused when a transformation
+is made or traced, so that no test here compiles a step.
 """
 
 import jax
@@ -289,7 +289,7 @@ def test_two_phase_of_the_identity_names_a_cure_that_exists():
 TRACED = {
     "k": (lambda k: efopt.error_feedback(efopt.top_k(k=k)), "k", 3),
     "bare-k": (efopt.top_k, "k", 3),
-    "fraction": (efopt.random_k, "fraction", 0.5),
+    "fraction": (efopt.top_k, "fraction", 0.5),
     "block_size": (efopt.scaled_sign, "block_size", 4),
     "every": (
         lambda every: efopt.accumulate(over_workers(), every=every, axis_name=AXIS),
@@ -351,15 +351,18 @@ def test_updates_of_another_shape_are_refused():
 
 
 @pytest.mark.parametrize(
-    "lost", [{"w": np.ones((4, 3, 4))}, {"b": np.ones((4, 1)), "w": np.ones((4, 3, 4))}]
+    "shapes",
+    [{"w": (3, 4)}, {"b": (1,), "w": (3, 4)}, {"b": (9,), "w": (3, 4)}],
+    ids=["structure", "smaller", "larger"],
 )
-def test_two_phase_compress_refuses_updates_that_init_did_not_see(lost):
+def test_two_phase_compress_refuses_updates_that_init_did_not_see(shapes):
     # The residuals of the owners stand for the blocks that `init` counted.
     tx = efopt.compress(efopt.scaled_sign(4), axis_name=AXIS, exchange="two_phase")
     state = efopt.stack_workers(tx.init(PARAMS), 4)
+    updates = {k: jnp.ones((4, *shape)) for k, shape in shapes.items()}
     step = jax.vmap(tx.update, axis_name=AXIS)
-    lost = jax.tree.map(jnp.float32, lost)
-    refused(ValueError, ["`compress(scaled_sign(", "`init`"], step, lost, state)
+    words = ["`compress(scaled_sign(", "`init`"]
+    refused(ValueError, words, jax.eval_shape, step, updates, state)
 
 
 ON_WORKERS = {
@@ -419,18 +422,18 @@ def gradient_step(tx, mark):
 def test_gradients_already_summed_over_workers_are_refused(mesh, name):
     tx = IN_FRONT[name]
     state = efopt.distribute(tx.init(PARAMS), mesh)
-    specs = efopt.partition_specs(state)
+    placed = efopt.partition_specs(state)
     args = (PARAMS, state, GRADS)
-    in_specs, out_specs = (P(), specs, P(AXIS)), (P(), specs)
+    specs = {"in_specs": (P(), placed, P(AXIS)), "out_specs": (P(), placed)}
     words = ["already equal on all workers", "'data'", "['b']"]
     words += ["`efopt.local_params(params, 'data')`"]
     step = gradient_step(tx, lambda params: params)
-    refused(ValueError, words, trace, mesh, step, *args, in_specs=in_specs)
+    refused(ValueError, words, trace, mesh, step, *args, **specs)
     if name == "per_worker":
         return  # alone it averages nothing, so that no step can end with it
     # The cure that the message names.
     step = gradient_step(tx, lambda params: efopt.local_params(params, AXIS))
-    trace(mesh, step, *args, in_specs=in_specs, out_specs=out_specs)
+    trace(mesh, step, *args, **specs)
 
 
 def test_the_one_leaf_that_is_already_summed_is_named(mesh):
@@ -520,6 +523,25 @@ def test_server_residual_of_another_number_of_workers_is_refused(mesh):
     state = efopt.distribute(tx.init(PARAMS), half)
     words = ["'data'", "for 8", "`tx.init(params)`"]
     refused(ValueError, words, efopt.distribute, state, mesh)
+
+
+def test_two_phase_of_parameters_sharded_over_another_axis_is_refused():
+    # `init` counts the blocks of whole parameters, a worker those of its shards.
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), (AXIS, "model"), axis_types=kinds)
+    params = {"w": jnp.zeros((6, 8))}
+    grads, params_specs = {"w": jnp.ones((4, 6, 8))}, {"w": P(None, "model")}
+    tx = over_workers(efopt.scaled_sign(4), exchange="two_phase")
+    state = efopt.distribute(tx.init(params), mesh, params_specs)
+    specs = efopt.partition_specs(state, params_specs)
+
+    def step(state, grads):
+        return tx.update(own(grads), state)
+
+    options = {"in_specs": (specs, {"w": P(AXIS, None, "model")})}
+    options["out_specs"] = (params_specs, specs)
+    words = ["`error_feedback(scaled_sign(block_size=4"]
+    refused(ValueError, words, trace, mesh, step, state, grads, **options)
 
 
 def test_refusal_leaves_donated_arguments_alone(mesh):

@@ -16,7 +16,9 @@ SHAPES = {"w": (7, 5), "b": (11,), "s": ()}
 
 
 def tree(rng, lead=(), dtype=np.float32):
-    return {k: rng.standard_normal((*lead, *s)).astype(dtype) for k, s in SHAPES.items()}
+    return {
+        k: rng.standard_normal((*lead, *s)).astype(dtype) for k, s in SHAPES.items()
+    }
 
 
 def leaves(t):
@@ -116,7 +118,9 @@ def test_a_rate_of_zero_holds_the_residual():
     )
     got = drive(tx, params, grads)
     for t in (1, 2, 4):
-        for a, b in zip(jax.tree.leaves(got[t]), jax.tree.leaves(got[t - 1])):
+        for a, b in zip(
+            jax.tree.leaves(got[t]), jax.tree.leaves(got[t - 1]), strict=False
+        ):
             if a.dtype == jnp.int32:  # the counters go on
                 continue
             np.testing.assert_array_equal(a, b)
@@ -173,6 +177,7 @@ CASES = [
 ]
 NAMES = [f"{c}-{e}" for c, e in CASES]
 
+
 def tolerance(dtype, exchange):
     """Relative to the largest entry. float32: rounding of sums of n terms. Narrow
     dtypes under all_reduce: the network averages in the leaf's dtype, and nobody knows
@@ -185,7 +190,7 @@ def tolerance(dtype, exchange):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(("compressor", "exchange"), CASES, ids=NAMES)
 def test_nothing_is_lost_between_workers(compressor, exchange, dtype):
-    """mean(updates + old residual) = applied + mean(new residual) + change of server."""
+    """mean(updates + old owed) = applied + mean(new owed), with the server's part."""
     rng = np.random.default_rng(3)
     mesh = make_mesh("auto")
     params = jax.tree.map(lambda s: jnp.zeros(s, dtype), SHAPES, is_leaf=_is_shape)
@@ -377,7 +382,9 @@ def test_identity_with_feedback_is_pmean_bit_for_bit(mesh):
         grads = tree(rng, lead=(8,))
         grads["h"] = jnp.asarray(rng.standard_normal((8, 9)), jnp.bfloat16)
         out, state = update(grads, state)
-        for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(pmean(grads))):
+        for a, b in zip(
+            jax.tree.leaves(out), jax.tree.leaves(pmean(grads)), strict=False
+        ):
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)
         for e in jax.tree.leaves(state.residual):

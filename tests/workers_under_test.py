@@ -51,8 +51,10 @@ def mapped(how, tx, params, n=8):
     if how in ("pmap", "vmap"):
         state = efopt.stack_workers(whole, n)
         if how == "pmap":
-            return jax.pmap(step, axis_name=AXIS, devices=jax.devices()[:n]), state, (
-                lambda g: g
+            return (
+                jax.pmap(step, axis_name=AXIS, devices=jax.devices()[:n]),
+                state,
+                (lambda g: g),
             )
         return jax.jit(jax.vmap(step, axis_name=AXIS)), state, lambda g: g
     mesh = make_mesh(how, n)

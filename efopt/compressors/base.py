@@ -68,7 +68,7 @@ class Blocks:
         return self.count
 
     def mean_weight(self) -> jax.Array:
-        """What a block's sum is multiplied by to make a mean, compute dtype ``(n,)``."""
+        """What makes a block's sum its mean: the factor, compute dtype ``(n,)``."""
         if self.weight is None:
             return jnp.full(self.index.shape, 1 / self.size, self.compute_dtype)
         return self.weight.astype(self.compute_dtype)

@@ -29,7 +29,7 @@ def pack_bits(bits: jax.Array) -> jax.Array:
 
 
 def unpack_bits(packed: jax.Array, size: int) -> jax.Array:
-    """Inverse of :func:`pack_bits`: uint8 ``(n, ceil(size / 8))`` to bool ``(n, size)``."""
+    """Inverse of :func:`pack_bits`: uint8 ``(n, width)`` to bool ``(n, size)``."""
     n, width = packed.shape
     place = jnp.arange(8, dtype=jnp.uint8)[None, :, None]
     planes = (packed[:, None, :] >> place) & jnp.uint8(1)
@@ -37,7 +37,7 @@ def unpack_bits(packed: jax.Array, size: int) -> jax.Array:
 
 
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Rounds finite ``x`` to the nearest value of ``dtype`` and keeps the dtype of ``x``.
+    """Rounds ``x`` to the nearest value of ``dtype`` and keeps its own dtype.
 
     The result converts to ``dtype`` exactly, values beyond its range saturate, and no
     compiler removes the rounding. A ``dtype`` at least as wide as that of ``x`` changes
@@ -63,7 +63,7 @@ def cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return round_to(x, dtype).astype(dtype)
 
 
-def hash_words(*words: jax.Array | int) -> jax.Array:
+def hash_words(*words: jax.typing.ArrayLike) -> jax.Array:
     """Hashes broadcastable unsigned words into one uint32 array, counter style.
 
     Murmur3's 32-bit finaliser after each word: a bijection of the last word, cheap on
@@ -82,9 +82,9 @@ def hash_words(*words: jax.Array | int) -> jax.Array:
 def sample_without_replacement(key: jax.Array, num: int, size: int) -> jax.Array:
     """``num`` distinct pseudo-random indices below ``size`` for each key.
 
-    A Feistel network over the rectangle ``rows x columns >= size`` permutes it; an index
-    that lands outside ``size`` walks on until it is inside. Costs ``O(num)`` per key,
-    without sorting or permuting ``size`` elements.
+    A Feistel network over the rectangle ``rows x columns >= size`` permutes it; an
+    index that lands outside ``size`` walks on until it is inside. Costs ``O(num)`` per
+    key, without sorting or permuting ``size`` elements.
 
     Args:
       key: uint32 ``(n,)``, one key per row of the result.

@@ -25,7 +25,7 @@ class CompressorState(NamedTuple):
       memory: The codec's state for each leaf; ``()`` for a stateless codec.
     """
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     memory: Any
 
 
@@ -47,8 +47,8 @@ class Compressor(optax.GradientTransformationExtraArgs):
     leaf by what a receiver would read, without feedback and without workers. Give it to
     :func:`efopt.error_feedback` or :func:`efopt.compress` to send it.
 
-    Compressors are immutable and compare, hash, copy, pickle and print by their options.
-    Make one with a factory such as :func:`efopt.scaled_sign`.
+    Compressors are immutable and compare, hash, copy, pickle and print by their
+    options. Make one with a factory such as :func:`efopt.scaled_sign`.
     """
 
     @property

@@ -112,13 +112,15 @@ def scaled_sign(block_size: int | None = None) -> Compressor:
 
     .. math::  C(x) = \frac{\|x\|_1}{d} \operatorname{sign}(x)  \quad\text{per block}
 
-    A block of zeros has scale zero and decodes to zero. Padding has no share in a scale.
+    A block of zeros has scale zero and decodes to zero. Padding has no share in a
+    scale.
 
     Shapes: each leaf ``(...)`` -> same shape and dtype.
     Payload: uint8, 8 signs to a byte; one scale a block, float32 (float64 for float64).
     Cost: ``d + 32 * ceil(d / block_size)`` bits per leaf and the last block's padding.
-    Properties: biased; contraction ``delta = |x|_1^2 / (d |x|_2^2)``, at least ``1 / d``
-    and about ``2 / pi`` on Gaussian blocks of ``d``; not linear; no randomness.
+    Properties: biased; contraction ``delta = |x|_1^2 / (d |x|_2^2)``, at least
+    ``1 / d`` and about ``2 / pi`` on Gaussian blocks of ``d``; not linear; no
+    randomness.
     Placement: stateless.
 
     Args:

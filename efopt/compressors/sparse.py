@@ -147,7 +147,8 @@ def top_k(
       [ 0. -3.  0.]
 
     References:
-      Stich et al, `Sparsified SGD with Memory <https://arxiv.org/abs/1809.07599>`_, 2018
+      Stich et al, `Sparsified SGD with Memory <https://arxiv.org/abs/1809.07599>`_,
+      2018
     """
     block_size = options.block_size("top_k", block_size)
     options.sparsity("top_k", fraction, k, block_size)
@@ -162,8 +163,8 @@ def random_k(
 ) -> Compressor:
     r"""Sends coordinates drawn at random, the same ones on every worker.
 
-    The mask follows from ``seed`` and the step, so no index is sent, and the payloads of
-    all workers add up: an ordinary all-reduce of ``k`` numbers.
+    The mask follows from ``seed`` and the step, so no index is sent, and the payloads
+    of all workers add up: an ordinary all-reduce of ``k`` numbers.
 
     .. math::  C(x)_j = x_j \, 1[j \in S_t], \quad |S_t| = k
 
@@ -197,7 +198,8 @@ def random_k(
       3200
 
     References:
-      Stich et al, `Sparsified SGD with Memory <https://arxiv.org/abs/1809.07599>`_, 2018
+      Stich et al, `Sparsified SGD with Memory <https://arxiv.org/abs/1809.07599>`_,
+      2018
     """
     block_size = options.block_size("random_k", block_size)
     options.sparsity("random_k", fraction, k, block_size)

@@ -1,1 +1,1 @@
-"""Exchanges: how the workers' payloads become one average. One way of meeting a file."""
+"""How the workers' payloads become one average. One way of meeting a file."""

@@ -49,7 +49,7 @@ class Exchange:
 
 
 def all_gather(x: jax.Array, axis_name: str) -> jax.Array:
-    """Every worker's ``x``, stacked along a new first axis, typed as equal everywhere."""
+    """Every worker's ``x`` along a new first axis, typed as equal everywhere."""
     if axis.is_typed(axis_name):
         return lax.all_gather(x, axis_name, to="invarying")
     return lax.all_gather(x, axis_name)

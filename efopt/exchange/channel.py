@@ -88,9 +88,9 @@ class Channel:
                         f"{self.api} got updates that are already equal on all workers "
                         f"along {self.axis_name!r}, at "
                         f"{jax.tree_util.keystr(path) or 'the root'}: there is nothing "
-                        "left to compress. Inside `jax.shard_map`, `jax.grad` sums over "
-                        "workers when parameters are replicated; differentiate with "
-                        "respect to "
+                        "left to compress. Inside `jax.shard_map`, `jax.grad` sums "
+                        "over workers when parameters are replicated; differentiate "
+                        "with respect to "
                         f"`efopt.local_params(params, {self.axis_name!r})`."
                     )
         worker = jnp.uint32(0)
@@ -173,7 +173,8 @@ class Inbound:
         """One array per leaf to one per bucket, in the compute dtype."""
         xs = self.layout.join(leaves, self.turn.step)
         buckets = self.layout.buckets
-        return [x.astype(compute_dtype(b.dtype)) for x, b in zip(xs, buckets)]
+        pairs = zip(xs, buckets, strict=True)
+        return [x.astype(compute_dtype(b.dtype)) for x, b in pairs]
 
     def part(self, xs: Sequence[jax.Array], like: Sequence[jax.Array]) -> Any:
         """One array per bucket to a tree of the updates' structure."""
@@ -201,8 +202,8 @@ def open_channel(
     name = codec.default_exchange if exchange is None else exchange
     if name not in EXCHANGES:
         raise ValueError(
-            f"`{api}(exchange=...)` must be one of {', '.join(map(repr, EXCHANGES))} or "
-            f"None for the compressor's own, got {exchange!r}."
+            f"`{api}(exchange=...)` must be one of {', '.join(map(repr, EXCHANGES))} "
+            f"or None for the compressor's own, got {exchange!r}."
         )
     reason = EXCHANGES[name].refusal(codec)
     if reason is not None:

@@ -21,7 +21,7 @@ from efopt.compressors.layout import Layout
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Joined messages ``(n * rows, *block)``, of which each worker owns ``rows`` blocks.
+    """Joined messages ``(n * rows, *block)``; each worker owns ``rows`` blocks.
 
     Attributes:
       messages: The messages, in order.

@@ -18,8 +18,8 @@ class TwoPhase(Exchange):
 
     ``all_to_all`` brings every owner all payloads of its range. It adds what it still
     owes (its server residual), compresses the sum, keeps the new error, and
-    ``all_gather`` brings its payload to everybody. About two payloads leave each worker,
-    however many workers there are.
+    ``all_gather`` brings its payload to everybody. About two payloads leave each
+    worker, however many workers there are.
 
     References:
       Zheng et al, `Communication-Efficient Distributed Blockwise Momentum SGD with

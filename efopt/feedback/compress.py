@@ -22,7 +22,7 @@ class CompressState(NamedTuple):
         :class:`efopt.PerWorker` per group of blocks, at least float32. Else ``()``.
     """
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     memory: Any
     server: Any
 
@@ -76,11 +76,13 @@ def compress(
     """
     channel = open_channel("compress", compressor, axis_name, exchange)
 
-    def init_fn(params):
+    def init_fn(params: Any) -> Any:
         memory, server = channel.init(params)
         return CompressState(jnp.zeros([], jnp.int32), memory, server)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> Any:
         del params, extra_args
         inbound = channel.receive(updates, state.count)
         averages, _, memory, server = channel.average(

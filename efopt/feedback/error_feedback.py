@@ -28,7 +28,7 @@ class ErrorFeedbackState(NamedTuple):
         step. shape=(), float32. ``()`` if no learning rate was given.
     """
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     residual: Any
     memory: Any
     server: Any
@@ -49,16 +49,17 @@ def error_feedback(
       u = \frac{1}{n} \sum_i C(p_i), \quad
       e_i \leftarrow p_i - C(p_i)
 
-    With any contractive compressor this converges like uncompressed SGD. Nothing is ever
-    lost: the mean over workers of (updates in + old residual) equals the average applied
-    plus the mean of the new residuals, plus the change of the server residual.
+    With any contractive compressor this converges like uncompressed SGD. Nothing is
+    ever lost: the mean over workers of (updates in + old residual) equals the average
+    applied plus the mean of the new residuals, plus the change of the server residual.
 
     *Where the learning rate stands.* ``chain(scale_by_learning_rate(lr),
-    error_feedback(C))`` is the paper's algorithm to the letter: the residual is in units
-    of parameters, and parameters minus the mean residual follow SGD exactly. In the
-    usual Optax order, ``chain(error_feedback(C), sgd(lr))``, the residual is in units of
-    gradients; the two agree for a constant rate and a positively homogeneous ``C``, such
-    as all of efopt's but :func:`efopt.sign`. Under a schedule pass the same schedule as
+    error_feedback(C))`` is the paper's algorithm to the letter: the residual is in
+    units of parameters, and parameters minus the mean residual follow SGD exactly. In
+    the usual Optax order, ``chain(error_feedback(C), sgd(lr))``, the residual is in
+    units of gradients; the two agree for a constant rate and a positively homogeneous
+    ``C``, such as all of efopt's but :func:`efopt.sign`. Under a schedule pass the same
+    schedule as
     ``learning_rate``: the factor above then keeps parameters minus rate times residual
     on SGD's path. At a rate of zero nothing is sent or owed: updates are zero and the
     residual is held.
@@ -66,18 +67,19 @@ def error_feedback(
     *What stands around it.* State in front of it must be each worker's own, for example
     ``per_worker(optax.trace(0.9), axis_name)`` for local momentum. Momentum behind a
     coarse compressor such as :func:`efopt.scaled_sign` amplifies the residual's delayed
-    bursts and does not train at ordinary rates: put it in front. Do not wrap the exchange
-    in ``optax.MultiSteps`` (use :func:`efopt.accumulate`), ``optax.apply_if_finite`` or
-    other conditional wrappers, whose branch may differ between workers, nor in
+    bursts and does not train at ordinary rates: put it in front. Do not wrap the
+    exchange in ``optax.MultiSteps`` (use :func:`efopt.accumulate`),
+    ``optax.apply_if_finite`` or other conditional wrappers, whose branch may differ
+    between workers, nor in
     ``optax.masked``, which leaves the other leaves un-averaged: use ``optax.partition``
     with ``compress(identity(), axis_name)`` for them.
 
-    *Exchanges*, for ``n`` workers and a payload of ``b`` bytes over all leaves, in bytes
-    that leave each worker: ``all_reduce`` (linear compressors) ``2 b (n-1)/n``, one
-    collective per dtype; ``all_gather`` ``b (n-1)``, one collective; ``two_phase``
-    (blocked compressors) ``2 b (n-1)/n``, two collectives, with a residual for the second
-    compression that is split over the workers; ``majority_vote`` (signs) ``2 b (n-1)/n``,
-    two collectives.
+    *Exchanges*, for ``n`` workers and a payload of ``b`` bytes over all leaves, in
+    bytes that leave each worker: ``all_reduce`` (linear compressors) ``2 b (n-1)/n``,
+    one collective per dtype; ``all_gather`` ``b (n-1)``, one collective; ``two_phase``
+    (blocked compressors) ``2 b (n-1)/n``, two collectives, with a residual for the
+    second compression that is split over the workers; ``majority_vote`` (signs)
+    ``2 b (n-1)/n``, two collectives.
 
     Shapes: any tree of floating-point leaves -> the same, dtypes kept.
     Cost: ``compressor.payload_bits`` per leaf, worker and step.
@@ -118,7 +120,8 @@ def error_feedback(
       Karimireddy et al, `Error Feedback Fixes SignSGD and other Gradient Compression
       Schemes <https://arxiv.org/abs/1901.09847>`_, 2019 (Algorithms 1 and 2)
       Zheng et al, `Communication-Efficient Distributed Blockwise Momentum SGD with
-      Error-Feedback <https://arxiv.org/abs/1905.10936>`_, 2019 (the learning-rate ratio)
+      Error-Feedback <https://arxiv.org/abs/1905.10936>`_, 2019 (the learning-rate
+      ratio)
     """
     channel = open_channel("error_feedback", compressor, axis_name, exchange)
     if residual_dtype is not None and jnp.dtype(residual_dtype).name not in FLOATS:
@@ -127,7 +130,7 @@ def error_feedback(
             f"({', '.join(FLOATS)}), got {residual_dtype!r}."
         )
 
-    def init_fn(params):
+    def init_fn(params: Any) -> Any:
         memory, server = channel.init(params)
 
         def zeros(p):
@@ -142,7 +145,9 @@ def error_feedback(
             learning_rate=() if learning_rate is None else jnp.zeros([], jnp.float32),
         )
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> Any:
         del params, extra_args
         residual = _unwrap(channel, state.residual)
         inbound = channel.receive(updates, state.count, residual)

@@ -36,8 +36,8 @@ def require_bound(api: str, axis_name: str) -> None:
         raise ValueError(
             f"{api} works over the mapped axis {axis_name!r}, and none of that name is "
             "bound here. Call it inside `jax.shard_map`, `jax.pmap` "
-            f"or `jax.vmap(..., axis_name={axis_name!r})`, or pass `axis_name=None` for "
-            "a single worker."
+            f"or `jax.vmap(..., axis_name={axis_name!r})`, or pass `axis_name=None` "
+            "for a single worker."
         )
 
 
@@ -73,9 +73,9 @@ def local_params(params: Any, axis_name: str) -> Any:
     """Marks parameters as this worker's own, so that gradients stay local.
 
     Inside ``shard_map``, ``jax.grad`` with respect to replicated parameters returns the
-    gradient already summed over workers: an uncompressed all-reduce, and nothing left to
-    compress. Differentiate with respect to ``local_params(params, axis_name)`` instead.
-    Under ``pmap``, ``vmap`` and without checks this changes nothing.
+    gradient already summed over workers: an uncompressed all-reduce, and nothing left
+    to compress. Differentiate with respect to ``local_params(params, axis_name)``
+    instead. Under ``pmap``, ``vmap`` and without checks this changes nothing.
 
     Args:
       params: Any pytree of arrays.

@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from efopt.workers import axis
 
@@ -50,10 +49,10 @@ class PerWorker:
                 placed = self.axis_name in axis.varying(x)
             if not placed:
                 raise ValueError(
-                    f"{api} got per-worker state that is not laid out over the workers: "
-                    f"{jax.tree_util.keystr(path) or 'its value'} has shape {x.shape} "
-                    f"inside the function mapped over {self.axis_name!r}. Place the "
-                    "state with `efopt.distribute(state, mesh)` and pass "
+                    f"{api} got per-worker state that is not laid out over the "
+                    f"workers: {jax.tree_util.keystr(path) or 'its value'} has shape "
+                    f"{x.shape} inside the function mapped over {self.axis_name!r}. "
+                    "Place the state with `efopt.distribute(state, mesh)` and pass "
                     "`efopt.partition_specs(state)` as in_specs and out_specs of "
                     "`jax.shard_map`; for `pmap` and `vmap` use "
                     "`efopt.stack_workers(state, n)`."

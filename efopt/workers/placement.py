@@ -20,8 +20,8 @@ def partition_specs(tree: Any, params_specs: Any = None) -> Any:
       tree: A state, a ``TrainState``, or anything that contains one; arrays or
         ``jax.ShapeDtypeStruct``.
       params_specs: Specs of parameters that are sharded over other mesh axes: every
-        subtree with the structure of ``params_specs`` takes them, behind the worker axis
-        where it is per worker. ``None``: parameters are replicated.
+        subtree with the structure of ``params_specs`` takes them, behind the worker
+        axis where it is per worker. ``None``: parameters are replicated.
 
     Returns:
       A pytree of the structure of ``tree`` with a ``PartitionSpec`` at every leaf.
@@ -122,12 +122,12 @@ def stack_workers(tree: Any, num_workers: int) -> Any:
     """Stacks a state for ``pmap`` or ``vmap``: a leading worker axis on every leaf.
 
     Args:
-      tree: A state fresh from ``init``, a ``TrainState``, or anything that contains one.
+      tree: A state fresh from ``init``, a ``TrainState``, or anything that holds one.
       num_workers: The number of workers, at least 1.
 
     Returns:
-      The same pytree, every leaf with a leading axis of length ``num_workers``. Map over
-      it with ``in_axes=0``; inside, the state looks as under ``shard_map``.
+      The same pytree, every leaf with a leading axis of length ``num_workers``. Map
+      over it with ``in_axes=0``; inside, the state looks as under ``shard_map``.
 
     Raises:
       TypeError: If ``num_workers`` is not a Python int.

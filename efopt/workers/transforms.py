@@ -17,8 +17,9 @@ def per_worker(
     """Runs ``inner`` on each worker's own updates, with a state of its own.
 
     For whatever stands in front of the exchange in a chain and keeps state, such as
-    local momentum: ``chain(per_worker(optax.trace(0.9), "data"), error_feedback(...))``.
-    Without it that state would differ from worker to worker unmarked, which
+    local momentum: ``chain(per_worker(optax.trace(0.9), "data"),
+    error_feedback(...))``. Without it that state would differ from worker to worker
+    unmarked, which
     ``shard_map`` refuses and ``pmap`` silently corrupts.
 
     Placement: the whole state of ``inner`` is a :class:`efopt.PerWorker`.
@@ -44,10 +45,12 @@ def per_worker(
     _need_axis("per_worker", axis_name)
     inner = optax.with_extra_args_support(inner)
 
-    def init_fn(params):
+    def init_fn(params: Any) -> Any:
         return PerWorker.wrap(jax.tree.map(jnp.asarray, inner.init(params)), axis_name)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> Any:
         axis.require_bound("`per_worker`", axis_name)
         own = state.local(f"`per_worker(axis_name={axis_name!r})`")
         updates, own = inner.update(updates, own, params, **extra_args)
@@ -76,10 +79,10 @@ def accumulate(
 ) -> optax.GradientTransformationExtraArgs:
     """Averages the gradients of ``every`` mini-steps, then updates, and meets, once.
 
-    In place of ``optax.MultiSteps``, which keeps an accumulator that differs from worker
-    to worker unmarked and runs the exchange at every mini-step. Here mini-steps send
-    nothing: the exchange stands in a branch that all workers take together. In between,
-    updates are zero.
+    In place of ``optax.MultiSteps``, which keeps an accumulator that differs from
+    worker to worker unmarked and runs the exchange at every mini-step. Here mini-steps
+    send nothing: the exchange stands in a branch that all workers take together. In
+    between, updates are zero.
 
     Placement: the accumulator is a :class:`efopt.PerWorker`, the counter is replicated.
 
@@ -115,7 +118,7 @@ def accumulate(
         raise ValueError(f"`accumulate(every=...)` must be at least 1, got {every}.")
     inner = optax.with_extra_args_support(inner)
 
-    def init_fn(params):
+    def init_fn(params: Any) -> Any:
         wide = jax.tree.map(_wide_zeros, params)
         return AccumulateState(
             count=jnp.zeros([], jnp.int32),
@@ -123,7 +126,9 @@ def accumulate(
             inner=inner.init(params),
         )
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> Any:
         axis.require_bound("`accumulate`", axis_name)
         total = state.accumulator.local(f"`accumulate(axis_name={axis_name!r})`")
         total = jax.tree.map(lambda a, g: a + g.astype(a.dtype) / every, total, updates)

@@ -1,0 +1,620 @@
+"""What every compressor promises, over the rows of `registry.py`.
+
+Tolerances come from one table, by the dtype in which a test's arithmetic was done.
+Statistical tests state their number of draws and their bound in standard errors.
+"""
+
+import copy
+import functools
+import itertools
+import math
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from registry import EXCHANGES, ROWS
+
+import efopt
+
+TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 2e-3}
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+# Compiling is most of the cost of this file, so that most tests share one tree, and
+# with it one program a row. In each dtype it has a scalar, an empty leaf, one of size 1
+# and one of odd size; some leaves share a bucket, and one is larger than any block.
+SHAPES = {
+    f"{kind} {jnp.dtype(dtype).name}": (shape, dtype)
+    for dtype in DTYPES
+    for kind, shape in {
+        "scalar": (),
+        "empty": (0, 3),
+        "one": (1,),
+        "odd": (5, 7),
+    }.items()
+}
+SHAPES |= {"same": ((35,), jnp.float32), "long": ((1031,), jnp.float32)}
+
+each_row = pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
+each_random_row = pytest.mark.parametrize(
+    "row", [r for r in ROWS if r.random], ids=[r.name for r in ROWS if r.random]
+)
+
+
+def tree(seed, shapes=None):
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(rng.standard_normal(shape), dtype)
+        for name, (shape, dtype) in (shapes or SHAPES).items()
+    }
+
+
+def specs(values):
+    """Structure, and shapes, dtypes and weak types of the leaves."""
+    return jax.tree.structure(values), [jax.typeof(x) for x in jax.tree.leaves(values)]
+
+
+def bits(values):
+    """A tree's leaves as bytes, so that -0.0 differs from 0.0 and nan equals itself."""
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(values)]
+
+
+def wide(values):
+    return [np.asarray(x, np.float64) for x in jax.tree.leaves(values)]
+
+
+@functools.cache
+def jitted(tx):
+    """`update` under `jax.jit`, compiled once for the whole file."""
+    return jax.jit(tx.update)
+
+
+@functools.cache
+def fed_back(compressor):
+    return efopt.error_feedback(compressor)
+
+
+def at_step(step):
+    return efopt.CompressorState(jnp.asarray(step, jnp.int32), ())
+
+
+# ------------------------------------------------------------- shapes and zeros
+
+
+@each_row
+def test_update_keeps_structure_shapes_and_dtypes(row):
+    grads, compressor = tree(0), row.make()
+    for tx in (compressor, fed_back(compressor)):
+        updates, state = jitted(tx)(grads, tx.init(grads))
+        assert specs(updates) == specs(grads)
+        assert all(np.isfinite(x).all() for x in wide(updates))
+        assert int(state.count) == 1
+
+
+@each_row
+def test_zeros_stay_finite_and_zero_where_the_wire_can_say_so(row):
+    zeros, compressor = jax.tree.map(jnp.zeros_like, tree(0)), row.make()
+    for tx in (compressor, fed_back(compressor)):
+        updates, state = jitted(tx)(zeros, tx.init(zeros))
+        for x in wide(updates):
+            assert np.isfinite(x).all()
+            assert (x == 0).all() == (row.says_zero or x.size == 0)
+        assert all(np.isfinite(x).all() for x in wide(state))
+
+
+@each_row
+def test_trees_without_coordinates_pass_through(row):
+    for grads in ({}, (), {"empty": jnp.zeros((0, 3))}):
+        for tx in (row.make(), fed_back(row.make())):
+            updates, _ = tx.update(grads, tx.init(grads))
+            assert specs(updates) == specs(grads)
+
+
+# ------------------------------------------------------------------------ state
+
+
+@each_row
+def test_state_keeps_its_type_through_steps_and_branches(row):
+    grads = tree(0)
+    for tx in (row.make(), fed_back(row.make())):
+        first = tx.init(grads)
+        update = jitted(tx)
+        _, second = update(grads, first)
+        assert specs(second) == specs(first)
+        programs = update._cache_size()
+        _, third = update(grads, second)
+        assert update._cache_size() == programs == 1
+        assert specs(third) == specs(first)
+
+        def step(take, grads, state, tx=tx):
+            def skip(grads, state):
+                return jax.tree.map(jnp.zeros_like, grads), state
+
+            return jax.lax.cond(take, tx.update, skip, grads, state)
+
+        # A branch of another type is a TypeError, at trace time already.
+        out, state = jax.eval_shape(step, True, grads, first)
+        assert specs(state) == specs(first)
+        assert specs(out) == specs(grads)
+
+
+@each_row
+def test_init_takes_shapes_for_arrays(row):
+    params = tree(0)
+    structs = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    for tx in (row.make(), efopt.error_feedback(row.make())):
+        assert specs(tx.init(structs)) == specs(tx.init(params))
+        assert specs(jax.eval_shape(tx.init, structs)) == specs(tx.init(params))
+
+
+@each_row
+def test_map_params_finds_the_residual_and_nothing_else(row):
+    params = tree(0)
+    tx = efopt.error_feedback(row.make())
+    state = tx.init(params)
+    marked = optax.tree.map_params(
+        tx,
+        lambda x: ("params", x.shape),
+        state,
+        transform_non_params=lambda x: ("other", x.shape),
+    )
+    assert marked.residual == {
+        name: ("params", shape) for name, (shape, _) in SHAPES.items()
+    }
+    assert marked.count == ("other", ())
+
+
+@each_row
+def test_map_params_maps_the_bare_state(row):
+    params, compressor = tree(0), row.make()
+    marked = optax.tree.map_params(
+        compressor,
+        lambda x: "params",
+        compressor.init(params),
+        transform_non_params=lambda x: "other",
+    )
+    assert marked.count == "other"
+    memory = jax.tree.leaves(marked.memory)
+    assert memory == ["params"] * len(jax.tree.leaves(compressor.init(params).memory))
+
+
+@each_row
+def test_tree_get_finds_the_residual_in_a_chain(row):
+    params = tree(0)
+    tx = optax.chain(fed_back(row.make()), optax.sgd(0.1, momentum=0.9))
+    state = tx.init(params)
+    assert optax.tree.get(state, "residual") is state[0].residual
+
+
+# ------------------------------------------------------------------ inside optax
+
+# Without jit: the few operations on these shapes are compiled once for all tests.
+SMALL = {"a": ((35,), jnp.float32), "b": ((35,), jnp.bfloat16)}
+
+
+def alone(compressor, grads):
+    return compressor.update(grads, compressor.init(grads))[0]
+
+
+@each_row
+def test_unknown_extra_arguments_are_ignored(row):
+    grads = tree(1, SMALL)
+    for tx in (row.make(), fed_back(row.make()), efopt.compress(row.make())):
+        state = tx.init(grads)
+        plain = tx.update(grads, state)
+        extra = tx.update(grads, state, grads, value=jnp.zeros([]), batch={"x": 1})
+        assert bits(plain) == bits(extra)
+
+
+@each_row
+def test_chain_passes_the_round_trip_on(row):
+    grads, compressor = tree(1, SMALL), row.make()
+    tx = optax.chain(compressor, optax.scale(-1.0))
+    updates, _ = tx.update(grads, tx.init(grads), grads)
+    assert bits(updates) == bits(jax.tree.map(jnp.negative, alone(compressor, grads)))
+
+
+@each_row
+def test_partition_and_masked_compress_their_own_leaves_only(row):
+    grads, compressor = tree(1, SMALL), row.make()
+    mine = alone(compressor, {"b": grads["b"]})
+    tx = optax.partition(
+        {"mine": compressor, "rest": optax.scale(2.0)}, {"a": "rest", "b": "mine"}
+    )
+    updates, _ = tx.update(grads, tx.init(grads), grads)
+    assert bits(updates) == bits({"a": 2 * grads["a"], **mine})
+    tx = optax.masked(compressor, {"a": False, "b": True})
+    updates, _ = tx.update(grads, tx.init(grads), grads)
+    assert bits(updates) == bits({"a": grads["a"], **mine})
+
+
+@each_row
+def test_inject_hyperparams_changes_nothing_with_the_static_arguments(row):
+    grads = tree(1, SMALL)
+    injected = optax.inject_hyperparams(row.factory, static_args=row.static_args)
+    tx = injected(**row.options)
+    updates, state = tx.update(grads, tx.init(grads), grads)
+    assert bits(updates) == bits(alone(row.make(), grads))
+    assert state.hyperparams == {}
+    assert specs(state) == specs(tx.init(grads))
+
+
+@each_row
+def test_inject_hyperparams_without_the_static_arguments_says_what_to_pass(row):
+    numbers = [
+        n for n in row.static_args if isinstance(row.options.get(n), int | float)
+    ]
+    for name in numbers:
+        others = tuple(n for n in row.static_args if n != name)
+        tx = optax.inject_hyperparams(row.factory, static_args=others)(**row.options)
+        with pytest.raises(TypeError, match=f"static_args=.*{name}"):
+            tx.init(tree(1, SMALL))
+
+
+# ------------------------------------------------------------------ determinism
+
+
+@each_row
+def test_jit_changes_no_bit(row):
+    shapes = {**SMALL, "c": ((35,), jnp.float16)}
+    for tx in (row.make(), fed_back(row.make())):
+        eager = fast = tx.init(tree(0, shapes))
+        for step in range(3):
+            grads = tree(step, shapes)
+            slow_updates, eager = tx.update(grads, eager)
+            fast_updates, fast = jax.jit(tx.update)(grads, fast)
+            assert bits(slow_updates) == bits(fast_updates)
+            assert bits(eager) == bits(fast)
+
+
+def test_jit_changes_no_bit_of_leaves_that_share_a_bucket():
+    compressor = efopt.scaled_sign(block_size=16)
+    grads = tree(0, {"a": ((35,), jnp.float32), "b": ((5, 7), jnp.float32)})
+    for tx in (compressor, fed_back(compressor)):
+        state = tx.init(grads)
+        assert bits(tx.update(grads, state)) == bits(jax.jit(tx.update)(grads, state))
+
+
+@each_row
+def test_same_step_gives_same_bits_and_another_step_only_if_random(row):
+    grads, compressor = tree(3), row.make()
+    first = compressor.init(grads)
+    once, later = jitted(compressor)(grads, first)
+    twice, _ = jitted(row.make())(grads, first)
+    other, _ = jitted(compressor)(grads, first._replace(count=later.count))
+    assert bits(once) == bits(twice)
+    assert (bits(other) == bits(once)) != row.random
+
+
+@each_random_row
+def test_another_seed_gives_other_numbers(row):
+    grads = tree(3)
+    once, other = (
+        jitted(c)(grads, c.init(grads))[0] for c in (row.make(), row.make(seed=1))
+    )
+    assert bits(once) != bits(other)
+
+
+# --------------------------------------------------------------- the wire format
+
+WIRE_SHAPES = ((), (1,), (2,), (7,), (3, 5), (16,), (17,), (33, 5), (1024,), (1025,))
+WIRE_SHAPES += ((2, 1031), (65537,))
+
+
+@each_row
+def test_decompress_of_compress_is_the_update(row):
+    compressor = row.make()
+    shapes = {**SMALL, "c": ((5, 7), jnp.float16), "d": ((1031,), jnp.float32)}
+    for step, (name, x) in enumerate(tree(5, shapes).items()):
+        payload = compressor.compress(x, step=step)
+        decoded = compressor.decompress(payload, x.shape, x.dtype, step=step)
+        updates, _ = compressor.update(x, at_step(step))
+        assert specs(decoded) == specs(x)
+        assert bits(decoded) == bits(updates), name
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@each_row
+def test_payload_is_unsigned_or_float_by_blocks_and_as_large_as_declared(row, dtype):
+    compressor = row.make()
+    for shape in WIRE_SHAPES:
+        x = jax.ShapeDtypeStruct(shape, dtype)
+        arrays = jax.tree.leaves(jax.eval_shape(compressor.compress, x))
+        (blocks,) = {a.shape[0] for a in arrays}
+        size, unit = math.prod(shape), compressor.block_size
+        if unit is None:
+            assert blocks == 1
+        else:  # a leaf below the block size may have smaller blocks, yet not more
+            assert blocks in (-(-size // unit), -(-size // 16), -(-size // 64)) or (
+                blocks * unit >= size
+            )
+        for a in arrays:
+            unsigned = jnp.issubdtype(a.dtype, jnp.unsignedinteger)
+            assert unsigned or jnp.issubdtype(a.dtype, jnp.floating), a
+        counted = sum(8 * a.size * a.dtype.itemsize for a in arrays)
+        assert compressor.payload_bits(shape, dtype) == counted, shape
+    assert compressor.payload_bits((0, 3), dtype) == 0
+
+
+def test_payload_bits_are_those_of_the_arithmetic():
+    # 100 coordinates: 100 signs in 13 bytes; one scale; 3 values and 3 uint8 indices.
+    assert efopt.identity().payload_bits((10, 10)) == 3200
+    assert efopt.scaled_sign().payload_bits((10, 10)) == 8 * 13 + 32
+    # 7 blocks of 16, each with 16 signs and one scale.
+    assert efopt.scaled_sign(block_size=16).payload_bits((100,)) == 7 * (16 + 32)
+    assert efopt.top_k(k=3).payload_bits((100,)) == 3 * (32 + 8)
+    assert efopt.top_k(k=3).payload_bits((1000,), jnp.bfloat16) == 3 * (16 + 16)
+    assert efopt.random_k(k=3).payload_bits((100,), jnp.float16) == 3 * 16
+
+
+@each_row
+def test_linear_payloads_may_be_summed(row):
+    compressor, shape = row.make(), (33, 5)
+    rng = np.random.default_rng(4)
+    xs = jnp.asarray(rng.standard_normal((5, *shape)), jnp.float32)
+    payloads = [compressor.compress(x, step=7) for x in xs]
+    decoded = [compressor.decompress(p, shape, step=7) for p in payloads]
+    apart = sum(wide(decoded)) / len(decoded)
+    if any(a.dtype != jnp.float32 for a in jax.tree.leaves(payloads)):
+        assert not compressor.linear
+        return
+    summed = jax.tree.map(lambda *ps: sum(ps) / len(ps), *payloads)
+    together = wide(compressor.decompress(summed, shape, step=7))[0]
+    np.testing.assert_allclose(together, apart, rtol=0, atol=TOLERANCE["float32"])
+    assert compressor.linear
+
+
+@each_row
+def test_exchanges_carry_it_or_refuse_with_the_reason(row):
+    compressor = row.make()
+    for scheme in (efopt.error_feedback, efopt.compress):
+        scheme(compressor, axis_name="data")
+        for exchange in EXCHANGES:
+            if exchange in row.exchanges:
+                scheme(compressor, axis_name="data", exchange=exchange)
+            else:
+                with pytest.raises(ValueError, match=f"{exchange}.*cannot work: "):
+                    scheme(compressor, axis_name="data", exchange=exchange)
+
+
+# -------------------------------------------------- the declared delta and omega
+
+FACTOR_SHAPES = ((1,), (7,), (64,), (1000,), (33, 5))
+DRAWS, SIGMAS = 400, 6
+
+
+def adversaries(shape):
+    """Inputs by name, on which a wrong factor or a sum that overflows shows."""
+    rng = np.random.default_rng(5)
+    size = math.prod(shape)
+    place = np.arange(size)
+    gauss = rng.standard_normal(size)
+    inputs = {
+        "gaussian": gauss,
+        "constant": np.full(size, -0.7),
+        "sparse": np.where(place % 11 == 3, gauss, 0),
+        "zero": np.zeros(size),
+        "one_hot_first": np.where(place == 0, 2.0, 0),
+        "one_hot_last": np.where(place == size - 1, -2.0, 0),
+        "huge": rng.uniform(-3, 3, size) * 1e38,
+        "all_huge": np.full(size, 3e38),
+        "tiny": gauss * 1e-30,
+        "heavy_tailed": rng.standard_cauchy(size),
+        "alternating": np.where(place % 2 == 0, 1.0, -1.0),
+        "geometric": 0.9**place,
+    }
+    return {k: x.astype(np.float32).reshape(shape) for k, x in inputs.items()}
+
+
+@each_row
+def test_declared_factors_hold_on_adversarial_inputs(row):
+    """Random compressors: 400 draws, bounds of 6 standard errors.
+
+    For a contraction the error's share lies in [0, 1] with mean 1 - delta at most, so
+    that its variance is at most delta (1 - delta) where the bound is tight; where it is
+    loose the sample's own is taken. For an unbiased compressor the error of the mean of
+    n draws has squared length omega |x|^2 / n on average.
+    """
+    compressor, draws = row.make(), DRAWS if row.random else 1
+    inputs = {str(shape): adversaries(shape) for shape in FACTOR_SHAPES}
+    names = list(inputs[str(FACTOR_SHAPES[0])])
+    stacked = {s: np.stack(list(xs.values())) for s, xs in inputs.items()}
+
+    @jax.jit
+    def outcomes(stacked):
+        over_inputs = jax.vmap(compressor.update, in_axes=(0, None))
+        return jax.lax.map(
+            lambda step: over_inputs(stacked, at_step(step))[0], jnp.arange(draws)
+        )
+
+    decoded = outcomes(stacked)
+    for shape, (i, name) in itertools.product(FACTOR_SHAPES, enumerate(names)):
+        x = stacked[str(shape)][i].astype(np.float64).ravel()
+        cx = np.asarray(decoded[str(shape)][:, i], np.float64).reshape(draws, -1)
+        check_factors(row, shape, x, cx, f"{name} {shape}")
+
+
+def check_factors(row, shape, x, cx, case):
+    compressor, draws, slack = row.make(), len(cx), TOLERANCE["float32"]
+    delta, omega = compressor.delta(shape), compressor.omega(shape)
+    assert compressor.unbiased == (omega is not None)
+    assert delta is None or 0 < delta <= 1
+    assert np.isfinite(cx).all(), case
+    whole = np.sum(x**2)
+    if whole == 0:
+        assert not row.says_zero or not cx.any(), case
+        return
+    shares = np.sum((cx - x) ** 2, axis=1) / whole
+    if delta is not None:
+        spread = max(shares.var(), delta * (1 - delta)) if row.random else 0
+        bound = 1 - delta + SIGMAS * math.sqrt(spread / draws)
+        assert shares.mean() <= bound + slack, case
+    if omega is not None:
+        spread = max(shares.var(), omega**2) if row.random else 0
+        bound = omega + SIGMAS * math.sqrt(spread / draws)
+        assert shares.mean() <= bound + slack, case
+        bias = np.sum((cx.mean(axis=0) - x) ** 2) / whole
+        assert math.sqrt(bias) <= SIGMAS * math.sqrt(omega / draws) + slack, case
+
+
+def test_the_factors_that_theory_gives_are_declared():
+    # 64 coordinates: the worst input of a scaled sign is one-hot; k of d are kept.
+    assert efopt.identity().delta((64,)) == 1 and efopt.identity().omega((64,)) == 0
+    assert efopt.sign().delta((64,)) is None
+    assert efopt.scaled_sign().delta((8, 8)) == 1 / 64
+    assert efopt.scaled_sign(block_size=16).delta((8, 8)) == 1 / 16
+    for sparse in (efopt.top_k, efopt.random_k):
+        assert sparse(k=3).delta((64,)) == 3 / 64
+        assert sparse(k=100).delta((64,)) == 1
+        assert sparse(fraction=0.1).delta((64,)) == 7 / 64
+        assert sparse(fraction=0.25, block_size=16).delta((64,)) == 1 / 4
+
+
+# --------------------------------------------------------- what random_k draws
+
+
+@functools.cache
+def masks(size, k, steps):
+    """Which coordinates are sent at each of `steps`: bool `(steps, size)`."""
+    compressor, ones = efopt.random_k(k=k), jnp.ones(size)
+
+    @jax.jit
+    def all_steps():
+        sent = lambda step: compressor.update(ones, at_step(step))[0] != 0  # noqa: E731
+        return jax.lax.map(sent, jnp.arange(steps))
+
+    return np.asarray(all_steps())
+
+
+@pytest.mark.parametrize(
+    "size, k",
+    [(2, 1), (3, 2), (5, 4), (17, 5), (17, 16), (1000, 1), (1000, 999)]
+    + [(65537, 655), (65537, 65536)],
+)
+def test_random_k_sends_exactly_k_distinct_coordinates(size, k):
+    sent = masks(size, k, 32 if size < 2000 else 3)
+    np.testing.assert_array_equal(sent.sum(axis=1), k)
+
+
+MANY = 4000
+each_rate = pytest.mark.parametrize("size, k", [(2, 1), (5, 2), (17, 5), (64, 8)])
+
+
+@each_rate
+def test_random_k_sends_every_coordinate_equally_often(size, k):
+    """4000 draws: 6 standard errors for each coordinate and for their chi-square.
+
+    A count is binomial with p = k / d. The counts of one draw add up to k, so that the
+    sum of squared z-scores, times (d - 1) / d, is near chi-square with d - 1 degrees,
+    whose upper tail is heavier than a normal's: 12 standard deviations there.
+    """
+    p, freedom = k / size, size - 1
+    counts = masks(size, k, MANY).sum(axis=0)
+    z = (counts - MANY * p) / math.sqrt(MANY * p * (1 - p))
+    assert np.abs(z).max() <= SIGMAS
+    excess = np.sum(z**2) * freedom / size - freedom
+    assert -SIGMAS <= excess / math.sqrt(2 * freedom) <= 2 * SIGMAS
+
+
+@each_rate
+def test_random_k_sends_every_pair_equally_often(size, k):
+    """4000 draws, 6 standard errors for each pair of coordinates."""
+    p = k * (k - 1) / (size * (size - 1))
+    sent = masks(size, k, MANY).astype(np.float64)
+    counts = (sent.T @ sent)[np.triu_indices(size, 1)]
+    assert np.abs(counts - MANY * p).max() <= SIGMAS * math.sqrt(MANY * p * (1 - p))
+
+
+def test_random_k_draws_anew_for_every_block_and_leaf():
+    ones = {"a": jnp.ones((64, 16)), "b": jnp.ones((64, 16))}
+    compressor = efopt.random_k(k=5, block_size=16)
+    sent = np.concatenate(
+        [x != 0 for x in wide(compressor.update(ones, at_step(0))[0])]
+    )
+    # 128 of 4368 masks: two are expected to coincide about twice, 100 times never.
+    assert len({row.tobytes() for row in sent}) > 100
+
+
+# --------------------------------------------------------------- error feedback
+
+
+@each_row
+def test_error_feedback_loses_nothing(row):
+    """Updates in + old residual == applied + new residual, in every dtype.
+
+    To the float32 of the residual, not to the leaf's own: the rounding of what is
+    applied is owed as well.
+    """
+    tx = fed_back(row.make())
+    state = tx.init(tree(0))
+    for step in range(20):
+        grads, old = tree(step), state.residual
+        updates, state = jitted(tx)(grads, state)
+        for g, e, u, new in zip(
+            wide(grads), wide(old), wide(updates), wide(state.residual), strict=True
+        ):
+            scale = max([1.0, *np.abs(g + e).ravel(), *np.abs(u).ravel()])
+            atol = TOLERANCE["float32"] * scale
+            np.testing.assert_allclose(u + new, g + e, rtol=0, atol=atol)
+    assert {x.dtype for x in jax.tree.leaves(state.residual)} == {np.dtype("float32")}
+
+
+@each_row
+def test_every_step_is_that_of_the_oracle(row):
+    """The oracle is given efopt's own residual, so that errors do not add up.
+
+    It has no word on dtypes: what is applied is rounded to the leaf's, what is applied
+    and still owed together is not.
+    """
+    if row.oracle is None:
+        return
+    compressor, grads = row.make(), tree(0)
+    tx = fed_back(compressor)
+    state, ones = tx.init(grads), jax.tree.map(jnp.ones_like, grads)
+    dtypes = [x.dtype.name for x in jax.tree.leaves(grads)]
+    for step in range(5):
+        grads = tree(step)
+        sent = wide(jitted(compressor)(ones, at_step(step))[0])
+        speak = [functools.partial(row.oracle, mask=mask) for mask in sent]
+        expected, (owed,) = oracle.error_feedback_step(
+            [wide(grads)], [wide(state.residual)], speak
+        )
+        updates, state = jitted(tx)(grads, state)
+        got = zip(wide(updates), wide(state.residual), strict=True)
+        want = zip(expected, owed, dtypes, strict=True)
+        for (u, e), (applied, kept, dtype) in zip(got, want, strict=True):
+            atol = TOLERANCE[dtype] * max([1.0, *np.abs(applied).ravel()])
+            np.testing.assert_allclose(u, applied, rtol=0, atol=atol)
+            np.testing.assert_allclose(e, kept, rtol=0, atol=atol)
+
+
+# ------------------------------------------------------------- compressors as values
+
+
+@each_row
+def test_compressors_compare_and_travel_by_their_options(row):
+    compressor, twin = row.make(), row.make()
+    assert isinstance(compressor, optax.GradientTransformation)
+    assert isinstance(compressor, efopt.Compressor)
+    assert not callable(compressor)  # `inject_hyperparams` would call it a schedule
+    names: dict = {}
+    exec("from efopt import *", names)
+    for other in (
+        twin,
+        pickle.loads(pickle.dumps(compressor)),
+        copy.copy(compressor),
+        copy.deepcopy(compressor),
+        eval(repr(compressor), names),
+    ):
+        assert type(other) is efopt.Compressor
+        assert other == compressor and hash(other) == hash(compressor)
+        assert repr(other) == repr(compressor)
+
+
+def test_different_options_make_different_compressors():
+    compressors = [row.make() for row in ROWS]
+    compressors += [row.make(seed=1) for row in ROWS if row.random]
+    for one, other in itertools.combinations(compressors, 2):
+        assert one != other and repr(one) != repr(other)
