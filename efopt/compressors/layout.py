@@ -46,6 +46,11 @@ class Bucket:
     def shape(self) -> tuple[int, ...]:
         return (sum(self.num_blocks), *self.block)
 
+    def starts(self) -> list[int]:
+        """Where each leaf starts in the flat bucket."""
+        ends = np.cumsum(self.num_blocks) * math.prod(self.block)
+        return [0, *map(int, ends[:-1])]
+
     def blocks(self) -> Blocks:
         """What codecs may know of the blocks."""
         index = np.arange(self.shape[0], dtype=np.uint32) + np.uint32(self.start)
@@ -77,18 +82,32 @@ class Layout:
 
     def join(self, arrays: Sequence[jax.Array], step: jax.Array) -> list[jax.Array]:
         """One array per leaf to one per bucket, blocks ``(n, *block)``, zero-padded."""
-        return self._fence([_join(b, arrays) for b in self.buckets], step)
+        xs = [_join(b, arrays) for b in self.buckets]
+        shared = [i for i, b in enumerate(self.buckets) if len(b.leaves) > 1]
+        whole, _ = _fence([xs[i] for i in shared], [], step)
+        for i, x in zip(shared, whole, strict=True):
+            xs[i] = x
+        return xs
 
     def part(
         self, xs: Sequence[jax.Array], step: jax.Array, like: Sequence[jax.Array]
     ) -> list[jax.Array]:
         """Inverse of :meth:`join`; empty leaves take their dtype from ``like``."""
         arrays = [jnp.zeros(a.shape, a.dtype) if a.size == 0 else a for a in like]
-        for b, x in zip(self.buckets, self._fence(xs, step), strict=True):
-            flat, end = x.reshape(-1), 0
-            for i, n, size in zip(b.leaves, b.num_blocks, b.sizes, strict=True):
-                start, end = end, end + n * math.prod(b.block)
-                arrays[i] = flat[start : start + size].reshape(self.shapes[i])
+        shared = []
+        for b, x in zip(self.buckets, xs, strict=True):
+            if len(b.leaves) > 1:
+                shared.append((b, x))
+            else:
+                (i,), (size,) = b.leaves, b.sizes
+                arrays[i] = x.reshape(-1)[:size].reshape(self.shapes[i])
+        starts = [s for b, _ in shared for s in b.starts()]
+        whole, starts = _fence([x.reshape(-1) for _, x in shared], starts, step)
+        offsets = iter(starts)
+        for (b, _), flat in zip(shared, whole, strict=True):
+            for i, size in zip(b.leaves, b.sizes, strict=True):
+                piece = lax.dynamic_slice(flat, (next(offsets),), (size,))
+                arrays[i] = piece.reshape(self.shapes[i])
         return arrays
 
     def join_memory(self, memory: Sequence[Any]) -> list[Any]:
@@ -108,26 +127,32 @@ class Layout:
                 out[i] = jax.tree.map(lambda m, s=start, e=end: m[s:e], state)
         return out
 
-    def _fence(self, xs: Sequence[jax.Array], step: jax.Array) -> list[jax.Array]:
-        """Keeps every bucket of several leaves in one piece.
 
-        Fused into each of its leaves, the arithmetic on a bucket would be compiled once
-        a leaf. The CPU compiler drops barriers before it fuses, but not a branch; this
-        one is never taken.
-        """
-        shared = [i for i, b in enumerate(self.buckets) if len(b.leaves) > 1]
-        if not shared:
-            return list(xs)
+def _fence(
+    xs: Sequence[jax.Array], starts: Sequence[int], step: jax.Array
+) -> tuple[Sequence[jax.Array], Sequence[Any]]:
+    """Keeps buckets of several leaves in one piece, for the sake of compile time.
 
-        def branch(xs):
-            never = step == np.uint32(2**32 - 1)
-            return lax.cond(never, lambda xs: [-x for x in xs], lambda xs: xs, xs)
+    Fused into each of its leaves, the arithmetic on a bucket would be compiled once a
+    leaf. The CPU compiler drops barriers before it fuses, but not a branch; this one is
+    never taken. Because the offsets ``starts`` pass through it, the compiler does not
+    know them either, and leaves of one shape share one program for their slice.
+    """
+    if not xs:
+        return xs, starts
 
-        whole = lax.platform_dependent(
-            [xs[i] for i in shared], cpu=branch, default=lax.optimization_barrier
+    def barrier(xs):
+        return lax.optimization_barrier(xs), [jnp.int32(s) for s in starts]
+
+    def branch(xs):
+        return lax.cond(
+            step == np.uint32(2**32 - 1),
+            lambda xs: ([-x for x in xs], [jnp.int32(0) for _ in starts]),
+            lambda xs: (xs, [jnp.int32(s) for s in starts]),
+            xs,
         )
-        fenced = dict(zip(shared, whole, strict=True))
-        return [fenced.get(i, x) for i, x in enumerate(xs)]
+
+    return lax.platform_dependent(list(xs), cpu=branch, default=barrier)
 
 
 def _join(b: Bucket, arrays: Sequence[jax.Array]) -> jax.Array:
