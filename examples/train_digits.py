@@ -38,10 +38,20 @@ from tqdm import tqdm
 
 import efopt
 
-BATCH = 32  # images per worker and step
+BATCH = 256  # images per step, dealt out to the workers
 
 
-def with_feedback(lr, compressor, exchange=None):
+def dense(lr):
+    mean = efopt.compress(efopt.identity(), axis_name="data")
+    return optax.chain(mean, optax.sgd(lr, momentum=0.9))
+
+
+def signsgd(lr):
+    vote = efopt.compress(efopt.sign(), axis_name="data", exchange="majority_vote")
+    return optax.chain(vote, optax.sgd(lr / 100))  # the rate alone sets the step
+
+
+def with_feedback(compressor, lr, exchange=None):
     return optax.chain(
         efopt.per_worker(optax.trace(0.9), axis_name="data"),  # each worker's momentum
         efopt.error_feedback(compressor, axis_name="data", exchange=exchange),
@@ -50,19 +60,13 @@ def with_feedback(lr, compressor, exchange=None):
 
 
 METHODS = {
-    "dense": lambda lr: optax.chain(
-        efopt.compress(efopt.identity(), axis_name="data"),
-        optax.sgd(lr, momentum=0.9),
-    ),
-    "signsgd": lambda lr: optax.chain(
-        efopt.compress(efopt.sign(), axis_name="data", exchange="majority_vote"),
-        optax.sgd(lr / 50),  # signs forget magnitudes: the rate alone sets the step
-    ),
-    "ef-signsgd": lambda lr: with_feedback(lr, efopt.scaled_sign()),
+    "dense": dense,
+    "signsgd": signsgd,
+    "ef-signsgd": lambda lr: with_feedback(efopt.scaled_sign(), lr),
     "ef-signsgd-two-phase": lambda lr: with_feedback(
-        lr, efopt.scaled_sign(block_size=1024), exchange="two_phase"
+        efopt.scaled_sign(block_size=1024), lr, exchange="two_phase"
     ),
-    "ef-top-k": lambda lr: with_feedback(lr, efopt.top_k(fraction=0.01)),
+    "ef-top-k": lambda lr: with_feedback(efopt.top_k(fraction=0.01), lr),
 }
 
 
@@ -75,13 +79,12 @@ class Network(nn.Module):
 
 
 def train_step(state, batch):
-    """One step of one worker; every collective is in the optimizer but the loss's."""
+    """The step of one worker, on its own part of the batch."""
+    images, labels = batch
 
     def loss_fn(params):
-        logits = state.apply_fn({"params": params}, batch["image"])
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch["label"]
-        ).mean()
+        logits = state.apply_fn({"params": params}, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     local = efopt.local_params(state.params, "data")  # gradients stay this worker's own
     loss, grads = jax.value_and_grad(loss_fn)(local)
@@ -89,7 +92,7 @@ def train_step(state, batch):
 
 
 def on_mesh(state, mesh):
-    """The state laid out over the devices of a mesh, and the compiled step."""
+    """The state laid out over the devices, and the step of all workers."""
     state = efopt.distribute(state, mesh)
     specs = efopt.partition_specs(state)
     step = jax.shard_map(
@@ -98,56 +101,54 @@ def on_mesh(state, mesh):
     return state, jax.jit(step, donate_argnums=0)
 
 
-def simulated(state, workers):
+def on_one_device(state, workers):
     """The same on a single device, which plays all the workers."""
 
     def step(state, batch):
         batch = jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), batch)
-        mapped = jax.vmap(train_step, axis_name="data", out_axes=(0, None))
-        return mapped(state, batch)
+        each = jax.vmap(train_step, axis_name="data", out_axes=(0, None))
+        return each(state, batch)
 
     return efopt.stack_workers(state, workers), jax.jit(step, donate_argnums=0)
 
 
 class Result(NamedTuple):
-    wire: efopt.wire.WireReport
-    losses: list[float]
     accuracy: float
-    compile_seconds: float
+    losses: list[float]
+    wire: efopt.wire.WireReport
     seconds: float
+    compile_seconds: float
 
 
 def train(name, tx, data, mesh, simulate, steps, seed):
-    train_set, test_set = data
+    images, test_images, labels, test_labels = data
     model = Network()
-    params = model.init(jax.random.key(seed), test_set["image"])["params"]
+    params = model.init(jax.random.key(seed), images[:1])["params"]
     fresh = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-    shape = (steps, mesh.size * BATCH)
-    picks = np.random.default_rng(seed).integers(len(train_set["label"]), size=shape)
-    batches = ({key: x[pick] for key, x in train_set.items()} for pick in picks)
+    size = max(1, BATCH // mesh.size) * mesh.size
+    picks = np.random.default_rng(seed).integers(len(labels), size=(steps, size))
 
     start = time.perf_counter()
-    batch = next(batches)
     state, step = on_mesh(fresh, mesh)
-    wire = efopt.wire.measure(step, state, batch)
+    wire = efopt.wire.measure(step, state, (images[picks[0]], labels[picks[0]]))
     if simulate:
-        state, step = simulated(fresh, mesh.size)
-    state, loss = step(state, batch)
-    losses = [float(loss)]
-    compiled = time.perf_counter()
-    with tqdm(batches, name, steps, initial=1, unit=" steps") as bar:
-        for batch in bar:
-            state, loss = step(state, batch)
+        state, step = on_one_device(fresh, mesh.size)
+    losses, first = [], start
+    with tqdm(picks, name, unit="step") as bar:
+        for pick in bar:
+            state, loss = step(state, (images[pick], labels[pick]))
             losses.append(float(loss))  # read at every step: devices stay together
             bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
-    end = time.perf_counter()
+            if len(losses) == 1:
+                first = time.perf_counter()
+    seconds = time.perf_counter() - first
 
     params = state.params
     if simulate:
-        params = jax.tree.map(lambda x: x[0], params)  # equal on all workers
-    logits = model.apply({"params": params}, test_set["image"])
-    accuracy = float(np.mean(np.argmax(logits, axis=-1) == test_set["label"]))
-    return Result(wire, losses, accuracy, compiled - start, end - compiled)
+        params = jax.tree.map(lambda x: x[0], params)  # all workers hold the same
+    logits = model.apply({"params": params}, test_images)
+    accuracy = float(np.mean(np.argmax(logits, axis=-1) == test_labels))
+    return Result(accuracy, losses, wire, seconds, first - start)
 
 
 def print_table(results):
@@ -165,53 +166,50 @@ def print_table(results):
     print(
         "Bytes per worker and step, read from the compiled program: operand bytes enter"
     )
-    print("its collectives, link bytes leave the worker. The loss is 4 of the former.")
+    print(
+        "its collectives, link bytes leave the worker. Averaging the loss is included."
+    )
 
 
 def draw(results, path):
-    """The loss against the bytes that it took, smoothed over ten steps."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    """Saves the loss, averaged over ten steps, against the bytes sent until then."""
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     for name, result in results.items():
         window = min(10, len(result.losses))
         loss = np.convolve(result.losses, np.ones(window) / window, mode="valid")
-        steps = np.arange(window, len(result.losses) + 1)
-        sent = result.wire.bytes_sent_per_worker * steps
-        axes.plot(sent, loss, label=f"{name} ({result.accuracy:.1%})")
-    axes.set(xscale="log", yscale="log")
-    axes.set_xlabel("bytes that have left each worker (log scale)")
-    axes.set_ylabel("training loss (log scale)")
+        sent = result.wire.bytes_sent_per_worker * np.arange(1, len(result.losses) + 1)
+        label = f"{name} ({result.accuracy:.1%})"
+        axes.plot(sent[window - 1 :], loss, label=label, marker=".", markevery=[-1])
+    axes.set_title("Handwritten digits: loss against communication")
+    axes.set(xscale="log", yscale="log", ylabel="training loss")
+    axes.set_xlabel("bytes sent by each worker since the start")
     axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_title("Handwritten digits: loss against communication")
-    axes.legend(title="method (test accuracy)")
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, title="method (test accuracy)")
     figure.savefig(path, dpi=110)
 
 
 def parse_args():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    add = parser.add_argument
-    add("--steps", type=int, default=300, help="default: 300")
-    add("--workers", type=int, help="default: all accelerators if several, or else 8")
+    add, output = parser.add_argument, Path("train_digits.png")
+    add("--steps", type=int, default=200, help="default: 200")
+    add("--workers", type=int, help="default: all devices if several, otherwise 8")
     add("--lr", type=float, default=0.1, help="learning rate, default: 0.1")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     add("--seed", type=int, default=0, help="default: 0")
-    add(
-        "--output", type=Path, default="train_digits.png", help="where the picture goes"
-    )
+    add("--output", type=Path, default=output, help=f"picture, default: {output}")
     args = parser.parse_args()
-    if args.steps < 1:
-        parser.error(f"--steps must be at least 1, got {args.steps}")
-    if args.workers is not None and args.workers < 2:
-        parser.error(f"--workers must be at least 2, got {args.workers}")
+    for name, least in {"steps": 1, "workers": 2, "seed": 0}.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"argument --{name}: must be at least {least}, got {value}")
     if not args.lr > 0:
-        parser.error(f"--lr must be positive, got {args.lr}")
-    if args.seed < 0:
-        parser.error(f"--seed must not be negative, got {args.seed}")
+        parser.error(f"argument --lr: must be positive, got {args.lr}")
     if args.output.suffix != ".png" or not args.output.parent.is_dir():
         parser.error(
-            f"--output must be a .png in an existing folder, got {args.output}"
+            f"argument --output: no .png in a folder that exists: {args.output}"
         )
     return args
 
@@ -222,20 +220,16 @@ def main():
     devices = jax.devices()
     workers = args.workers or (len(devices) if len(devices) > 1 else 8)
     simulate = len(devices) < workers
-    where = "simulated by vmap on one of" if simulate else "on as many of"
-    print(f"{workers} workers, {where} {len(devices)} x {devices[0].device_kind}")
+    how = "simulated by vmap on one device" if simulate else "each on its own device"
+    print(f"{workers} workers, {how} ({devices[0].device_kind})")
     if simulate:
-        devices = jax.devices("cpu")  # the step is compiled for them to read its bytes
+        devices = jax.devices("cpu")  # for them the step is compiled to read its bytes
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((workers,), ("data",), auto, devices=devices[:workers])
 
-    images, labels = load_digits(return_X_y=True)
-    images, labels = (images / 8 - 1).astype(np.float32), labels.astype(np.int32)
-    x, x_test, y, y_test = train_test_split(
-        images, labels, test_size=0.2, random_state=args.seed, stratify=labels
-    )
-    data = {"image": x, "label": y}, {"image": x_test, "label": y_test}
-
+    x, y = load_digits(return_X_y=True)
+    x, y = (x / 8 - 1).astype(np.float32), y.astype(np.int32)
+    data = train_test_split(x, y, test_size=0.2, random_state=args.seed, stratify=y)
     results = {}
     for name in args.methods:
         tx = METHODS[name](args.lr)

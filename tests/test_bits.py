@@ -1,5 +1,7 @@
 """Arithmetic on bits, against NumPy: packing, rounding, hashing, sampling, carriers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,8 @@ def test_signs_survive_packing_at_every_size():
     sizes = [*range(1, 71), 1023, 1024, 1025]
     signs = [rng.random((3, size)) < 0.5 for size in sizes]
 
-    @jax.jit
+    # Many small programs of exact operations: compile them fast rather than well.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def both(signs):
         packed = [bits.pack_bits(x) for x in signs]
         sizes = [x.shape[1] for x in signs]
@@ -155,7 +158,7 @@ def test_hash_broadcasts_and_is_the_same_under_jit():
 # --------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000])
+@pytest.mark.parametrize("size", [1, 2, 5, 17, 1000])
 def test_a_full_sample_is_a_permutation_for_each_key(size):
     keys = bits.hash_words(jnp.arange(8, dtype=jnp.uint32))
     sample = np.asarray(bits.sample_without_replacement(keys, size, size))
@@ -177,7 +180,7 @@ def test_a_smaller_sample_is_the_start_of_the_permutation():
 DTYPES = ("uint8", "uint16", "uint32", "float32", "bfloat16", "float16")
 
 
-@pytest.mark.parametrize("rows", [1, 2, 6])
+@pytest.mark.parametrize("rows", [1, 6])
 def test_carriers_bring_every_dtype_back_bit_for_bit(rows):
     rng = np.random.default_rng(2)
 
@@ -188,10 +191,7 @@ def test_carriers_bring_every_dtype_back_bit_for_bit(rows):
         values = raw.view(dtype)[..., 0]
         return np.where(np.isnan(values.astype(np.float64)), 0, values).astype(dtype)
 
-    tree = {
-        dtype: [random(dtype, 6, 5), random(dtype, 12), random(dtype, 6, 3, 7)]
-        for dtype in DTYPES
-    }
+    tree = {dtype: [random(dtype, 6, 5), random(dtype, 12, 3, 7)] for dtype in DTYPES}
 
     @jax.jit
     def both(tree):

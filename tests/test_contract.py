@@ -192,6 +192,7 @@ def test_tree_get_finds_the_residual_in_a_chain(row):
 
 # Without jit: the few operations on these shapes are compiled once for all tests.
 SMALL = {"a": ((35,), jnp.float32), "b": ((35,), jnp.bfloat16)}
+SMALL |= {"c": ((5, 7), jnp.float16)}
 
 
 def alone(compressor, grads):
@@ -221,13 +222,14 @@ def test_partition_and_masked_compress_their_own_leaves_only(row):
     grads, compressor = tree(1, SMALL), row.make()
     mine = alone(compressor, {"b": grads["b"]})
     tx = optax.partition(
-        {"mine": compressor, "rest": optax.scale(2.0)}, {"a": "rest", "b": "mine"}
+        {"mine": compressor, "rest": optax.scale(2.0)},
+        {"a": "rest", "b": "mine", "c": "rest"},
     )
     updates, _ = tx.update(grads, tx.init(grads), grads)
-    assert bits(updates) == bits({"a": 2 * grads["a"], **mine})
-    tx = optax.masked(compressor, {"a": False, "b": True})
+    assert bits(updates) == bits({"a": 2 * grads["a"], **mine, "c": 2 * grads["c"]})
+    tx = optax.masked(compressor, {"a": False, "b": True, "c": False})
     updates, _ = tx.update(grads, tx.init(grads), grads)
-    assert bits(updates) == bits({"a": grads["a"], **mine})
+    assert bits(updates) == bits({**grads, **mine})
 
 
 @each_row
@@ -258,11 +260,10 @@ def test_inject_hyperparams_without_the_static_arguments_says_what_to_pass(row):
 
 @each_row
 def test_jit_changes_no_bit(row):
-    shapes = {**SMALL, "c": ((35,), jnp.float16)}
     for tx in (row.make(), fed_back(row.make())):
-        eager = fast = tx.init(tree(0, shapes))
+        eager = fast = tx.init(tree(0, SMALL))
         for step in range(3):
-            grads = tree(step, shapes)
+            grads = tree(step, SMALL)
             slow_updates, eager = tx.update(grads, eager)
             fast_updates, fast = jax.jit(tx.update)(grads, fast)
             assert bits(slow_updates) == bits(fast_updates)
@@ -272,9 +273,9 @@ def test_jit_changes_no_bit(row):
 def test_jit_changes_no_bit_of_leaves_that_share_a_bucket():
     compressor = efopt.scaled_sign(block_size=16)
     grads = tree(0, {"a": ((35,), jnp.float32), "b": ((5, 7), jnp.float32)})
-    for tx in (compressor, fed_back(compressor)):
-        state = tx.init(grads)
-        assert bits(tx.update(grads, state)) == bits(jax.jit(tx.update)(grads, state))
+    tx = fed_back(compressor)
+    state = tx.init(grads)
+    assert bits(tx.update(grads, state)) == bits(jax.jit(tx.update)(grads, state))
 
 
 @each_row
@@ -290,11 +291,8 @@ def test_same_step_gives_same_bits_and_another_step_only_if_random(row):
 
 @each_random_row
 def test_another_seed_gives_other_numbers(row):
-    grads = tree(3)
-    once, other = (
-        jitted(c)(grads, c.init(grads))[0] for c in (row.make(), row.make(seed=1))
-    )
-    assert bits(once) != bits(other)
+    grads = tree(3, SMALL)
+    assert bits(alone(row.make(), grads)) != bits(alone(row.make(seed=1), grads))
 
 
 # --------------------------------------------------------------- the wire format
@@ -306,8 +304,7 @@ WIRE_SHAPES += ((2, 1031), (65537,))
 @each_row
 def test_decompress_of_compress_is_the_update(row):
     compressor = row.make()
-    shapes = {**SMALL, "c": ((5, 7), jnp.float16), "d": ((1031,), jnp.float32)}
-    for step, (name, x) in enumerate(tree(5, shapes).items()):
+    for step, (name, x) in enumerate(tree(5, SMALL).items()):
         payload = compressor.compress(x, step=step)
         decoded = compressor.decompress(payload, x.shape, x.dtype, step=step)
         updates, _ = compressor.update(x, at_step(step))
@@ -315,27 +312,28 @@ def test_decompress_of_compress_is_the_update(row):
         assert bits(decoded) == bits(updates), name
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @each_row
-def test_payload_is_unsigned_or_float_by_blocks_and_as_large_as_declared(row, dtype):
+def test_payload_is_unsigned_or_float_by_blocks_and_as_large_as_declared(row):
     compressor = row.make()
-    for shape in WIRE_SHAPES:
+    cases = [(shape, jnp.float32) for shape in WIRE_SHAPES]
+    cases += [((), jnp.bfloat16), ((33, 5), jnp.bfloat16), ((1025,), jnp.float16)]
+    for shape, dtype in cases:
         x = jax.ShapeDtypeStruct(shape, dtype)
         arrays = jax.tree.leaves(jax.eval_shape(compressor.compress, x))
         (blocks,) = {a.shape[0] for a in arrays}
         size, unit = math.prod(shape), compressor.block_size
         if unit is None:
             assert blocks == 1
-        else:  # a leaf below the block size may have smaller blocks, yet not more
-            assert blocks in (-(-size // unit), -(-size // 16), -(-size // 64)) or (
-                blocks * unit >= size
-            )
+        elif size >= unit:
+            assert blocks == -(-size // unit)
+        else:  # a leaf below the block size may have smaller blocks
+            assert 1 <= blocks <= size
         for a in arrays:
             unsigned = jnp.issubdtype(a.dtype, jnp.unsignedinteger)
             assert unsigned or jnp.issubdtype(a.dtype, jnp.floating), a
         counted = sum(8 * a.size * a.dtype.itemsize for a in arrays)
         assert compressor.payload_bits(shape, dtype) == counted, shape
-    assert compressor.payload_bits((0, 3), dtype) == 0
+    assert compressor.payload_bits((0, 3)) == 0
 
 
 def test_payload_bits_are_those_of_the_arithmetic():
@@ -351,7 +349,7 @@ def test_payload_bits_are_those_of_the_arithmetic():
 
 @each_row
 def test_linear_payloads_may_be_summed(row):
-    compressor, shape = row.make(), (33, 5)
+    compressor, shape = row.make(), (35,)
     rng = np.random.default_rng(4)
     xs = jnp.asarray(rng.standard_normal((5, *shape)), jnp.float32)
     payloads = [compressor.compress(x, step=7) for x in xs]
@@ -530,10 +528,9 @@ def test_random_k_sends_every_pair_equally_often(size, k):
 def test_random_k_draws_anew_for_every_block_and_leaf():
     ones = {"a": jnp.ones((64, 16)), "b": jnp.ones((64, 16))}
     compressor = efopt.random_k(k=5, block_size=16)
-    sent = np.concatenate(
-        [x != 0 for x in wide(compressor.update(ones, at_step(0))[0])]
-    )
-    # 128 of 4368 masks: two are expected to coincide about twice, 100 times never.
+    updates, _ = jax.jit(compressor.update)(ones, at_step(0))
+    sent = np.concatenate([x != 0 for x in wide(updates)])
+    # 4368 masks: of 128 draws, about two pairs coincide.
     assert len({row.tobytes() for row in sent}) > 100
 
 

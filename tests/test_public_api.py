@@ -68,7 +68,7 @@ def sections(function):
 
 
 def raises(function, seen=None):
-    """Whether it, or any function of efopt that it names, holds a `raise`."""
+    """Whether it, or any function of efopt that it calls, holds a `raise`."""
     seen = set() if seen is None else seen
     if function in seen:
         return False
@@ -77,13 +77,12 @@ def raises(function, seen=None):
     for node in ast.walk(code):
         if isinstance(node, ast.Raise):
             return True
-        called = None
-        if isinstance(node, ast.Name):
-            called = function.__globals__.get(node.id)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            owner = function.__globals__.get(node.value.id)
-            if isinstance(owner, types.ModuleType):
-                called = getattr(owner, node.attr, None)
+        if not isinstance(node, ast.Call):
+            continue
+        owner, _, name = ast.unparse(node.func).rpartition(".")
+        called = function.__globals__.get(owner or name)
+        if owner and isinstance(called, types.ModuleType):
+            called = getattr(called, name, None)
         ours = inspect.isfunction(called) and called.__module__.startswith("efopt.")
         if ours and raises(called, seen):
             return True

@@ -4,8 +4,10 @@ import math
 from typing import Any
 
 
-def static_int(api: str, name: str, value: Any, *, least: int = 1) -> int:
-    """``value`` if it is a Python int of at least ``least``, or a reasoned error."""
+def static_int(
+    api: str, name: str, value: Any, *, least: int = 1, below: int | None = None
+) -> int:
+    """``value`` if it is a Python int in range, or a reasoned error."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"`{api}({name}=...)` must be a Python int, because it fixes an array "
@@ -14,6 +16,8 @@ def static_int(api: str, name: str, value: Any, *, least: int = 1) -> int:
         )
     if value < least:
         raise ValueError(f"`{api}({name}=...)` must be at least {least}, got {value}.")
+    if below is not None and value >= below:
+        raise ValueError(f"`{api}({name}=...)` must be below {below}, got {value}.")
     return value
 
 

@@ -181,7 +181,8 @@ def random_k(
       k: Coordinates to keep of each block, at least 1; a smaller leaf is sent whole.
         Static. Give exactly one of the two.
       block_size: Coordinates per block; ``None``: the whole leaf is one. Static.
-      seed: Selects the sequence of masks; the same on every worker. Static.
+      seed: Selects the sequence of masks, in [0, 2**32); the same on every worker.
+        Static.
 
     Returns:
       A :class:`efopt.Compressor`.
@@ -203,5 +204,5 @@ def random_k(
     """
     block_size = options.block_size("random_k", block_size)
     options.sparsity("random_k", fraction, k, block_size)
-    seed = options.static_int("random_k", "seed", seed, least=0)
+    seed = options.static_int("random_k", "seed", seed, least=0, below=2**32)
     return make(RandomK(fraction=fraction, k=k, block_size=block_size, seed=seed))

@@ -75,24 +75,15 @@ class Channel:
           like: A tree of arrays with the structure and shapes that they must have.
         """
         if self.axis_name is not None:
-            axis.require_bound(self.api, self.axis_name)
+            alone = ", or pass `axis_name=None` for a single worker"
+            axis.require_bound(self.api, self.axis_name, alone)
         paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
         if like is not None:
             _check_like(self.api, paths, treedef, like)
         dtypes = tuple(check_float(path, x, self.api) for path, x in paths)
         arrays = [jnp.asarray(x) for _, x in paths]
-        if self.axis_name is not None and axis.is_typed(self.axis_name):
-            for (path, _), x in zip(paths, arrays, strict=True):
-                if self.axis_name not in axis.varying(x):
-                    raise ValueError(
-                        f"{self.api} got updates that are already equal on all workers "
-                        f"along {self.axis_name!r}, at "
-                        f"{jax.tree_util.keystr(path) or 'the root'}: there is nothing "
-                        "left to compress. Inside `jax.shard_map`, `jax.grad` sums "
-                        "over workers when parameters are replicated; differentiate "
-                        "with respect to "
-                        f"`efopt.local_params(params, {self.axis_name!r})`."
-                    )
+        if self.axis_name is not None:
+            axis.require_local(self.api, self.axis_name, updates)
         worker = jnp.uint32(0)
         if self.axis_name is not None:
             worker = lax.axis_index(self.axis_name).astype(jnp.uint32)
@@ -125,7 +116,8 @@ class Channel:
         meet, owed = alone, ()
         if self.exchange is not None and self.axis_name is not None:
             exchange, name = self.exchange, self.axis_name
-            owed = self._owed(server, lax.axis_size(name), ratio)
+            if exchange.keeps:
+                owed = self._owed(layout, server, lax.axis_size(name), ratio)
 
             def meet(messages):
                 nonlocal owed
@@ -144,11 +136,20 @@ class Channel:
             server = tuple(PerWorker.wrap(x, s.axis_name, s.split) for x, s in pairs)
         return averages, paid, memory, server
 
-    def _owed(self, server, num_workers, ratio):
+    def _owed(self, layout, server, num_workers, ratio):
+        shapes = [shape for shape, _ in server_shapes(layout)]
+        known = [(node.split, *jnp.shape(node.value)[2:]) for node in server]
+        if known != shapes:
+            raise ValueError(
+                f"{self.api} keeps a server residual for the blocks that `init` saw, "
+                f"{known}, and the updates make {shapes} (blocks, block size). Updates "
+                "must have the structure and shapes of the parameters given to `init`, "
+                'and under `exchange="two_phase"` these cannot be sharded over another '
+                "mesh axis: use another exchange there."
+            )
         owed = []
         for node in server:
-            extent = range_size(node.split, num_workers)
-            x = node.local(self.api, extent)
+            x = node.local(self.api, range_size(node.split, num_workers))
             owed.append(x if ratio is None else x * ratio.astype(x.dtype))
         return tuple(owed)
 
@@ -200,7 +201,7 @@ def open_channel(
             )
         return Channel(label, codec, None, None)
     name = codec.default_exchange if exchange is None else exchange
-    if name not in EXCHANGES:
+    if not isinstance(name, str) or name not in EXCHANGES:
         raise ValueError(
             f"`{api}(exchange=...)` must be one of {', '.join(map(repr, EXCHANGES))} "
             f"or None for the compressor's own, got {exchange!r}."

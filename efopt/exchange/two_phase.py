@@ -33,10 +33,10 @@ class TwoPhase(Exchange):
 
     def refusal(self, codec):
         if codec.block_size is None:
-            return (
-                "it compresses whole leaves, which cannot be split over workers; give "
-                'it a `block_size` or use exchange="all_gather"'
-            )
+            cure = 'use exchange="' + codec.default_exchange + '"'
+            if "block_size" in {f.name for f in dataclasses.fields(codec)}:
+                cure = f"give it a `block_size` or {cure}"
+            return f"it sends whole leaves, which cannot be split over workers; {cure}"
         return None
 
     def meet(self, messages, axis_name, server):

@@ -124,7 +124,7 @@ def error_feedback(
       ratio)
     """
     channel = open_channel("error_feedback", compressor, axis_name, exchange)
-    if residual_dtype is not None and jnp.dtype(residual_dtype).name not in FLOATS:
+    if residual_dtype is not None and not _is_float(residual_dtype):
         raise TypeError(
             "`error_feedback(residual_dtype=...)` must be a floating-point dtype "
             f"({', '.join(FLOATS)}), got {residual_dtype!r}."
@@ -193,6 +193,13 @@ def error_feedback(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_float(dtype: Any) -> bool:
+    try:
+        return jnp.dtype(dtype).name in FLOATS
+    except TypeError:
+        return False
 
 
 def _rates(learning_rate: Any, state: ErrorFeedbackState) -> tuple[Any, Any, Any]:

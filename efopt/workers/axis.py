@@ -30,15 +30,40 @@ def is_bound(axis_name: str) -> bool:
     return True
 
 
-def require_bound(api: str, axis_name: str) -> None:
+def need_axis_name(api: str, axis_name: Any) -> None:
+    """Raises unless ``axis_name`` is a string."""
+    if not isinstance(axis_name, str):
+        raise TypeError(
+            f"`{api}(axis_name=...)` must be the name of a mapped axis, got "
+            f"{axis_name!r}."
+        )
+
+
+def require_bound(api: str, axis_name: str, cure: str = "") -> None:
     """Raises unless the axis is bound."""
     if not is_bound(axis_name):
         raise ValueError(
             f"{api} works over the mapped axis {axis_name!r}, and none of that name is "
-            "bound here. Call it inside `jax.shard_map`, `jax.pmap` "
-            f"or `jax.vmap(..., axis_name={axis_name!r})`, or pass `axis_name=None` "
-            "for a single worker."
+            "bound here. Call it inside `jax.shard_map`, `jax.pmap` or "
+            f"`jax.vmap(..., axis_name={axis_name!r})`{cure}."
         )
+
+
+def require_local(api: str, axis_name: str, updates: Any) -> None:
+    """Raises if types say that updates are already equal on all workers."""
+    if not is_typed(axis_name):
+        return
+    for path, x in jax.tree_util.tree_flatten_with_path(updates)[0]:
+        if axis_name not in varying(x):
+            raise ValueError(
+                f"{api} got updates that are already equal on all workers along "
+                f"{axis_name!r}, at {jax.tree_util.keystr(path) or 'the root'}: there "
+                "is nothing left to compress. Inside `jax.shard_map`, `jax.grad` sums "
+                "over workers when parameters are replicated; differentiate with "
+                f"respect to `efopt.local_params(params, {axis_name!r})`. To gather "
+                "several mini-batches, use `efopt.accumulate` in place of "
+                "`optax.MultiSteps`."
+            )
 
 
 def varying(x: Any) -> frozenset[str]:
@@ -85,6 +110,7 @@ def local_params(params: Any, axis_name: str) -> Any:
       The same values, typed as varying over ``axis_name``.
 
     Raises:
+      TypeError: If ``axis_name`` is not a string.
       ValueError: If the axis is not bound.
 
     Examples:
@@ -94,6 +120,6 @@ def local_params(params: Any, axis_name: str) -> Any:
       ...     jnp.arange(2.0))
       Array([0., 1.], dtype=float32)
     """
-    check_axis_name("local_params", axis_name)
+    need_axis_name("local_params", axis_name)
     require_bound("`local_params`", axis_name)
     return vary(params, axis_name)

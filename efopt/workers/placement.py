@@ -34,10 +34,14 @@ def partition_specs(tree: Any, params_specs: Any = None) -> Any:
       PartitionSpec('data',)
     """
     is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    given = jax.tree.leaves(params_specs, is_leaf=is_spec)
     structure = jax.tree.structure(params_specs, is_leaf=is_spec)
-    matches = lambda x: (  # noqa: E731
-        params_specs is not None and jax.tree.structure(x) == structure
-    )
+
+    def matches(x):
+        if params_specs is None or jax.tree.structure(x) != structure:
+            return False
+        pairs = zip(jax.tree.leaves(x), given, strict=True)
+        return all(jnp.ndim(leaf) >= len(spec) for leaf, spec in pairs)
 
     def specs(subtree, *lead):
         def one(x):

@@ -33,7 +33,8 @@ def per_worker(
 
     Raises:
       TypeError: If ``axis_name`` is not a string.
-      ValueError: At trace time, if the axis is not bound or the state not placed.
+      ValueError: At trace time, if the axis is not bound, updates are already averaged
+        over it, or the state is not placed.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -42,7 +43,7 @@ def per_worker(
       >>> tx.init(jnp.zeros(3)).value.trace.shape
       (1, 3)
     """
-    _need_axis("per_worker", axis_name)
+    axis.need_axis_name("per_worker", axis_name)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> Any:
@@ -52,6 +53,7 @@ def per_worker(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         axis.require_bound("`per_worker`", axis_name)
+        axis.require_local("`per_worker`", axis_name, updates)
         own = state.local(f"`per_worker(axis_name={axis_name!r})`")
         updates, own = inner.update(updates, own, params, **extra_args)
         return updates, PerWorker.wrap(own, axis_name)
@@ -96,8 +98,8 @@ def accumulate(
 
     Raises:
       TypeError: If ``every`` is not a Python int or ``axis_name`` not a string.
-      ValueError: If ``every < 1``; at trace time, if the axis is not bound or the state
-        not placed.
+      ValueError: If ``every < 1``; at trace time, if the axis is not bound, updates are
+        already averaged over it, or the state is not placed.
 
     Examples:
       >>> import optax
@@ -107,7 +109,7 @@ def accumulate(
       ...     optax.sgd(0.1))
       >>> tx = efopt.accumulate(step, every=4, axis_name="data")
     """
-    _need_axis("accumulate", axis_name)
+    axis.need_axis_name("accumulate", axis_name)
     if isinstance(every, bool) or not isinstance(every, int):
         raise TypeError(
             "`accumulate(every=...)` must be a Python int, got "
@@ -130,6 +132,7 @@ def accumulate(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         axis.require_bound("`accumulate`", axis_name)
+        axis.require_local("`accumulate`", axis_name, updates)
         total = state.accumulator.local(f"`accumulate(axis_name={axis_name!r})`")
         total = jax.tree.map(lambda a, g: a + g.astype(a.dtype) / every, total, updates)
 
@@ -156,11 +159,3 @@ def accumulate(
 
 def _wide_zeros(p: Any) -> jax.Array:
     return jnp.zeros(jnp.shape(p), jnp.promote_types(jnp.result_type(p), jnp.float32))
-
-
-def _need_axis(api: str, axis_name: Any) -> None:
-    if not isinstance(axis_name, str):
-        raise TypeError(
-            f"`{api}(axis_name=...)` must be the name of a mapped axis, got "
-            f"{axis_name!r}."
-        )
