@@ -22,9 +22,9 @@ import efopt
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 2e-3}
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-# Compiling is most of the cost of this file, so that most tests share one tree, and
-# with it one program a row. In each dtype it has a scalar, an empty leaf, one of size 1
-# and one of odd size; some leaves share a bucket, and one is larger than any block.
+# Compiling is most of the cost of this file, so that most tests share two trees. The
+# whole one has in each dtype a scalar, an empty leaf, one of size 1 and an odd one; some
+# leaves share a bucket, and one is larger than any block.
 SHAPES = {
     f"{kind} {jnp.dtype(dtype).name}": (shape, dtype)
     for dtype in DTYPES
@@ -35,7 +35,16 @@ SHAPES = {
         "odd": (5, 7),
     }.items()
 }
-SHAPES |= {"same": ((35,), jnp.float32), "long": ((1031,), jnp.float32)}
+SHAPES["long"] = ((1031,), jnp.float32)
+
+# The small one has fewer shapes, for tests without jit: they compile each operation.
+SMALL = {
+    "a": ((35,), jnp.float32),
+    "b": ((35,), jnp.bfloat16),
+    "c": ((5, 7), jnp.float16),
+    "empty": ((0, 3), jnp.bfloat16),
+    "scalar": ((), jnp.float32),
+}
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
 each_random_row = pytest.mark.parametrize(
@@ -76,6 +85,12 @@ def fed_back(compressor):
     return efopt.error_feedback(compressor)
 
 
+def both(row, seed=0):
+    """The bare compressor and error feedback around it, with updates for each."""
+    compressor = row.make()
+    return (compressor, tree(seed, SMALL)), (fed_back(compressor), tree(seed))
+
+
 def at_step(step):
     return efopt.CompressorState(jnp.asarray(step, jnp.int32), ())
 
@@ -85,8 +100,7 @@ def at_step(step):
 
 @each_row
 def test_update_keeps_structure_shapes_and_dtypes(row):
-    grads, compressor = tree(0), row.make()
-    for tx in (compressor, fed_back(compressor)):
+    for tx, grads in both(row):
         updates, state = jitted(tx)(grads, tx.init(grads))
         assert specs(updates) == specs(grads)
         assert all(np.isfinite(x).all() for x in wide(updates))
@@ -95,8 +109,8 @@ def test_update_keeps_structure_shapes_and_dtypes(row):
 
 @each_row
 def test_zeros_stay_finite_and_zero_where_the_wire_can_say_so(row):
-    zeros, compressor = jax.tree.map(jnp.zeros_like, tree(0)), row.make()
-    for tx in (compressor, fed_back(compressor)):
+    for tx, grads in both(row):
+        zeros = jax.tree.map(jnp.zeros_like, grads)
         updates, state = jitted(tx)(zeros, tx.init(zeros))
         for x in wide(updates):
             assert np.isfinite(x).all()
@@ -117,8 +131,7 @@ def test_trees_without_coordinates_pass_through(row):
 
 @each_row
 def test_state_keeps_its_type_through_steps_and_branches(row):
-    grads = tree(0)
-    for tx in (row.make(), fed_back(row.make())):
+    for tx, grads in both(row):
         first = tx.init(grads)
         update = jitted(tx)
         _, second = update(grads, first)
@@ -190,10 +203,6 @@ def test_tree_get_finds_the_residual_in_a_chain(row):
 
 # ------------------------------------------------------------------ inside optax
 
-# Without jit: the few operations on these shapes are compiled once for all tests.
-SMALL = {"a": ((35,), jnp.float32), "b": ((35,), jnp.bfloat16)}
-SMALL |= {"c": ((5, 7), jnp.float16)}
-
 
 def alone(compressor, grads):
     return compressor.update(grads, compressor.init(grads))[0]
@@ -201,12 +210,12 @@ def alone(compressor, grads):
 
 @each_row
 def test_unknown_extra_arguments_are_ignored(row):
-    grads = tree(1, SMALL)
+    grads, extra = tree(1, SMALL), {"value": jnp.zeros([]), "batch": {"x": 1}}
     for tx in (row.make(), fed_back(row.make()), efopt.compress(row.make())):
         state = tx.init(grads)
-        plain = tx.update(grads, state)
-        extra = tx.update(grads, state, grads, value=jnp.zeros([]), batch={"x": 1})
-        assert bits(plain) == bits(extra)
+        plain = jax.make_jaxpr(tx.update)(grads, state)
+        given = jax.make_jaxpr(functools.partial(tx.update, **extra))(grads, state)
+        assert str(given) == str(plain)
 
 
 @each_row
@@ -221,13 +230,11 @@ def test_chain_passes_the_round_trip_on(row):
 def test_partition_and_masked_compress_their_own_leaves_only(row):
     grads, compressor = tree(1, SMALL), row.make()
     mine = alone(compressor, {"b": grads["b"]})
-    tx = optax.partition(
-        {"mine": compressor, "rest": optax.scale(2.0)},
-        {"a": "rest", "b": "mine", "c": "rest"},
-    )
+    labels = {name: "mine" if name == "b" else "rest" for name in grads}
+    tx = optax.partition({"mine": compressor, "rest": optax.scale(2.0)}, labels)
     updates, _ = tx.update(grads, tx.init(grads), grads)
-    assert bits(updates) == bits({"a": 2 * grads["a"], **mine, "c": 2 * grads["c"]})
-    tx = optax.masked(compressor, {"a": False, "b": True, "c": False})
+    assert bits(updates) == bits({**jax.tree.map(lambda x: 2 * x, grads), **mine})
+    tx = optax.masked(compressor, {name: name == "b" for name in grads})
     updates, _ = tx.update(grads, tx.init(grads), grads)
     assert bits(updates) == bits({**grads, **mine})
 
@@ -265,22 +272,14 @@ def test_jit_changes_no_bit(row):
         for step in range(3):
             grads = tree(step, SMALL)
             slow_updates, eager = tx.update(grads, eager)
-            fast_updates, fast = jax.jit(tx.update)(grads, fast)
+            fast_updates, fast = jitted(tx)(grads, fast)
             assert bits(slow_updates) == bits(fast_updates)
             assert bits(eager) == bits(fast)
 
 
-def test_jit_changes_no_bit_of_leaves_that_share_a_bucket():
-    compressor = efopt.scaled_sign(block_size=16)
-    grads = tree(0, {"a": ((35,), jnp.float32), "b": ((5, 7), jnp.float32)})
-    tx = fed_back(compressor)
-    state = tx.init(grads)
-    assert bits(tx.update(grads, state)) == bits(jax.jit(tx.update)(grads, state))
-
-
 @each_row
 def test_same_step_gives_same_bits_and_another_step_only_if_random(row):
-    grads, compressor = tree(3), row.make()
+    grads, compressor = tree(3, SMALL), row.make()
     first = compressor.init(grads)
     once, later = jitted(compressor)(grads, first)
     twice, _ = jitted(row.make())(grads, first)
@@ -305,6 +304,8 @@ WIRE_SHAPES += ((2, 1031), (65537,))
 def test_decompress_of_compress_is_the_update(row):
     compressor = row.make()
     for step, (name, x) in enumerate(tree(5, SMALL).items()):
+        if x.size == 0:
+            continue
         payload = compressor.compress(x, step=step)
         decoded = compressor.decompress(payload, x.shape, x.dtype, step=step)
         updates, _ = compressor.update(x, at_step(step))
@@ -488,8 +489,7 @@ def masks(size, k, steps):
 
 @pytest.mark.parametrize(
     "size, k",
-    [(2, 1), (3, 2), (5, 4), (17, 5), (17, 16), (1000, 1), (1000, 999)]
-    + [(65537, 655), (65537, 65536)],
+    [(2, 1), (3, 2), (5, 4), (17, 16), (1000, 999), (65537, 65536)],
 )
 def test_random_k_sends_exactly_k_distinct_coordinates(size, k):
     sent = masks(size, k, 32 if size < 2000 else 3)
@@ -521,6 +521,7 @@ def test_random_k_sends_every_pair_equally_often(size, k):
     """4000 draws, 6 standard errors for each pair of coordinates."""
     p = k * (k - 1) / (size * (size - 1))
     sent = masks(size, k, MANY).astype(np.float64)
+    assert (sent.sum(axis=1) == k).all()
     counts = (sent.T @ sent)[np.triu_indices(size, 1)]
     assert np.abs(counts - MANY * p).max() <= SIGMAS * math.sqrt(MANY * p * (1 - p))
 
@@ -567,13 +568,13 @@ def test_every_step_is_that_of_the_oracle(row):
     """
     if row.oracle is None:
         return
-    compressor, grads = row.make(), tree(0)
-    tx = fed_back(compressor)
-    state, ones = tx.init(grads), jax.tree.map(jnp.ones_like, grads)
+    tx, grads = fed_back(row.make()), tree(0)
+    first = state = tx.init(grads)
+    ones = jax.tree.map(jnp.ones_like, grads)
     dtypes = [x.dtype.name for x in jax.tree.leaves(grads)]
     for step in range(5):
         grads = tree(step)
-        sent = wide(jitted(compressor)(ones, at_step(step))[0])
+        sent = wide(jitted(tx)(ones, first._replace(count=state.count))[0])
         speak = [functools.partial(row.oracle, mask=mask) for mask in sent]
         expected, (owed,) = oracle.error_feedback_step(
             [wide(grads)], [wide(state.residual)], speak

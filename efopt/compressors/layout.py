@@ -99,8 +99,8 @@ class Layout:
             if len(b.leaves) > 1:
                 shared.append((b, x))
             else:
-                i, size = b.leaves[0], b.sizes[0]
-                arrays[i] = x.reshape(-1)[:size].reshape(self.shapes[i])
+                for i, size in zip(b.leaves, b.sizes, strict=True):
+                    arrays[i] = x.reshape(-1)[:size].reshape(self.shapes[i])
         starts = [s for b, _ in shared for s in b.starts()]
         whole, starts = _fence([x.reshape(-1) for _, x in shared], starts, step)
         offsets = iter(starts)
