@@ -23,8 +23,8 @@ import efopt
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 2e-3}
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Compiling is most of the cost of this file, so that most tests share two trees. The
-# whole one has in each dtype a scalar, an empty leaf, one of size 1 and an odd one; some
-# leaves share a bucket, and one is larger than any block.
+# whole one has, in each dtype, a scalar, an empty leaf, one of size 1 and an odd one;
+# some leaves share a bucket, and one is larger than any block.
 SHAPES = {
     f"{kind} {jnp.dtype(dtype).name}": (shape, dtype)
     for dtype in DTYPES
@@ -37,13 +37,12 @@ SHAPES = {
 }
 SHAPES["long"] = ((1031,), jnp.float32)
 
-# The small one has fewer shapes, for tests without jit: they compile each operation.
+# The small one has few shapes, for tests without jit: they compile each operation.
 SMALL = {
     "a": ((35,), jnp.float32),
     "b": ((35,), jnp.bfloat16),
     "c": ((5, 7), jnp.float16),
     "empty": ((0, 3), jnp.bfloat16),
-    "scalar": ((), jnp.float32),
 }
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
@@ -105,6 +104,8 @@ def test_update_keeps_structure_shapes_and_dtypes(row):
         assert specs(updates) == specs(grads)
         assert all(np.isfinite(x).all() for x in wide(updates))
         assert int(state.count) == 1
+        updates, _ = jax.eval_shape(tx.update, tree(0), tx.init(tree(0)))
+        assert specs(updates) == specs(tree(0))
 
 
 @each_row

@@ -44,6 +44,8 @@ def compress(
     Shapes: any tree of floating-point leaves -> the same, dtypes kept.
     Cost: ``compressor.payload_bits`` per leaf, worker and step; see
     :func:`efopt.error_feedback` for what each exchange makes of it.
+    Properties: unbiased if the compressor is; the average is bit-identical on all
+    workers; nothing is owed, so what is lost is lost.
     Placement: replicated, but for the server residual under ``exchange="two_phase"``.
 
     Args:

@@ -83,6 +83,8 @@ def error_feedback(
 
     Shapes: any tree of floating-point leaves -> the same, dtypes kept.
     Cost: ``compressor.payload_bits`` per leaf, worker and step.
+    Properties: conservative, as above; converges for any contraction ``delta > 0``; the
+    average is bit-identical on all workers; with the identity it is ``pmean``.
     Placement: ``residual`` and ``server`` per worker, all else replicated. Place the
     state with :func:`efopt.distribute` or :func:`efopt.stack_workers`.
 
