@@ -17,8 +17,8 @@ class PerWorker:
     Every array inside has a leading worker axis: of length 1 inside the mapped function
     and on a state fresh from ``init``, of length ``n`` as a global array placed by
     :func:`efopt.distribute`. The node marks itself, so the placement helpers find it in
-    any pytree: an Optax chain, a Flax ``TrainState``, a checkpoint. Orbax takes it as it
-    is, ``flax.serialization`` too (from the first node built after its import).
+    any pytree: an Optax chain, a Flax ``TrainState``, a checkpoint. Orbax takes it as
+    it is, ``flax.serialization`` too (from the first node built after its import).
 
     Attributes:
       value: Pytree of arrays ``(1 or n, ...)``.
