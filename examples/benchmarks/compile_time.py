@@ -56,8 +56,7 @@ def main():
     args = parser.parse_args()
     if args.leaves < 1 or args.shapes < 1:
         parser.error("--leaves and --shapes must be at least 1")
-    if jax.default_backend() == "cpu":
-        jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_num_cpu_devices", 8)  # where there is nothing but a CPU
 
     shapes = [(i + 3, 2 * i + 5) if i % 3 else (7 * i + 2,) for i in range(args.shapes)]
     params = [jnp.ones(shapes[i % args.shapes]) for i in range(args.leaves)]
