@@ -62,9 +62,13 @@ each_name = pytest.mark.parametrize("name", efopt.__all__)
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 
+def doc(thing) -> str:
+    return inspect.getdoc(thing) or ""
+
+
 def sections(function):
     """Names that open a section or a paragraph of a docstring, `Name:`."""
-    return set(re.findall(r"^\s*([A-Z][a-z]+):", inspect.getdoc(function) or "", re.M))
+    return set(re.findall(r"^\s*([A-Z][a-z]+):", doc(function), re.M))
 
 
 def raises(function, seen=None):
@@ -114,9 +118,9 @@ def test_every_compressor_has_a_row_in_the_registry():
 
 @each_name
 def test_public_name_has_a_docstring(name):
-    doc = inspect.getdoc(getattr(efopt, name))
+    text = doc(getattr(efopt, name))
     # A NamedTuple or dataclass without one gets `Name(field, field)`.
-    assert doc and not doc.startswith(f"{name}(")
+    assert text and not text.startswith(f"{name}(")
 
 
 @each_function
@@ -128,14 +132,14 @@ def test_function_documents_arguments_result_errors_and_an_example(name):
     if raises(function):
         expected.add("Raises")
     assert expected - sections(function) == set()
-    assert ">>> " in inspect.getdoc(function)
+    assert ">>> " in doc(function)
 
 
 @each_function
 def test_function_documents_every_argument_by_name(name):
-    doc = inspect.getdoc(FUNCTIONS[name])
+    text = doc(FUNCTIONS[name])
     for parameter in inspect.signature(FUNCTIONS[name]).parameters:
-        assert re.search(rf"^  \**{parameter}: ", doc, re.M), parameter
+        assert re.search(rf"^  \**{parameter}: ", text, re.M), parameter
 
 
 @pytest.mark.parametrize("name", sorted(COMPRESSORS | SCHEMES))
@@ -147,15 +151,13 @@ def test_compressors_and_schemes_document_wire_contract_and_source(name):
     found = sections(FUNCTIONS[name])
     assert expected - found == set()
     if "References" in expected:
-        after = inspect.getdoc(FUNCTIONS[name]).split("References:")[1]
+        after = doc(FUNCTIONS[name]).split("References:")[1]
         assert "https://" in after
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 def test_documented_properties_agree_with_the_contract(row):
-    (said,) = re.findall(
-        r"Properties:(.*?)(?:Placement:|\Z)", inspect.getdoc(row.factory), re.S
-    )
+    (said,) = re.findall(r"Properties:(.*?)(?:Placement:|\Z)", doc(row.factory), re.S)
     compressor = row.make()
     assert ("not linear" not in said) == compressor.linear
     assert ("unbiased" in said) == compressor.unbiased
