@@ -618,3 +618,12 @@ def test_different_options_make_different_compressors():
     compressors += [row.make(seed=1) for row in ROWS if row.random]
     for one, other in itertools.combinations(compressors, 2):
         assert one != other and repr(one) != repr(other)
+
+
+def test_an_empty_leaf_loses_nothing_and_sends_nothing():
+    for compressor in (efopt.scaled_sign(), efopt.top_k(k=2), efopt.identity()):
+        assert compressor.delta((0, 3)) == 1.0
+        assert compressor.payload_bits((0, 3)) == 0
+        with pytest.raises(ValueError, match="at least one coordinate"):
+            compressor.compress(jnp.zeros((0, 3)))
+    assert efopt.sign().delta((0,)) is None

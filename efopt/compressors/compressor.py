@@ -1,6 +1,7 @@
 """The compressor as users meet it: an Optax transformation with a wire format."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,6 +80,8 @@ class Compressor(optax.GradientTransformationExtraArgs):
 
         ``E|C(x) - x|^2 <= (1 - delta) |x|^2`` for every ``x``.
         """
+        if math.prod(shape) == 0:  # an empty leaf loses nothing
+            return None if self.codec.delta((1,)) is None else 1.0
         return self.codec.delta(tuple(shape))
 
     def omega(self, shape: tuple[int, ...]) -> float | None:
@@ -86,6 +89,8 @@ class Compressor(optax.GradientTransformationExtraArgs):
 
         ``E C(x) = x`` and ``E|C(x) - x|^2 <= omega |x|^2`` for every ``x``.
         """
+        if math.prod(shape) == 0:
+            return None if self.codec.omega((1,)) is None else 0.0
         return self.codec.omega(tuple(shape))
 
     def payload_bits(
@@ -122,9 +127,15 @@ class Compressor(optax.GradientTransformationExtraArgs):
 
         Raises:
           TypeError: If the compressor speaks in several rounds, or ``x`` is no float.
+          ValueError: If ``x`` is empty.
         """
         x = jnp.asarray(x)
         dtype = check_float((), x, "`compress(x)`")
+        if x.size == 0:
+            raise ValueError(
+                f"`compress(x)` needs at least one coordinate, got shape {x.shape}: an "
+                "empty leaf sends nothing."
+            )
         layout = plan(self.codec, (tuple(x.shape),), (dtype,))
         (blocks,) = layout.join([x.astype(compute_dtype(dtype))], jnp.uint32(0))
         return self.codec.encode(blocks, layout.buckets[0].blocks(), _turn(step))
