@@ -103,8 +103,8 @@ def test_workers_stay_bit_identical_and_nothing_recompiles(name):
 def test_zero_gradients_leave_everything_untouched(name):
     """Padding included: it is in the state only as server residual."""
     compressor, exchange = CASES[name]
-    if name == "power_sgd":  # an orthonormal basis of nothing is not nothing
-        pytest.skip("PowerSGD of a zero matrix renews its basis; its updates are zero")
+    # What a codec remembers of a direction may go: zero has none.
+    moves = ("count", "memory")
     tx = efopt.error_feedback(compressor, AXIS, exchange)
     fn, state, place = mapped("auto", tx, zeros())
     start = jax.tree.map(np.asarray, state)
@@ -116,7 +116,7 @@ def test_zero_gradients_leave_everything_untouched(name):
         jax.tree.leaves(start),
         strict=True,
     ):
-        if "count" not in jax.tree_util.keystr(path):
+        if not any(field in jax.tree_util.keystr(path) for field in moves):
             np.testing.assert_array_equal(a, b, err_msg=str(path))
 
 
