@@ -113,7 +113,8 @@ class Codec:
 
     A codec for one message implements :meth:`encode` and :meth:`decode`. One that needs
     several rounds, like PowerSGD, implements :meth:`rounds` instead and asks through
-    other codecs. What must hold:
+    other codecs. One that leaves some leaves to another codec says so in
+    :meth:`assign`. What must hold:
 
     * arrays of a payload have the block axis first, and each block decodes on its own;
     * padding is zero on entry and may decode to anything (it is masked for all);
@@ -131,6 +132,27 @@ class Codec:
     stacks: ClassVar[bool] = True  # leaves may be joined along the block axis
     default_exchange: ClassVar[str] = "all_gather"
     block_size: ClassVar[int | None] = None
+
+    def assign(self, tree: Any) -> list["Codec"]:
+        """The codec of every leaf of a tree of arrays."""
+        return [self.for_shape(jnp.shape(x)) for x in jax.tree.leaves(tree)]
+
+    def for_shape(self, shape: tuple[int, ...]) -> "Codec":
+        """The codec of a leaf of this shape: this one, unless it would not pay."""
+        del shape
+        return self
+
+    def members(self) -> tuple["Codec", ...]:
+        """The codecs among which users' labels choose: itself, if there are none."""
+        return (self,)
+
+    def with_values(self, values: "Codec") -> "Codec":
+        """This codec with its payload's values written by another codec."""
+        del values
+        raise TypeError(
+            f"`compose({self}, ...)` makes no sense: its payload holds no values to "
+            "compress again. Use a sparse or a low-rank compressor outside."
+        )
 
     def block_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The view ``(num_blocks, *block)`` in which a non-empty leaf is compressed."""

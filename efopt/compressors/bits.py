@@ -21,19 +21,84 @@ def pack_bits(bits: jax.Array) -> jax.Array:
     Bit ``j`` of byte ``w`` holds coordinate ``j * ceil(size / 8) + w``, so that packing
     reads eight long runs instead of one strided one. Unused bits are zero.
     """
-    n, size = bits.shape
-    width = -(-size // 8)
-    planes = jnp.pad(bits, ((0, 0), (0, 8 * width - size))).reshape(n, 8, width)
-    shifted = [planes[:, j].astype(jnp.uint8) << jnp.uint8(j) for j in range(8)]
-    return functools.reduce(operator.or_, shifted)
+    return _pack_field(bits, 1)
 
 
 def unpack_bits(packed: jax.Array, size: int) -> jax.Array:
     """Inverse of :func:`pack_bits`: uint8 ``(n, width)`` to bool ``(n, size)``."""
-    n, width = packed.shape
-    place = jnp.arange(8, dtype=jnp.uint8)[None, :, None]
-    planes = (packed[:, None, :] >> place) & jnp.uint8(1)
-    return planes.reshape(n, 8 * width)[:, :size].astype(bool)
+    return _unpack_field(packed, 1, size).astype(bool)
+
+
+def pack_uints(x: jax.Array, bits: int) -> tuple[jax.Array, ...]:
+    """Packs unsigned integers below ``2**bits``, uint8 ``(n, size)``, 1 <= bits <= 8.
+
+    They are cut into fields of 8, 4, 2 or 1 bits, the low ones first, of which 1, 2, 4
+    or 8 share a byte: for three bits, uint8 ``(n, ceil(size / 4))`` and ``(n,
+    ceil(size / 8))``. Unused bits are zero.
+    """
+    packed = []
+    for width in _fields(bits):
+        packed.append(_pack_field(x & np.uint8(2**width - 1), width))
+        if width < 8:
+            x = x >> np.uint8(width)
+    return tuple(packed)
+
+
+def unpack_uints(packed: tuple[jax.Array, ...], bits: int, size: int) -> jax.Array:
+    """Inverse of :func:`pack_uints`: uint8 ``(n, size)``."""
+    x, low = None, 0
+    for field, width in zip(packed, _fields(bits), strict=True):
+        part = _unpack_field(field, width, size)
+        x = part if x is None else x | (part << np.uint8(low))
+        low += width
+    assert x is not None
+    return x
+
+
+def _fields(bits: int) -> list[int]:
+    return [width for width in (8, 4, 2, 1) if bits & width]
+
+
+def _pack_field(x: jax.Array, width: int) -> jax.Array:
+    lanes = 8 // width
+    if lanes == 1:
+        return x
+    n, size = x.shape
+    run = -(-size // lanes)
+    x = jnp.pad(x, ((0, 0), (0, lanes * run - size))).reshape(n, lanes, run)
+    shifted = [x[:, j].astype(jnp.uint8) << np.uint8(width * j) for j in range(lanes)]
+    return functools.reduce(operator.or_, shifted)
+
+
+def _unpack_field(packed: jax.Array, width: int, size: int) -> jax.Array:
+    lanes = 8 // width
+    if lanes == 1:
+        return packed
+    shift = jnp.arange(lanes, dtype=jnp.uint8)[None, :, None] * np.uint8(width)
+    x = (packed[:, None, :] >> shift) & np.uint8(2**width - 1)
+    return x.reshape(packed.shape[0], -1)[:, :size]
+
+
+def pack_trits(x: jax.Array) -> jax.Array:
+    """Packs integers below 3, uint8 ``(n, size)``, five to a byte: 1.6 bits each.
+
+    Digit ``j`` of byte ``w``, in base 3, holds coordinate ``j * ceil(size / 5) + w``.
+    """
+    n, size = x.shape
+    run = -(-size // 5)
+    x = jnp.pad(x, ((0, 0), (0, 5 * run - size))).reshape(n, 5, run)
+    digits = [x[:, j] * np.uint8(3**j) for j in range(5)]
+    return functools.reduce(operator.add, digits)
+
+
+def unpack_trits(packed: jax.Array, size: int) -> jax.Array:
+    """Inverse of :func:`pack_trits`: uint8 ``(n, width)`` to uint8 ``(n, size)``."""
+    wide = packed.astype(jnp.uint32)[:, None, :]
+    # x // 3**j for x < 243, as a product and a shift: no division on any backend.
+    factor = np.array([-(-(2**16) // 3**j) for j in range(5)], np.uint32)
+    digits = (wide * jnp.asarray(factor)[None, :, None]) >> np.uint32(16)
+    digits = digits - np.uint32(3) * ((digits * np.uint32(171)) >> np.uint32(9))
+    return digits.astype(jnp.uint8).reshape(packed.shape[0], -1)[:, :size]
 
 
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -49,9 +114,9 @@ def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     if float(info.max) < float(own.max):
         largest = jnp.asarray(info.max, x.dtype)
         x = jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
-    rounded = lax.reduce_precision(x, info.nexp, info.nmant)
+    rounded = lax.reduce_precision(x, own.nexp, min(info.nmant, own.nmant))
     if info.nexp < own.nexp:
-        # reduce_precision flushes subnormals; they lie on one uniform grid instead.
+        # Subnormals have fewer digits: they lie on one uniform grid.
         grid = float(info.smallest_subnormal)
         fine = jnp.round(x * (1 / grid)) * grid
         rounded = jnp.where(jnp.abs(x) < float(info.smallest_normal), fine, rounded)
@@ -61,6 +126,18 @@ def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 def cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Converts ``x`` to ``dtype`` with a rounding that ``jit`` cannot remove."""
     return round_to(x, dtype).astype(dtype)
+
+
+def round_up(x: jax.Array) -> jax.Array:
+    """``x >= 0`` rounded up to few digits: the product with an 8-bit integer is exact.
+
+    Eight significant bits for float32, at most ``1 + 2**-7`` times larger; 31 for
+    float64. A product that needs no rounding is the same whether or not a compiler
+    fuses it with a following addition.
+    """
+    info = jnp.finfo(x.dtype)
+    kept = 7 if info.bits == 32 else 30
+    return lax.reduce_precision(x * (1 + 2.0 ** -(kept + 1)), info.nexp, kept)
 
 
 def hash_words(*words: jax.typing.ArrayLike) -> jax.Array:

@@ -72,7 +72,7 @@ class Compressor(optax.GradientTransformationExtraArgs):
 
     @property
     def block_size(self) -> int | None:
-        """Coordinates compressed as one unit; ``None``: the whole leaf."""
+        """Coordinates compressed as one unit; ``None``: the whole leaf or more."""
         return self.codec.block_size
 
     def delta(self, shape: tuple[int, ...]) -> float | None:
@@ -81,8 +81,8 @@ class Compressor(optax.GradientTransformationExtraArgs):
         ``E|C(x) - x|^2 <= (1 - delta) |x|^2`` for every ``x``.
         """
         if math.prod(shape) == 0:  # an empty leaf loses nothing
-            return None if self.codec.delta((1,)) is None else 1.0
-        return self.codec.delta(tuple(shape))
+            return None if self._codec((1,)).delta((1,)) is None else 1.0
+        return self._codec(shape).delta(tuple(shape))
 
     def omega(self, shape: tuple[int, ...]) -> float | None:
         """Variance factor for a leaf of ``shape``, or ``None`` if it is biased.
@@ -90,8 +90,12 @@ class Compressor(optax.GradientTransformationExtraArgs):
         ``E C(x) = x`` and ``E|C(x) - x|^2 <= omega |x|^2`` for every ``x``.
         """
         if math.prod(shape) == 0:
-            return None if self.codec.omega((1,)) is None else 0.0
-        return self.codec.omega(tuple(shape))
+            return None if self._codec((1,)).omega((1,)) is None else 0.0
+        return self._codec(shape).omega(tuple(shape))
+
+    def _codec(self, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Codec:
+        """The codec of a tree that is one leaf."""
+        return self.codec.assign(jax.ShapeDtypeStruct(tuple(shape), dtype))[0]
 
     def payload_bits(
         self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32
@@ -102,17 +106,18 @@ class Compressor(optax.GradientTransformationExtraArgs):
         each array up to whole 32-bit words.
         """
         shape, dtype = tuple(shape), jnp.dtype(dtype)
-        layout, bits_seen = plan(self.codec, (shape,), (dtype,)), []
+        codec, bits_seen = self._codec(shape, dtype), []
+        layout = plan([codec], [shape], [dtype])
 
         def count(messages):
-            arrays = jax.tree.leaves([m.payload for m in messages])
+            arrays = jax.tree.leaves([m.payload for m in messages.values()])
             bits_seen.extend(8 * a.size * a.dtype.itemsize for a in arrays)
             return alone(messages)
 
         def talk(x, step):
-            memory = layout.join_memory([self.codec.init(shape, dtype)])
+            memory = layout.join_memory([codec.init(shape, dtype)])
             xs = layout.join([x], step)
-            return converse(self.codec, layout, xs, memory, _turn(step), count)
+            return converse(layout, xs, memory, _turn(step), count)
 
         x = jax.ShapeDtypeStruct(shape, compute_dtype(dtype))
         jax.eval_shape(talk, x, jax.ShapeDtypeStruct((), jnp.uint32))
@@ -136,9 +141,10 @@ class Compressor(optax.GradientTransformationExtraArgs):
                 f"`compress(x)` needs at least one coordinate, got shape {x.shape}: an "
                 "empty leaf sends nothing."
             )
-        layout = plan(self.codec, (tuple(x.shape),), (dtype,))
+        codec = self._codec(x.shape, dtype)
+        layout = plan([codec], [x.shape], [dtype])
         (blocks,) = layout.join([x.astype(compute_dtype(dtype))], jnp.uint32(0))
-        return self.codec.encode(blocks, layout.buckets[0].blocks(), _turn(step))
+        return codec.encode(blocks, layout.buckets[0].blocks(), _turn(step))
 
     def decompress(
         self,
@@ -155,9 +161,10 @@ class Compressor(optax.GradientTransformationExtraArgs):
           dtype: Its dtype.
           step: The step given to :meth:`compress`.
         """
-        layout = plan(self.codec, (tuple(shape),), (jnp.dtype(dtype),))
+        codec = self._codec(shape, dtype)
+        layout = plan([codec], [tuple(shape)], [jnp.dtype(dtype)])
         blocks = layout.buckets[0].blocks()
-        decoded = self.codec.decode(payload, blocks, _turn(step))
+        decoded = codec.decode(payload, blocks, _turn(step))
         out = bits.cast(blocks.mask(decoded), dtype)
         return layout.part([out], jnp.uint32(0), [jnp.zeros(shape, dtype)])[0]
 
@@ -182,30 +189,32 @@ def check_float(path: Any, leaf: Any, api: str) -> np.dtype:
 def init_memory(codec: Codec, params: Any, api: str) -> Any:
     """The codec's state for every leaf of ``params``, after a check of their dtypes.
 
-    A ``jax.tree.map`` over params, as ``optax.tree.map_params`` wants it.
+    It has the structure of ``params``, as ``optax.tree.map_params`` wants it; ``()``
+    for a codec that has none.
     """
-
-    def one(path, leaf):
-        dtype = check_float(path, leaf, api)
-        return codec.init(jnp.shape(leaf), dtype)
-
-    memory = jax.tree_util.tree_map_with_path(one, params)
-    return memory if codec.stateful else ()
-
-
-def open_memory(codec: Codec, layout: Layout, treedef: Any, memory: Any) -> list[Any]:
-    """One state per bucket from what :func:`init_memory` made."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    dtypes = [check_float(path, leaf, api) for path, leaf in paths]
     if not codec.stateful:
+        return ()
+    if not paths:  # a placeholder of `optax.tree.map_params`
+        return params
+    codecs = codec.assign(params)
+    triples = zip(codecs, paths, dtypes, strict=True)
+    states = [c.init(jnp.shape(leaf), dtype) for c, (_, leaf), dtype in triples]
+    return treedef.unflatten(states)
+
+
+def open_memory(layout: Layout, treedef: Any, memory: Any) -> list[Any]:
+    """One state per bucket from what :func:`init_memory` made."""
+    if not any(b.codec.stateful for b in layout.buckets):
         return [()] * len(layout.buckets)
     return layout.join_memory(treedef.flatten_up_to(memory))
 
 
-def close_memory(
-    codec: Codec, layout: Layout, treedef: Any, joined: list[Any], memory: Any
-) -> Any:
+def close_memory(layout: Layout, treedef: Any, joined: list[Any], memory: Any) -> Any:
     """Inverse of :func:`open_memory`; ``memory`` is the state before."""
-    if not codec.stateful:
-        return ()
+    if not any(b.codec.stateful for b in layout.buckets):
+        return memory
     old = treedef.flatten_up_to(memory)
     return treedef.unflatten(layout.part_memory(joined, old))
 
@@ -222,16 +231,14 @@ def _init(codec: Codec, params: optax.Params) -> CompressorState:
 def _update(codec, updates, state, params=None, **extra_args):
     del params, extra_args
     paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
-    dtypes = tuple(check_float(path, leaf, f"`{codec}`") for path, leaf in paths)
+    dtypes = [check_float(path, leaf, f"`{codec}`") for path, leaf in paths]
     arrays = [jnp.asarray(x) for _, x in paths]
-    layout, turn = (
-        plan(codec, tuple(x.shape for x in arrays), dtypes),
-        _turn(state.count),
-    )
+    layout = plan(codec.assign(updates), [x.shape for x in arrays], dtypes)
+    turn = _turn(state.count)
     xs = [x.astype(compute_dtype(x.dtype)) for x in layout.join(arrays, turn.step)]
-    memory = open_memory(codec, layout, treedef, state.memory)
-    averages, _, memory = converse(codec, layout, xs, memory, turn, alone)
-    memory = close_memory(codec, layout, treedef, memory, state.memory)
+    memory = open_memory(layout, treedef, state.memory)
+    averages, _, memory = converse(layout, xs, memory, turn, alone)
+    memory = close_memory(layout, treedef, memory, state.memory)
     out = [bits.cast(x, b.dtype) for x, b in zip(averages, layout.buckets, strict=True)]
     out = treedef.unflatten(layout.part(out, turn.step, arrays))
     return out, CompressorState(optax.safe_increment(state.count), memory)

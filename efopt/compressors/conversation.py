@@ -9,36 +9,34 @@ from typing import Any
 
 import jax
 
-from efopt.compressors.base import Codec, Message, Turn
+from efopt.compressors.base import Message, Turn
 from efopt.compressors.layout import Layout
 
-Meet = Callable[[list[Message]], list[jax.Array]]
+Meet = Callable[[dict[int, Message]], dict[int, jax.Array]]
 
 
 def converse(
-    codec: Codec,
     layout: Layout,
     xs: Sequence[jax.Array],
     states: Sequence[Any],
     turn: Turn,
     meet: Meet,
 ) -> tuple[list[jax.Array], list[jax.Array], list[Any]]:
-    """Holds the conversation of ``codec`` about all buckets at once.
+    """Holds the conversations about all buckets at once.
 
     Args:
-      codec: The codec.
       layout: What the buckets are.
       xs: One array per bucket, ``(n, *block)``, in the compute dtype.
-      states: The codec's state for each bucket.
+      states: Its codec's state for each bucket.
       turn: The current step and worker.
-      meet: Maps the messages of one round to the mean over workers of each one's
-        decoded blocks; called once a round.
+      meet: Maps the messages of one round, by number of the bucket, to the mean over
+        workers of each one's decoded blocks; called once a round.
 
     Returns:
       For each bucket the average, this worker's own estimate, and the new state.
     """
     talks = [
-        codec.rounds(x, b.blocks(), state, turn)
+        b.codec.rounds(x, b.blocks(), state, turn)
         for b, x, state in zip(layout.buckets, xs, states, strict=True)
     ]
     results: dict[int, Any] = {}
@@ -50,8 +48,7 @@ def converse(
                 asked[i] = talks[i].send(reply)
             except StopIteration as end:
                 results[i] = end.value
-        means = meet(list(asked.values())) if asked else []
-        replies = dict(zip(asked, means, strict=True))
+        replies = meet(asked) if asked else {}
     averages, owns, memories = [], [], []
     for i in range(len(talks)):
         average, own, memory = results[i]
@@ -61,6 +58,6 @@ def converse(
     return averages, owns, memories
 
 
-def alone(messages: list[Message]) -> list[jax.Array]:
+def alone(messages: dict[int, Message]) -> dict[int, jax.Array]:
     """A meeting of one worker: every message comes back as it decodes."""
-    return [message.decode() for message in messages]
+    return {i: message.decode() for i, message in messages.items()}

@@ -1,12 +1,11 @@
 """All leaves of a tree as a few batches of blocks.
 
-Leaves with the same block shape and dtype are joined along the block axis into buckets,
+Leaves with the same codec, block shape and dtype are joined along the block axis into buckets,
 so that neither the program nor its compile time grows with the number of leaves. A
 bucket is bounded in size: joining copies, and no copy of the whole tree is ever made.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +26,7 @@ class Bucket:
     """Leaves that are encoded together, as ``(sum(num_blocks), *block)``.
 
     Attributes:
+      codec: Writes them.
       leaves: Positions in the list of leaves.
       sizes: Their numbers of coordinates.
       num_blocks: Blocks of each.
@@ -35,6 +35,7 @@ class Bucket:
       start: The number of the first block in the whole tree.
     """
 
+    codec: Codec
     leaves: tuple[int, ...]
     sizes: tuple[int, ...]
     num_blocks: tuple[int, ...]
@@ -73,8 +74,8 @@ class Layout:
 
     Attributes:
       shapes: The leaves' shapes.
-      buckets: The buckets; those of one block shape and dtype are neighbours. Empty
-        leaves are in none.
+      buckets: The buckets; those of one codec, block shape and dtype are neighbours.
+        Empty leaves are in none.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -165,27 +166,26 @@ def _join(b: Bucket, arrays: Sequence[jax.Array]) -> jax.Array:
     return _concatenate(*parts).reshape(b.shape)
 
 
-@functools.lru_cache(maxsize=256)
 def plan(
-    codec: Codec,
-    shapes: tuple[tuple[int, ...], ...],
-    dtypes: tuple[np.dtype, ...],
+    codecs: Sequence[Codec],
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[np.dtype],
 ) -> Layout:
-    """Cuts leaves of these shapes and dtypes into buckets."""
+    """Cuts leaves of these shapes and dtypes into buckets, each with its codec."""
     groups: dict[Any, list[tuple[int, int]]] = {}
-    for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
+    for i, (codec, shape, dtype) in enumerate(zip(codecs, shapes, dtypes, strict=True)):
         if math.prod(shape) == 0:
             continue
         n, *block = codec.block_shape(shape)
-        groups.setdefault((tuple(block), dtype), []).append((i, n))
+        groups.setdefault((codec, tuple(block), dtype), []).append((i, n))
     buckets, start = [], 0
-    for (block, dtype), members in groups.items():
+    for (codec, block, dtype), members in groups.items():
         for run in _runs(members, math.prod(block), codec.stacks):
             leaves, counts = zip(*run, strict=True)
             sizes = tuple(math.prod(shapes[i]) for i in leaves)
-            buckets.append(Bucket(leaves, sizes, counts, block, dtype, start))
+            buckets.append(Bucket(codec, leaves, sizes, counts, block, dtype, start))
             start += sum(counts)
-    return Layout(shapes, tuple(buckets))
+    return Layout(tuple(shapes), tuple(buckets))
 
 
 def _runs(members, block_size, stacks):

@@ -21,6 +21,32 @@ def static_int(
     return value
 
 
+def seed(api: str, value: Any) -> int:
+    """A seed: a Python int of 32 bits."""
+    return static_int(api, "seed", value, least=0, below=2**32)
+
+
+def static_bool(api: str, name: str, value: Any) -> bool:
+    """``value`` if it is a Python bool, or a reasoned error."""
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"`{api}({name}=...)` must be a Python bool, because it chooses the "
+            f"program; got {type(value).__name__}. With `optax.inject_hyperparams` "
+            f"pass `static_args=('{name}',)`."
+        )
+    return value
+
+
+def choice(api: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """``value`` if it is one of ``choices``, or a reasoned error."""
+    if value not in choices:
+        raise ValueError(
+            f"`{api}({name}=...)` must be one of {', '.join(map(repr, choices))}, got "
+            f"{value!r}."
+        )
+    return value
+
+
 def block_size(api: str, value: Any) -> int | None:
     """A block size: ``None`` or a Python int of at least 1."""
     return None if value is None else static_int(api, "block_size", value)

@@ -204,5 +204,5 @@ def random_k(
     """
     block_size = options.block_size("random_k", block_size)
     options.sparsity("random_k", fraction, k, block_size)
-    seed = options.static_int("random_k", "seed", seed, least=0, below=2**32)
+    seed = options.seed("random_k", seed)
     return make(RandomK(fraction=fraction, k=k, block_size=block_size, seed=seed))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from efopt.compressors.base import Codec, Turn, compute_dtype
+from efopt.compressors.base import Codec, Message, Turn, compute_dtype
 from efopt.compressors.compressor import (
     Compressor,
     check_float,
@@ -17,7 +17,7 @@ from efopt.compressors.compressor import (
     open_memory,
 )
 from efopt.compressors.conversation import alone, converse
-from efopt.compressors.layout import Layout, plan
+from efopt.compressors.layout import Bucket, Layout, plan
 from efopt.exchange.all_gather import AllGather
 from efopt.exchange.all_reduce import AllReduce
 from efopt.exchange.base import Exchange
@@ -38,7 +38,8 @@ class Channel:
     Attributes:
       api: The transformation that opened it, for errors.
       codec: How an array is written.
-      exchange: How workers meet; ``None`` when alone.
+      exchange: How workers meet, where it can carry a leaf's codec; ``None``, or where
+        it cannot: the codec's own way.
       axis_name: The mapped axis of the workers, or ``None``.
     """
 
@@ -47,21 +48,31 @@ class Channel:
     exchange: Exchange | None
     axis_name: str | None
 
+    def route(self, codec: Codec) -> Exchange:
+        """How messages of ``codec`` travel."""
+        if self.exchange is not None and self.exchange.refusal(codec) is None:
+            return self.exchange
+        return EXCHANGES[codec.default_exchange]
+
+    def _kept(self, layout: Layout) -> list[Bucket]:
+        """The buckets whose owners keep a server residual."""
+        return [b for b in layout.buckets if self.route(b.codec).keeps]
+
     def init(self, params: Any) -> tuple[Any, Any]:
         """The codec's memory and the server residual for a tree of parameters."""
         memory = init_memory(self.codec, params, self.api)
-        if self.exchange is None or not self.exchange.keeps:
+        keeps = any(self.route(c).keeps for c in self.codec.members())
+        if self.axis_name is None or not keeps:
             return memory, ()
         leaves = jax.tree.leaves(params)
         if not leaves:  # a placeholder of `optax.tree.map_params`: stand in for params
             return memory, params
-        assert self.axis_name is not None
-        shapes = tuple(jnp.shape(x) for x in leaves)
-        dtypes = tuple(jnp.result_type(x) for x in leaves)
-        layout = plan(self.codec, shapes, dtypes)
+        shapes = [jnp.shape(x) for x in leaves]
+        dtypes = [jnp.result_type(x) for x in leaves]
+        layout = plan(self.codec.assign(params), shapes, dtypes)
         n = lax.axis_size(self.axis_name) if axis.is_bound(self.axis_name) else 1
         server = []
-        for (blocks, *block), dtype in server_shapes(layout):
+        for (blocks, *block), dtype in server_shapes(self._kept(layout)):
             zeros = jnp.zeros((range_size(blocks, n), *block), dtype)
             server.append(PerWorker.wrap(zeros, self.axis_name, blocks))
         return memory, tuple(server)
@@ -80,7 +91,7 @@ class Channel:
         paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
         if like is not None:
             _check_like(self.api, paths, treedef, like)
-        dtypes = tuple(check_float(path, x, self.api) for path, x in paths)
+        dtypes = [check_float(path, x, self.api) for path, x in paths]
         arrays = [jnp.asarray(x) for _, x in paths]
         if self.axis_name is not None:
             axis.require_local(self.api, self.axis_name, updates)
@@ -88,7 +99,8 @@ class Channel:
         if self.axis_name is not None:
             worker = lax.axis_index(self.axis_name).astype(jnp.uint32)
         turn = Turn(count.astype(jnp.uint32), worker)
-        layout = plan(self.codec, tuple(x.shape for x in arrays), dtypes)
+        codecs = self.codec.assign(updates)
+        layout = plan(codecs, [x.shape for x in arrays], dtypes)
         return Inbound(treedef, arrays, layout, turn)
 
     def average(
@@ -112,32 +124,46 @@ class Channel:
           The averages (equal on all workers), what this worker has paid of its arrays,
           the new memory, and the new server residual.
         """
-        codec, layout, treedef = self.codec, inbound.layout, inbound.treedef
-        meet, owed = alone, ()
-        if self.exchange is not None and self.axis_name is not None:
-            exchange, name = self.exchange, self.axis_name
-            if exchange.keeps:
-                owed = self._owed(layout, server, lax.axis_size(name), ratio)
+        layout, treedef, name = inbound.layout, inbound.treedef, self.axis_name
+        memories = open_memory(layout, treedef, memory)
+        if name is None:
+            averages, paid, memories = converse(
+                layout, xs, memories, inbound.turn, alone
+            )
+            return averages, paid, close_memory(layout, treedef, memories, memory), ()
 
-            def meet(messages):
-                nonlocal owed
-                means, owed = exchange.meet(messages, name, owed)
-                return means
+        routes = [self.route(b.codec) for b in layout.buckets]
+        owed = self._owed(layout, server, lax.axis_size(name), ratio)
 
-        memories = open_memory(codec, layout, treedef, memory)
-        averages, paid, memories = converse(
-            codec, layout, xs, memories, inbound.turn, meet
-        )
-        memory = close_memory(codec, layout, treedef, memories, memory)
-        if self.exchange is not None and self.exchange.pays_average:
-            paid = averages
+        def meet(messages: dict[int, Message]) -> dict[int, jax.Array]:
+            nonlocal owed
+            ways: dict[Exchange, list[int]] = {}
+            for i, message in messages.items():
+                # A conversation may ask through another codec than the bucket's own.
+                carries = routes[i].refusal(message.codec) is None
+                way = routes[i] if carries else EXCHANGES[message.codec.default_exchange]
+                ways.setdefault(way, []).append(i)
+            means = {}
+            for way, numbers in ways.items():
+                asked = [messages[i] for i in numbers]
+                got, left = way.meet(asked, name, owed if way.keeps else ())
+                means.update(zip(numbers, got, strict=True))
+                owed = left if way.keeps else owed
+            return means
+
+        averages, paid, memories = converse(layout, xs, memories, inbound.turn, meet)
+        memory = close_memory(layout, treedef, memories, memory)
+        paid = [
+            average if way.pays_average else own
+            for way, average, own in zip(routes, averages, paid, strict=True)
+        ]
         if owed:
             pairs = zip(owed, server, strict=True)
             server = tuple(PerWorker.wrap(x, s.axis_name, s.split) for x, s in pairs)
         return averages, paid, memory, server
 
     def _owed(self, layout, server, num_workers, ratio):
-        shapes = [shape for shape, _ in server_shapes(layout)]
+        shapes = [shape for shape, _ in server_shapes(self._kept(layout))]
         known = [(node.split, *jnp.shape(node.value)[2:]) for node in server]
         if known != shapes:
             raise ValueError(
@@ -200,18 +226,20 @@ def open_channel(
                 "`axis_name=None` there is one worker and nobody to meet."
             )
         return Channel(label, codec, None, None)
-    name = codec.default_exchange if exchange is None else exchange
-    if not isinstance(name, str) or name not in EXCHANGES:
+    if exchange is None:
+        return Channel(label, codec, None, axis_name)
+    if not isinstance(exchange, str) or exchange not in EXCHANGES:
         raise ValueError(
             f"`{api}(exchange=...)` must be one of {', '.join(map(repr, EXCHANGES))} "
             f"or None for the compressor's own, got {exchange!r}."
         )
-    reason = EXCHANGES[name].refusal(codec)
-    if reason is not None:
+    way = EXCHANGES[exchange]
+    reasons = [way.refusal(member) for member in codec.members()]
+    if None not in reasons:
         raise ValueError(
-            f"`{api}({compressor!r}, exchange={name!r})` cannot work: {reason}."
+            f"`{api}({compressor!r}, exchange={exchange!r})` cannot work: {reasons[0]}."
         )
-    return Channel(label, codec, EXCHANGES[name], axis_name)
+    return Channel(label, codec, way, axis_name)
 
 
 def _check_like(api, paths, treedef, like):

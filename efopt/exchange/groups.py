@@ -1,13 +1,13 @@
 """Messages in ranges of blocks, one range a worker.
 
-Messages with the same block shape and dtype form a group: their payloads are joined
+Messages with the same codec, block shape and dtype form a group: their payloads are joined
 along the block axis, and the group is padded once to a multiple of the workers. Worker
 ``i`` owns the ``i``-th range of every group.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from efopt.compressors.base import Blocks, Message, Turn, compute_dtype
-from efopt.compressors.layout import Layout
+from efopt.compressors.layout import Bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Group:
 
 
 def group(messages: Sequence[Message], num_workers: int) -> list[Group]:
-    """Joins messages of one block shape and dtype, and pads them to whole ranges."""
+    """Joins messages of one codec, block shape and dtype; pads them to whole ranges."""
     members: dict[Any, list[Message]] = {}
     for m in messages:
         members.setdefault((m.codec, m.blocks.shape, m.blocks.dtype), []).append(m)
@@ -76,13 +76,13 @@ def group(messages: Sequence[Message], num_workers: int) -> list[Group]:
     return groups
 
 
-def server_shapes(layout: Layout) -> list[tuple[tuple[int, ...], np.dtype]]:
+def server_shapes(buckets: Iterable[Bucket]) -> list[tuple[tuple[int, ...], np.dtype]]:
     """Shape ``(num_blocks, *block)`` and compute dtype of each group's residual."""
     sizes: dict[Any, int] = {}
-    for b in layout.buckets:
-        key = (b.block, b.dtype)
+    for b in buckets:
+        key = (b.codec, b.block, b.dtype)
         sizes[key] = sizes.get(key, 0) + b.shape[0]
-    return [((n, *block), compute_dtype(dtype)) for (block, dtype), n in sizes.items()]
+    return [((n, *block), compute_dtype(d)) for (_, block, d), n in sizes.items()]
 
 
 def owner_turn(turn: Turn, num_workers: int) -> Turn:
