@@ -5,10 +5,21 @@ from importlib import metadata as _metadata
 from efopt import wire as wire
 from efopt.compressors import Compressor as Compressor
 from efopt.compressors import CompressorState as CompressorState
+from efopt.compressors import cast as cast
+from efopt.compressors import compose as compose
+from efopt.compressors import count_sketch as count_sketch
 from efopt.compressors import identity as identity
+from efopt.compressors import natural as natural
+from efopt.compressors import partition as partition
+from efopt.compressors import power_sgd as power_sgd
+from efopt.compressors import qsgd as qsgd
+from efopt.compressors import quantize as quantize
+from efopt.compressors import random_block as random_block
 from efopt.compressors import random_k as random_k
 from efopt.compressors import scaled_sign as scaled_sign
 from efopt.compressors import sign as sign
+from efopt.compressors import terngrad as terngrad
+from efopt.compressors import threshold as threshold
 from efopt.compressors import top_k as top_k
 from efopt.feedback import CompressState as CompressState
 from efopt.feedback import ErrorFeedbackState as ErrorFeedbackState
@@ -35,17 +46,28 @@ __all__ = [
     "ErrorFeedbackState",
     "PerWorker",
     "accumulate",
+    "cast",
+    "compose",
     "compress",
+    "count_sketch",
     "distribute",
     "error_feedback",
     "identity",
     "local_params",
+    "natural",
+    "partition",
     "partition_specs",
     "per_worker",
+    "power_sgd",
+    "qsgd",
+    "quantize",
+    "random_block",
     "random_k",
     "scaled_sign",
     "sign",
     "stack_workers",
+    "terngrad",
+    "threshold",
     "top_k",
     "wire",
 ]

@@ -1,8 +1,9 @@
 """All leaves of a tree as a few batches of blocks.
 
-Leaves with the same codec, block shape and dtype are joined along the block axis into buckets,
-so that neither the program nor its compile time grows with the number of leaves. A
-bucket is bounded in size: joining copies, and no copy of the whole tree is ever made.
+Leaves with the same codec, block shape and dtype are joined along the block axis into
+buckets, so that neither the program nor its compile time grows with the number of
+leaves. A bucket is bounded in size: joining copies, and no copy of the whole tree is
+ever made.
 """
 
 import dataclasses

@@ -1,7 +1,11 @@
 """Checks of the options that fix an array's shape, worded alike for every factory."""
 
+import dataclasses
 import math
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 
 def static_int(
@@ -37,6 +41,21 @@ def static_bool(api: str, name: str, value: Any) -> bool:
     return value
 
 
+def static_float(api: str, name: str, value: Any) -> float:
+    """``value`` if it is a finite Python number of at least 0, or a reasoned error."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(
+            f"`{api}({name}=...)` must be a Python number, because it chooses the "
+            f"program; got {type(value).__name__}. With `optax.inject_hyperparams` "
+            f"pass `static_args=('{name}',)`."
+        )
+    if not 0 <= value < math.inf:
+        raise ValueError(
+            f"`{api}({name}=...)` must be finite and at least 0, got {value}."
+        )
+    return value
+
+
 def choice(api: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
     """``value`` if it is one of ``choices``, or a reasoned error."""
     if value not in choices:
@@ -52,19 +71,79 @@ def block_size(api: str, value: Any) -> int | None:
     return None if value is None else static_int(api, "block_size", value)
 
 
-def sparsity(api: str, fraction: Any, k: Any, block: int | None) -> None:
-    """Checks that exactly one of ``fraction`` and ``k`` is given, and its range."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scalar:
+    """A number, a schedule or a traced value, for a field of a hashable codec.
+
+    Numbers compare by value; schedules and arrays, which have no hash of their own, by
+    identity.
+    """
+
+    value: Any
+
+    def at(self, step: jax.Array) -> jax.Array:
+        """The value at a step, a float array of shape ``()``."""
+        value = self.value(step) if callable(self.value) else self.value
+        return jnp.asarray(value, jnp.float32)
+
+    def _key(self) -> Any:
+        return self.value if isinstance(self.value, float) else id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scalar) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def scalar(api: str, name: str, value: Any) -> Scalar:
+    """A number of at least zero, a schedule, or an array of shape ``()``."""
+    if isinstance(value, bool | str) or value is None:
+        raise TypeError(
+            f"`{api}({name}=...)` must be a number, a schedule or a scalar array, got "
+            f"{value!r}."
+        )
+    if isinstance(value, int | float):
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"`{api}({name}=...)` must be finite and at least 0, got {value}."
+            )
+        return Scalar(float(value))
+    if not callable(value) and jnp.shape(value) != ():
+        raise TypeError(
+            f"`{api}({name}=...)` must be a scalar, got an array of shape "
+            f"{jnp.shape(value)}."
+        )
+    return Scalar(value)
+
+
+def composed(outer: str, values: Any) -> str:
+    """The expression that makes a codec whose values another codec writes."""
+    inner = repr(values)
+    return outer if inner == "identity()" else f"compose({outer}, {inner})"
+
+
+def sparsity(
+    api: str, fraction: Any, k: Any, block: int | None, name: str = "k"
+) -> None:
+    """Checks that exactly one of ``fraction`` and ``k`` is given, and its range.
+
+    ``name`` is what the factory calls ``k``.
+    """
     if (fraction is None) == (k is None):
         raise ValueError(
-            f"`{api}` takes exactly one of `fraction` and `k`, got "
-            f"{fraction=} and {k=}."
+            f"`{api}` takes exactly one of `fraction` and `{name}`, got "
+            f"{fraction=} and {name}={k!r}."
         )
     if k is not None:
-        static_int(api, "k", k)
+        static_int(api, name, k)
         if block is not None and k > block:
             raise ValueError(
-                f"`{api}(k=...)` counts coordinates per block and must not exceed "
-                f"`block_size`, got {k=} with block_size={block}."
+                f"`{api}({name}=...)` is counted per block and must not exceed "
+                f"`block_size`, got {name}={k} with block_size={block}."
             )
         return
     if isinstance(fraction, bool) or not isinstance(fraction, int | float):

@@ -239,7 +239,7 @@ def quantize(
       >>> tx = efopt.quantize(bits=4, stochastic=False)
       >>> updates, _ = tx.update(jnp.array([7.0, -3.2, 0.4]), tx.init(jnp.zeros(3)))
       >>> print(updates)
-      [ 7.03125   -3.0133929  0.       ]
+      [ 7. -3.  0.]
 
     References:
       Alistarh et al, `QSGD: Communication-Efficient SGD via Gradient Quantization and

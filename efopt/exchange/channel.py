@@ -140,8 +140,9 @@ class Channel:
             ways: dict[Exchange, list[int]] = {}
             for i, message in messages.items():
                 # A conversation may ask through another codec than the bucket's own.
-                carries = routes[i].refusal(message.codec) is None
-                way = routes[i] if carries else EXCHANGES[message.codec.default_exchange]
+                way = routes[i]
+                if way.refusal(message.codec) is not None:
+                    way = EXCHANGES[message.codec.default_exchange]
                 ways.setdefault(way, []).append(i)
             means = {}
             for way, numbers in ways.items():

@@ -1,8 +1,8 @@
 """Messages in ranges of blocks, one range a worker.
 
-Messages with the same codec, block shape and dtype form a group: their payloads are joined
-along the block axis, and the group is padded once to a multiple of the workers. Worker
-``i`` owns the ``i``-th range of every group.
+Messages with the same codec, block shape and dtype form a group: their payloads are
+joined along the block axis, and the group is padded once to a multiple of the workers.
+Worker ``i`` owns the ``i``-th range of every group.
 """
 
 import dataclasses
