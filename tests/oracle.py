@@ -19,6 +19,7 @@ No function modifies its arguments.
 
 import math
 
+import ml_dtypes
 import numpy as np
 
 # ----------------------------------------------------------------- compressors
@@ -113,6 +114,67 @@ def mask_k(x, indices, block_size=None):
         out[index] = block[index]
         kept.append(out)
     return join_blocks(kept, np.shape(x))
+
+
+def threshold(x, least, k=None, fraction=None, block_size=None):
+    """Hard threshold (2108.00951) of bounded capacity: of the top k, those that reach
+    ``least`` in magnitude. x: any shape."""
+    kept = top_k(x, k, fraction, block_size)
+    return np.where(np.abs(kept) >= least, kept, 0.0)
+
+
+def rounded_up(step):
+    """A step of 8 significant bits, 1 to 1 + 2**-7 times as large: the nearest such
+    number to (1 + 2**-8) times the step, ties to even."""
+    mantissa, exponent = np.frexp(step * (1 + 2.0**-8))
+    return np.ldexp(np.rint(mantissa * 256), exponent - 8)
+
+
+def uniform_levels(x, levels, block_size=None, scale="absmax"):
+    """QSGD's grid (1610.02132) and TernGrad's (1705.07878): the multiples of the step
+    that stand around each coordinate.
+
+    x: any shape. The step of a block is its largest magnitude, or its l2 norm, divided
+    by ``levels`` and rounded up. Returns (low, high), each of the shape of x, at most
+    ``levels`` steps from zero.
+    """
+    low, high = [], []
+    for block in split_blocks(x, block_size):
+        whole = np.abs(block).max() if scale == "absmax" else np.linalg.norm(block)
+        step = rounded_up(whole / levels)
+        down = np.floor(block / step) if step else np.zeros_like(block)
+        low.append(np.clip(down, -levels, levels) * step)
+        high.append(np.clip(down + 1, -levels, levels) * step)
+    return join_blocks(low, np.shape(x)), join_blocks(high, np.shape(x))
+
+
+def powers_of_two(x):
+    """Natural compression (1905.10988): the powers of two around each magnitude.
+
+    x: any shape. Returns (low, high) with the sign of x; zero stays zero.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    down = 2.0 ** np.floor(np.log2(np.where(x == 0, 1, np.abs(x))))
+    return np.sign(x) * down, np.sign(x) * down * 2
+
+
+def cast(x, dtype, block_size=None):
+    """Rounding to a shorter float, half to even; 8-bit ones after a division by the
+    power of two that brings the largest magnitude of a block under the largest value.
+
+    x: any shape, of float32 values.
+    """
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    info = ml_dtypes.finfo(dtype)
+    out = []
+    for block in split_blocks(x, block_size):
+        power = 1.0
+        if info.bits == 8 and block.any():
+            power = 2.0 ** np.ceil(np.log2(np.abs(block).max() / float(info.max)))
+        largest = float(info.max)
+        small = np.clip(block / power, -largest, largest).astype(np.float32)
+        out.append(small.astype(dtype).astype(np.float64) * power)
+    return join_blocks(out, np.shape(x))
 
 
 def contraction(x, cx):

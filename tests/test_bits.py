@@ -158,21 +158,62 @@ def test_hash_broadcasts_and_is_the_same_under_jit():
 # --------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 17, 1000])
-def test_a_full_sample_is_a_permutation_for_each_key(size):
-    keys = bits.hash_words(jnp.arange(8, dtype=jnp.uint32))
-    sample = np.asarray(bits.sample_without_replacement(keys, size, size))
-    assert sample.dtype == np.uint32 and sample.shape == (8, size)
-    np.testing.assert_array_equal(np.sort(sample, axis=1), np.tile(range(size), (8, 1)))
-    if size > 10:
-        assert len({row.tobytes() for row in sample}) == 8
+@pytest.mark.parametrize(
+    "num, size", [(1, 1), (1, 7), (2, 5), (5, 5), (16, 17), (999, 1000), (65536, 65537)]
+)
+def test_a_sample_has_distinct_indices_in_range(num, size):
+    keys = bits.hash_words(jnp.arange(64, dtype=jnp.uint32))
+    sample = np.asarray(bits.stratified_sample(keys, num, size))
+    assert sample.dtype == np.int32 and sample.shape == (64, num)
+    assert sample.min() >= 0 and sample.max() < size
+    assert all(len(set(row)) == num for row in sample.tolist())
 
 
-def test_a_smaller_sample_is_the_start_of_the_permutation():
-    keys = bits.hash_words(jnp.arange(8, dtype=jnp.uint32))
-    whole = bits.sample_without_replacement(keys, 17, 17)
-    part = bits.sample_without_replacement(keys, 5, 17)
-    np.testing.assert_array_equal(part, whole[:, :5])
+@pytest.mark.parametrize("num, size", [(1, 2), (2, 5), (5, 17), (8, 64)])
+def test_a_sample_has_every_index_equally_often(num, size):
+    """4000 samples: 6 standard errors for each index and for their chi-square.
+
+    A count is binomial with p = num / size, and the counts of one sample add up to num.
+    """
+    keys = bits.hash_words(jnp.arange(4000, dtype=jnp.uint32))
+    sample = np.asarray(bits.stratified_sample(keys, num, size))
+    counts = np.bincount(sample.ravel(), minlength=size)
+    p, freedom = num / size, size - 1
+    z = (counts - 4000 * p) / np.sqrt(4000 * p * (1 - p))
+    assert np.abs(z).max() <= SIGMAS
+    excess = np.sum(z**2) * freedom / size - freedom
+    assert excess / np.sqrt(2 * freedom) <= 2 * SIGMAS
+
+
+# ------------------------------------------------------------- integers of few bits
+
+
+@pytest.mark.parametrize("width", range(1, 9))
+@pytest.mark.parametrize("size", [1, 5, 64, 1031])
+def test_integers_of_few_bits_come_back_and_fill_their_bytes(width, size):
+    x = np.random.default_rng(0).integers(0, 2**width, (3, size)).astype(np.uint8)
+    packed = bits.pack_uints(jnp.asarray(x), width)
+    np.testing.assert_array_equal(bits.unpack_uints(packed, width, size), x)
+    fields = [w for w in (8, 4, 2, 1) if width & w]
+    assert [p.shape for p in packed] == [(3, -(-size * w // 8)) for w in fields]
+    assert all(p.dtype == jnp.uint8 for p in packed)
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 6, 1031])
+def test_five_trits_share_a_byte(size):
+    x = np.random.default_rng(0).integers(0, 3, (3, size)).astype(np.uint8)
+    packed = bits.pack_trits(jnp.asarray(x))
+    assert packed.shape == (3, -(-size // 5)) and packed.dtype == jnp.uint8
+    np.testing.assert_array_equal(bits.unpack_trits(packed, size), x)
+
+
+def test_rounding_up_makes_products_with_small_integers_exact():
+    x = np.exp(np.random.default_rng(0).uniform(-60, 60, 10_000)).astype(np.float32)
+    up = np.asarray(bits.round_up(jnp.asarray(x)))
+    ratio = up.astype(np.float64) / x
+    assert ratio.min() >= 1 and ratio.max() <= 1 + 2.0**-7
+    product = up.astype(np.float64) * 255
+    np.testing.assert_array_equal(product.astype(np.float32), product)
 
 
 # --------------------------------------------------------------------- carriers

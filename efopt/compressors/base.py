@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efopt.compressors.fence import fence
+
 Payload = Any
 Rounds = Generator["Message", jax.Array, tuple[jax.Array, jax.Array, Any]]
 
@@ -182,9 +184,14 @@ class Codec:
         Yields messages; is sent the mean over workers of each decoded message; returns
         (average, own estimate of ``x``, new state).
         """
-        message = Message(self, self.encode(x, blocks, turn), blocks, turn)
+        message = self.write(x, blocks, turn)
         mean = yield message
         return mean, message.decode(), state
+
+    def write(self, x: jax.Array, blocks: Blocks, turn: Turn) -> Message:
+        """The message about ``x``, whose payload is computed once."""
+        payload, _ = fence(self.encode(x, blocks, turn), turn.step)
+        return Message(self, payload, blocks, turn)
 
     def delta(self, shape: tuple[int, ...]) -> float | None:
         """Contraction factor for a leaf: ``E|C(x) - x|^2 <= (1 - delta) |x|^2``."""

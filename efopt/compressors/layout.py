@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from efopt.compressors.base import Blocks, Codec, compute_dtype
+from efopt.compressors.fence import fence
 
 # Coordinates that may be joined in one bucket; a larger leaf has a bucket of its own.
 BUCKET_SIZE = 1 << 20
@@ -86,7 +87,9 @@ class Layout:
         """One array per leaf to one per bucket, blocks ``(n, *block)``, zero-padded."""
         xs = [_join(b, arrays) for b in self.buckets]
         shared = [i for i, b in enumerate(self.buckets) if len(b.leaves) > 1]
-        whole, _ = _fence([xs[i] for i in shared], [], step)
+        if not shared:
+            return xs
+        whole, _ = fence([xs[i] for i in shared], step)
         for i, x in zip(shared, whole, strict=True):
             xs[i] = x
         return xs
@@ -103,8 +106,10 @@ class Layout:
             else:
                 for i, size in zip(b.leaves, b.sizes, strict=True):
                     arrays[i] = x.reshape(-1)[:size].reshape(self.shapes[i])
+        if not shared:
+            return arrays
         starts = [s for b, _ in shared for s in b.starts()]
-        whole, starts = _fence([x.reshape(-1) for _, x in shared], starts, step)
+        whole, starts = fence([x.reshape(-1) for _, x in shared], step, starts)
         offsets = iter(starts)
         for (b, _), flat in zip(shared, whole, strict=True):
             for i, size in zip(b.leaves, b.sizes, strict=True):
@@ -128,33 +133,6 @@ class Layout:
                 start, end = end, end + n
                 out[i] = jax.tree.map(lambda m, s=start, e=end: m[s:e], state)
         return out
-
-
-def _fence(
-    xs: Sequence[jax.Array], starts: Sequence[int], step: jax.Array
-) -> tuple[Sequence[jax.Array], Sequence[Any]]:
-    """Keeps buckets of several leaves in one piece, for the sake of compile time.
-
-    Fused into each of its leaves, the arithmetic on a bucket would be compiled once a
-    leaf. The CPU compiler drops barriers before it fuses, but not a branch; this one is
-    never taken. Because the offsets ``starts`` pass through it, the compiler does not
-    know them either, and leaves of one shape share one program for their slice.
-    """
-    if not xs:
-        return xs, starts
-
-    def barrier(xs):
-        return lax.optimization_barrier(xs), [jnp.int32(s) for s in starts]
-
-    def branch(xs):
-        return lax.cond(
-            step == np.uint32(2**32 - 1),
-            lambda xs: ([-x for x in xs], [jnp.int32(0) for _ in starts]),
-            lambda xs: (xs, [jnp.int32(s) for s in starts]),
-            xs,
-        )
-
-    return lax.platform_dependent(list(xs), cpu=branch, default=barrier)
 
 
 def _join(b: Bucket, arrays: Sequence[jax.Array]) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from efopt.compressors import bits, nested, options
-from efopt.compressors.base import Blocks, Codec, Message, Turn
+from efopt.compressors.base import Blocks, Codec, Turn
 from efopt.compressors.compressor import Compressor, make
 from efopt.compressors.identity import Identity
 
@@ -121,8 +121,7 @@ class PowerSGD(Codec):
         x, inner = nested.split(self.values, factor, blocks, dtype)
         # Two messages of one step differ in their private random numbers.
         turn = Turn(turn.step, turn.worker + np.uint32(number << 16))
-        payload = self.values.encode(x, inner, turn)
-        message = Message(self.values, payload, inner, turn)
+        message = self.values.write(x, inner, turn)
         mean = yield message
         shape = factor.shape[1:]
         own = nested.merge(message.decode(), shape, blocks)
@@ -227,7 +226,7 @@ def power_sgd(
     Examples:
       >>> import efopt
       >>> tx = efopt.power_sgd(rank=4)
-      >>> tx.payload_bits((512, 256)), tx.payload_bits((256,))  # 42 times smaller; dense
+      >>> tx.payload_bits((512, 256)), tx.payload_bits((256,))  # the vector is dense
       (98304, 8192)
 
     References:

@@ -160,13 +160,13 @@ def power_of_two(largest: jax.Array) -> jax.Array:
 
 
 def norm(x: jax.Array) -> jax.Array:
-    """l2 norm of each row of ``(n, size)``, magnitudes near 1, to 11 bits: ``(n,)``.
+    """l2 norm of each row of ``(n, size)``, magnitudes near 1: ``(n,)``.
 
-    Coordinates are cut to 12 significant bits, so that their squares are exact and may
-    be fused with the sum.
+    Squares lose their last bit, lest a compiler fuse them with the sum, unrounded.
     """
-    cut = lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, 11)
-    return jnp.sqrt(block_sum(cut * cut))
+    info = jnp.finfo(x.dtype)
+    squares = lax.reduce_precision(x * x, info.nexp, info.nmant - 1)
+    return jnp.sqrt(block_sum(squares))
 
 
 def _pack(symbols: jax.Array, levels: int) -> tuple[jax.Array, ...]:
@@ -280,7 +280,8 @@ def qsgd(levels: int = 7, block_size: int | None = 512, seed: int = 0) -> Compre
     the last block's padding. No entropy coding: sizes are static.
     Properties: unbiased, ``omega = min(d / (4 s^2), sqrt(d) / s)`` for blocks of ``d``
     coordinates and ``s`` levels, times 1.008 for the rounded step; not linear.
-    Placement: stateless; random numbers differ from worker to worker.
+    Placement: stateless; random numbers differ from worker to worker. Coordinates above
+    1e38 may be rounded up to infinity.
 
     Args:
       levels: Levels on either side of zero, 1 to 127. Static.

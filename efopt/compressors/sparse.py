@@ -161,7 +161,7 @@ class _Shared(Sparse):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomK(_Shared):
-    """Every set of ``k`` coordinates is as likely as any other."""
+    """One coordinate of each of ``k`` strata, which are rotated at random."""
 
     def __repr__(self):
         return options.composed(f"random_k({self.options()})", self.values)
@@ -169,8 +169,7 @@ class RandomK(_Shared):
     def places(self, payload, blocks, turn):
         del payload
         k, size = self.kept(blocks.size), blocks.size
-        index = bits.sample_without_replacement(self.key(blocks, turn), k, size)
-        return index.astype(jnp.int32)
+        return bits.stratified_sample(self.key(blocks, turn), k, size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -272,8 +271,9 @@ def random_k(
     Cost: ``k * bits(dtype)`` bits per block.
     Properties: biased, ``delta = k / d`` per block of ``d`` coordinates, in expectation
     and with equality; with ``unbiased`` scaled by ``d / k``, ``omega = d / k - 1``, and
-    a contraction only if ``omega < 1``; linear; random, ``S_t`` uniform and shared by
-    all workers.
+    a contraction only if ``omega < 1``; linear; random, every coordinate equally often
+    in ``S_t``, which is stratified: one of each ``d / k`` neighbours, from a random
+    offset. Shared by all workers.
     Placement: stateless; the step counter of the transformation advances the mask.
 
     Args:

@@ -62,8 +62,7 @@ class TwoPhase(Exchange):
         replies = []
         for g, mean, blocks in zip(groups, means, owned, strict=True):
             turn = owner_turn(g.whole.turn, n)
-            payload = g.whole.codec.encode(mean, blocks, turn)
-            replies.append(Message(g.whole.codec, payload, blocks, turn))
+            replies.append(g.whole.codec.write(mean, blocks, turn))
         if self.keeps:
             pairs = zip(means, replies, strict=True)
             server = tuple(mean - reply.decode() for mean, reply in pairs)
