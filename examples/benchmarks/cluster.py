@@ -3,18 +3,18 @@
 Starts a few JAX processes, joined by `jax.distributed` over gloo, each in a network
 namespace of its own, on a link that `tc` limits. They train one Flax network of 4 M
 parameters on scikit-learn's digits, with one method after the other; then PyTorch's
-DistributedDataParallel trains the same network on the same batches and links. Prints a
-table for every rate, writes cluster.json and draws cluster.png:
+DistributedDataParallel trains the same network on the same batches and links. Before
+that all of them meet on plain localhost, which shows what computing and compressing
+cost. Prints a table for every rate, writes cluster.json and draws cluster.png:
 
   step       median seconds of a step, and how many times faster that is than `dense`
-  predicted  compute + latency + bytes / rate, from what the same processes measured
+  predicted  step on localhost + latency + bytes / rate, and how far off that is
   loss       mean over the workers and the last five steps
   HLO        bytes that leave a worker in a step, according to the compiled program
   interface  bytes that did leave, counted by its network interface, headers included
 
-Limiting links takes root and iproute2. Without them the workers meet on plain
-localhost, and the link is not limited. PyTorch is left out where it is not installed
-(`pip install torch`).
+Limiting links takes root and iproute2; without them localhost is all there is. PyTorch
+is left out where it is not installed (`pip install torch`).
 
     python examples/benchmarks/cluster.py --rates 100mbit 1gbit
     python examples/benchmarks/cluster.py --kill  # and what becomes of the others
@@ -67,12 +67,17 @@ def benchmark(rate, options, cache):
                 reports = cluster_fleet.await_results(workers)
             for name in own:
                 rows[name] = merge([report[name] for report in reports])
-    for row in rows.values():
-        if "hlo_bytes" in row and rate in RATES:
-            row["predicted_seconds"] = predict(
-                row["compute_seconds"], row["hlo_bytes"], RATES[rate], row["latency"]
-            )
     return rows
+
+
+def add_predictions(rate, rows, unlimited):
+    """Adds what a step of each JAX method should take, from its step on localhost."""
+    for name, row in rows.items():
+        if "hlo_bytes" in row:
+            compute, sent = unlimited[name]["step_seconds"], row["hlo_bytes"]
+            row["predicted_seconds"] = predict(
+                compute, sent, RATES[rate], row["latency"]
+            )
 
 
 def outages(rate, options, cache):
@@ -196,8 +201,8 @@ def parse_args(arguments=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    known = ", ".join([*RATES, LOCALHOST])
-    add("--rates", nargs="+", metavar="RATE", help=f"of {known}; default: all limited")
+    known = ", ".join(RATES)
+    add("--rates", nargs="*", metavar="RATE", help=f"of {known}; default: all")
     add("--workers", type=int, default=2, help=f"2 to {MAX_WORKERS}, default: 2")
     add("--methods", nargs="+", metavar="METHOD", help=f"of {', '.join(SCRIPTS)}")
     add("--steps", type=int, default=20, help="of each method, default: 20")
@@ -206,7 +211,7 @@ def parse_args(arguments=None):
     add("--kill", action="store_true", help="take a worker away instead of timing")
     add("--output", type=Path, default=Path("."), help="folder, default: this one")
     args = parser.parse_args(arguments)
-    for name, choices in {"rates": [*RATES, LOCALHOST], "methods": [*SCRIPTS]}.items():
+    for name, choices in {"rates": [*RATES], "methods": [*SCRIPTS]}.items():
         for value in getattr(args, name) or []:
             if value not in choices:
                 known = ", ".join(choices)
@@ -221,7 +226,8 @@ def parse_args(arguments=None):
             parser.error(f"argument --{name}: must be at least {least}, got {value}")
     if not args.output.is_dir():
         parser.error(f"argument --output: no folder {args.output}")
-    args.rates, args.methods = args.rates or [*RATES], args.methods or [*SCRIPTS]
+    args.rates = [*RATES] if args.rates is None else args.rates
+    args.methods = args.methods or [*SCRIPTS]
     return args
 
 
@@ -234,10 +240,9 @@ def main():
     options = parse_args()
     for number in cluster_network.STOP_SIGNALS:
         signal.signal(number, stop)
-    limited = [rate for rate in options.rates if rate != LOCALHOST]
-    if limited and (reason := cluster_network.obstacle()):
-        print(f"The link is not limited, workers meet on localhost: {reason}.")
-        options.rates = [LOCALHOST]
+    if reason := cluster_network.obstacle():
+        print(f"The link is not limited, workers meet on localhost alone: {reason}.")
+        options.rates = []
     title = machine(options.workers)
     print(title)
     if not TORCH:
@@ -246,11 +251,15 @@ def main():
     try:
         with tempfile.TemporaryDirectory() as cache:
             if options.kill:
-                sys.exit(0 if outages(options.rates[0], options, cache) else 1)
+                rate = options.rates[0] if options.rates else LOCALHOST
+                sys.exit(0 if outages(rate, options, cache) else 1)
             results = {}
-            for rate in options.rates:
-                results[rate] = benchmark(rate, options, cache)
-                print(f"\n{rate}\n{table(results[rate])}", flush=True)
+            for rate in (LOCALHOST, *options.rates):
+                rows = benchmark(rate, options, cache)
+                if rate != LOCALHOST:
+                    add_predictions(rate, rows, results[LOCALHOST])
+                results[rate] = rows
+                print(f"\n{rate}\n{table(rows)}", flush=True)
     except ClusterError as error:
         sys.exit(f"cluster.py: {error}")
     settings = {name: getattr(options, name) for name in ("workers", "steps", "batch")}

@@ -49,10 +49,10 @@ class Worker:
         return json.loads(self._report.read_text())
 
     def error(self):
-        """The printed line that names what went wrong."""
+        """The first printed line that names what went wrong."""
         lines = self._log.read_text(errors="replace").splitlines()
-        named = [line for line in lines if "error" in line.lower()]
-        return (named or lines or ["nothing printed"])[-1].strip()
+        named = [line.strip() for line in lines if "error" in line.lower()]
+        return named[0] if named else "nothing printed of an error"
 
     def __str__(self):
         code = self.process.poll()
