@@ -220,7 +220,9 @@ def parse_args(arguments=None):
         parser.error(
             f"argument --workers: must be 2 to {MAX_WORKERS}, got {args.workers}"
         )
-    for name, least in {"steps": WARM_UP + 1, "batch": 1, "port": 0}.items():
+    if not 0 <= args.port <= 65535:
+        parser.error(f"argument --port: must be 0 to 65535, got {args.port}")
+    for name, least in {"steps": WARM_UP + 1, "batch": 1}.items():
         value = getattr(args, name)
         if value < least:
             parser.error(f"argument --{name}: must be at least {least}, got {value}")
