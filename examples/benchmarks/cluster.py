@@ -1,0 +1,276 @@
+"""A cluster in a box: compressed training on links of limited rate, beside PyTorch.
+
+Starts a few JAX processes, joined by `jax.distributed` over gloo, each in a network
+namespace of its own, on a link that `tc` limits. They train one Flax network of 4 M
+parameters on scikit-learn's digits, with one method after the other; then PyTorch's
+DistributedDataParallel trains the same network on the same batches and links. Before
+that all of them meet on plain localhost, which shows what computing and compressing
+cost. Prints a table for every rate, writes cluster.json and draws cluster.png:
+
+  step       median seconds of a step, and how many times faster that is than `dense`
+  predicted  step on localhost + latency + bytes / rate, and how far off that is
+  loss       mean over the workers and the last five steps
+  HLO        bytes that leave a worker in a step, according to the compiled program
+  interface  bytes that did leave, counted by its network interface, headers included
+
+Limiting links takes root and iproute2; without them localhost is all there is. PyTorch
+is left out where it is not installed (`pip install torch`).
+
+    python examples/benchmarks/cluster.py --rates 100mbit 1gbit
+    python examples/benchmarks/cluster.py --kill  # and what becomes of the others
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import signal
+import statistics
+import sys
+import tempfile
+from importlib import metadata, util
+from pathlib import Path
+
+import cluster_fleet
+import cluster_jax
+import cluster_network
+import matplotlib.pyplot as plt
+from cluster_network import RATES, ClusterError
+from cluster_task import WARM_UP
+from matplotlib.ticker import EngFormatter
+
+SCRIPTS = dict.fromkeys(cluster_jax.METHODS, "cluster_jax.py")  # of each method
+TORCH = util.find_spec("torch") is not None
+if TORCH:
+    import cluster_torch
+
+    SCRIPTS |= dict.fromkeys(cluster_torch.METHODS, "cluster_torch.py")
+LOCALHOST = "localhost"  # in place of a rate
+MAX_WORKERS = 4
+ENDLESS = 10**6  # steps
+
+
+def predict(compute_seconds, bytes_sent, bandwidth, latency):
+    """Seconds of a step that computes, then sends, on a link of so many bit/s."""
+    return compute_seconds + latency + 8 * bytes_sent / bandwidth
+
+
+def benchmark(rate, options, cache):
+    """Trains with every method on links of one rate: method -> measurements."""
+    rows = {}
+    with network_of(rate, options) as network:
+        for script in dict.fromkeys(SCRIPTS[name] for name in options.methods):
+            own = [name for name in options.methods if SCRIPTS[name] == script]
+            arguments = script, network, own, options.steps, options.batch, cache
+            with cluster_fleet.fleet(*arguments) as workers:
+                reports = cluster_fleet.await_results(workers)
+            for name in own:
+                rows[name] = merge([report[name] for report in reports])
+    return rows
+
+
+def add_predictions(rate, rows, unlimited):
+    """Adds what a step of each JAX method should take, from its step on localhost."""
+    for name, row in rows.items():
+        if "hlo_bytes" in row:
+            compute, sent = unlimited[name]["step_seconds"], row["hlo_bytes"]
+            row["predicted_seconds"] = predict(
+                compute, sent, RATES[rate], row["latency"]
+            )
+
+
+def outages(rate, options, cache):
+    """Takes a worker away and prints what becomes of the others. Whether all ended."""
+    everybody_ended = True
+    for how in cluster_fleet.OUTAGES:
+        with (
+            network_of(rate, options) as network,
+            cluster_fleet.fleet(
+                "cluster_jax.py", network, ["dense"], ENDLESS, options.batch, cache
+            ) as workers,
+        ):
+            ends = cluster_fleet.outage(workers, how)
+        print(f"worker {len(ends)} {how} during a step, {rate}:")
+        for rank, (seconds, code, error) in enumerate(ends):
+            if seconds is None:
+                everybody_ended = False
+                limit = cluster_fleet.OUTAGE_LIMIT
+                print(f"  worker {rank} is still there after {limit} s")
+            else:
+                print(
+                    f"  worker {rank} ended with {code} after {seconds:.1f} s: {error}"
+                )
+    return everybody_ended
+
+
+def network_of(rate, options):
+    """Hosts on links of that rate, for a `with`."""
+    if rate == LOCALHOST:
+        network = cluster_network.localhost(options.workers, options.port)
+        return contextlib.nullcontext(network)
+    return cluster_network.limited(rate, options.workers)
+
+
+def merge(reports):
+    """One row from what the workers say of a method: means, the loss of the end."""
+    row = {
+        key: statistics.mean(report[key] for report in reports)
+        for key, value in reports[0].items()
+        if isinstance(value, (int, float))
+    }
+    losses = [statistics.mean(report["losses"][-5:]) for report in reports]
+    return {**row, "loss": statistics.mean(losses)}
+
+
+def table(rows):
+    """The rows as lines of text."""
+    line = "{:18}  {:>9}  {:>7}  {:>14}  {:>6}  {:>9}  {:>9}  {:>5}".format
+    heads = (
+        "method",
+        "step",
+        "speedup",
+        "predicted",
+        "loss",
+        "HLO",
+        "interface",
+        "ratio",
+    )
+    lines = [line(*heads)]
+    dense = rows["dense"]["step_seconds"] if "dense" in rows else None
+    for name, row in rows.items():
+        step, predicted = row["step_seconds"], row.get("predicted_seconds")
+        hlo, interface = row.get("hlo_bytes"), row.get("interface_bytes")
+        cells = [name, f"{1e3 * step:,.0f} ms"]
+        cells.append(f"{dense / step:.1f}x" if dense else "-")
+        cells.append(
+            f"{1e3 * predicted:,.0f} ms {predicted / step - 1:+.0%}"
+            if predicted
+            else "-"
+        )
+        cells.append(f"{row['loss']:.3f}")
+        cells += [f"{size / 1e3:,.0f} kB" if size else "-" for size in (hlo, interface)]
+        cells.append(f"{interface / hlo:.2f}" if interface and hlo else "-")
+        lines.append(line(*cells))
+    return "\n".join(lines)
+
+
+def draw(results, title, path):
+    """Saves the seconds of a step, measured and predicted, for each rate."""
+    size = 2 + 3.5 * len(results), 4.5
+    figure, panels = plt.subplots(
+        1, len(results), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (rate, rows) in zip(panels[0], results.items(), strict=True):
+        seconds = [row["step_seconds"] for row in rows.values()]
+        colours = ["C1" if SCRIPTS[n] == "cluster_torch.py" else "C0" for n in rows]
+        bars = axes.barh(list(rows), seconds, color=colours)
+        axes.bar_label(bars, [f"{1e3 * s:,.0f} ms" for s in seconds], padding=8)
+        predicted = [row.get("predicted_seconds") for row in rows.values()]
+        points = [(p, n) for p, n in zip(predicted, rows, strict=True) if p]
+        if points:
+            axes.plot(*zip(*points, strict=True), "kd", markersize=4, label="predicted")
+            axes.legend(loc="lower right")
+        axes.set(title=rate, xscale="log", xlabel="median seconds of a step")
+        axes.set_xlim(min(seconds) / 2, 5 * max(seconds))
+        axes.xaxis.set_major_formatter(EngFormatter(unit="s"))
+    panels[0, 0].invert_yaxis()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def machine(workers):
+    """The machine, named by what matters here."""
+    model = platform.processor() or platform.machine()
+    known = Path("/proc/cpuinfo")
+    for line in known.read_text().splitlines() if known.exists() else []:
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    cores = os.cpu_count() or 1
+    versions = " ".join(
+        f"{name} {metadata.version(name)}"
+        for name in ("jax", "torch")
+        if util.find_spec(name)
+    )
+    return f"{workers} workers on {cores} cores ({model}), {versions}"
+
+
+def parse_args(arguments=None):
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    known = ", ".join(RATES)
+    add("--rates", nargs="*", metavar="RATE", help=f"of {known}; default: all")
+    add("--workers", type=int, default=2, help=f"2 to {MAX_WORKERS}, default: 2")
+    add("--methods", nargs="+", metavar="METHOD", help=f"of {', '.join(SCRIPTS)}")
+    add("--steps", type=int, default=20, help="of each method, default: 20")
+    add("--batch", type=int, default=8, help="images of a worker, default: 8")
+    add("--port", type=int, default=0, help="on localhost, default: one that is free")
+    add("--kill", action="store_true", help="take a worker away instead of timing")
+    add("--output", type=Path, default=Path("."), help="folder, default: this one")
+    args = parser.parse_args(arguments)
+    for name, choices in {"rates": [*RATES], "methods": [*SCRIPTS]}.items():
+        for value in getattr(args, name) or []:
+            if value not in choices:
+                known = ", ".join(choices)
+                parser.error(f"argument --{name}: no {value!r}, choose from {known}")
+    if not 2 <= args.workers <= MAX_WORKERS:
+        parser.error(
+            f"argument --workers: must be 2 to {MAX_WORKERS}, got {args.workers}"
+        )
+    if not 0 <= args.port <= 65535:
+        parser.error(f"argument --port: must be 0 to 65535, got {args.port}")
+    for name, least in {"steps": WARM_UP + 1, "batch": 1}.items():
+        value = getattr(args, name)
+        if value < least:
+            parser.error(f"argument --{name}: must be at least {least}, got {value}")
+    if not args.output.is_dir():
+        parser.error(f"argument --output: no folder {args.output}")
+    args.rates = [*RATES] if args.rates is None else args.rates
+    args.methods = args.methods or [*SCRIPTS]
+    return args
+
+
+def stop(number, frame):
+    """Ends the program by an exception, so that everything is cleaned up."""
+    sys.exit(128 + number)
+
+
+def main():
+    options = parse_args()
+    for number in cluster_network.STOP_SIGNALS:
+        signal.signal(number, stop)
+    if reason := cluster_network.obstacle():
+        print(f"The link is not limited, workers meet on localhost alone: {reason}.")
+        options.rates = []
+    title = machine(options.workers)
+    print(title)
+    if not TORCH:
+        print("PyTorch is not installed (`pip install torch`), so it is left out.")
+
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            if options.kill:
+                rate = options.rates[0] if options.rates else LOCALHOST
+                sys.exit(0 if outages(rate, options, cache) else 1)
+            results = {}
+            for rate in (LOCALHOST, *options.rates):
+                rows = benchmark(rate, options, cache)
+                if rate != LOCALHOST:
+                    add_predictions(rate, rows, results[LOCALHOST])
+                results[rate] = rows
+                print(f"\n{rate}\n{table(rows)}", flush=True)
+    except ClusterError as error:
+        sys.exit(f"cluster.py: {error}")
+    settings = {name: getattr(options, name) for name in ("workers", "steps", "batch")}
+    everything = {"machine": title, **settings, "results": results}
+    data, picture = options.output / "cluster.json", options.output / "cluster.png"
+    data.write_text(json.dumps(everything, indent=2) + "\n")
+    draw(results, title, picture)
+    print(f"\nWritten: {data}, {picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""One worker of `cluster.py` that trains with JAX, Flax and efopt."""
+
+import statistics
+import sys
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from cluster_task import (
+    CLASSES,
+    LAYERS,
+    LEARNING_RATE,
+    MOMENTUM,
+    PIXELS,
+    WIDTH,
+    task_of,
+)
+from flax.training.train_state import TrainState
+from jax.sharding import PartitionSpec as P
+
+import efopt
+
+# A worker that gives no sign of life for so many seconds is dead to the others, and one
+# that ends waits so long for them. JAX has 100 and 300.
+HEARTBEAT_TIMEOUT = SHUTDOWN_TIMEOUT = 10
+
+
+def dense():
+    mean = efopt.compress(efopt.identity(), axis_name="data")
+    return optax.chain(mean, optax.sgd(LEARNING_RATE, momentum=MOMENTUM))
+
+
+def with_feedback(compressor, exchange=None):
+    return optax.chain(
+        efopt.per_worker(optax.trace(MOMENTUM), axis_name="data"),
+        efopt.error_feedback(compressor, axis_name="data", exchange=exchange),
+        optax.sgd(LEARNING_RATE),
+    )
+
+
+METHODS = {
+    "dense": dense(),
+    "sign": with_feedback(efopt.scaled_sign(1024), "all_gather"),
+    "sign two-phase": with_feedback(efopt.scaled_sign(1024), "two_phase"),
+    "random 1 %": with_feedback(efopt.random_k(fraction=0.01)),
+}
+if "power_sgd" in efopt.__all__:
+    METHODS["powersgd-4"] = with_feedback(efopt.power_sgd(4))
+if "quantize" in efopt.__all__:
+    METHODS["int8 two-phase"] = with_feedback(efopt.quantize(8), "two_phase")
+
+
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(LAYERS):
+            x = nn.relu(nn.Dense(WIDTH)(x))
+        return nn.Dense(CLASSES)(x)
+
+
+def train_step(state, batch):
+    """The step of one worker. The loss stays its own: averaging it costs a message."""
+    images, labels = batch
+
+    def loss_fn(params):
+        logits = state.apply_fn({"params": params}, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    local = efopt.local_params(state.params, "data")
+    loss, grads = jax.value_and_grad(loss_fn)(local)
+    return state.apply_gradients(grads=grads), loss[None]
+
+
+class Training:
+    """A method at work on the workers of a mesh, of which this process is one."""
+
+    def __init__(self, tx, mesh):
+        model = Network()
+        params = model.init(jax.random.key(0), jnp.zeros((1, PIXELS)))["params"]
+        state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+        self.state = efopt.distribute(state, mesh)
+        specs = efopt.partition_specs(self.state)
+        step = jax.shard_map(
+            train_step,
+            mesh=mesh,
+            in_specs=(specs, P("data")),
+            out_specs=(specs, P("data")),
+        )
+        self._step = jax.jit(step, donate_argnums=0)
+        self._sharding = jax.NamedSharding(mesh, P("data"))
+
+    def _spread(self, batch):
+        place = jax.make_array_from_process_local_data
+        return jax.tree.map(lambda x: place(self._sharding, x), batch)
+
+    def step(self, batch):
+        self.state, loss = self._step(self.state, self._spread(batch))
+        return float(loss.addressable_data(0)[0])
+
+    def wire(self, batch):
+        return efopt.wire.measure(self._step, self.state, self._spread(batch))
+
+
+def latency(mesh):
+    """Seconds in which the workers add up one number."""
+    add = jax.shard_map(
+        lambda x: jax.lax.psum(x, "data"), mesh=mesh, in_specs=P("data"), out_specs=P()
+    )
+    sharding = jax.NamedSharding(mesh, P("data"))
+    one = jax.make_array_from_process_local_data(sharding, np.ones(1, np.float32))
+    add, seconds = jax.jit(add), []
+    for _ in range(30):
+        start = time.perf_counter()
+        add(one).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def main():
+    task = task_of(sys.argv[1])
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        task.address,
+        task.workers,
+        task.rank,
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+        shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+    )
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((task.workers,), ("data",), auto)
+    message, results = latency(mesh), {}
+    for name in task.methods:
+        training = Training(METHODS[name], mesh)
+        wire = training.wire(next(task.batches()))
+        results[name] = {
+            **task.time(training.step),
+            "hlo_bytes": wire.bytes_sent_per_worker,
+            "latency": message * len(wire.collectives),
+        }
+    task.save(results)
+
+
+if __name__ == "__main__":
+    main()
