@@ -8,7 +8,6 @@ rounding error that error feedback exists to keep.
 
 import functools
 import operator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,26 +99,6 @@ def unpack_trits(packed: jax.Array, size: int) -> jax.Array:
     digits = (wide * jnp.asarray(factor)[None, :, None]) >> np.uint32(16)
     digits = digits - np.uint32(3) * ((digits * np.uint32(171)) >> np.uint32(9))
     return digits.astype(jnp.uint8).reshape(packed.shape[0], -1)[:, :size]
-
-
-def materialised(tree: Any, step: jax.Array) -> Any:
-    """Keeps a compiler from computing ``tree`` anew wherever an element of it is used.
-
-    Fused into its own decoding, a packed byte would be packed again for each of its
-    coordinates. The CPU compiler drops barriers before it fuses, but not a branch; this
-    one is never taken.
-
-    Args:
-      tree: Arrays of numbers.
-      step: uint32, the current step.
-    """
-
-    def branch(tree):
-        never = step == np.uint32(2**32 - 1)
-        negative = functools.partial(jax.tree.map, jnp.negative)
-        return lax.cond(never, negative, lambda tree: tree, tree)
-
-    return lax.platform_dependent(tree, cpu=branch, default=lax.optimization_barrier)
 
 
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -22,8 +22,8 @@ class Sign(Codec):
         return "sign()"
 
     def encode(self, x, blocks, turn):
-        del blocks
-        return bits.materialised({"signs": bits.pack_bits(x >= 0)}, turn.step)
+        del blocks, turn
+        return {"signs": bits.pack_bits(x >= 0)}
 
     def decode(self, payload, blocks, turn):
         del turn
@@ -41,11 +41,11 @@ class ScaledSign(Codec):
         return f"scaled_sign(block_size={self.block_size})"
 
     def encode(self, x, blocks, turn):
-        payload = {
+        del turn
+        return {
             "signs": bits.pack_bits(x >= 0),
             "scale": mean_magnitude(x, blocks.mean_weight())[:, None],
         }
-        return bits.materialised(payload, turn.step)
 
     def decode(self, payload, blocks, turn):
         del turn
