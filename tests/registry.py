@@ -133,6 +133,7 @@ def _power_sgd(name: str, **options: Any) -> Row:
         static_args=tuple(inspect.signature(efopt.power_sgd).parameters),
         random=not options.get("warm_start", True),
         one_message=False,
+        largest=1e37,
     )
 
 

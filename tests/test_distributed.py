@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from power_sgd import power_sgd
 from workers_under_test import AXIS, HOWS, copies, make_step, mapped, run
 
 import efopt
@@ -21,7 +20,7 @@ CASES = {
     "top_k_two_phase": (efopt.top_k(k=3, block_size=16), "two_phase"),
     "random_k_reduce": (efopt.random_k(fraction=0.2), None),
     "random_k_two_phase": (efopt.random_k(k=5, block_size=16), "two_phase"),
-    "power_sgd": (power_sgd(2), None),
+    "power_sgd": (efopt.power_sgd(2, min_compression=1), None),
 }
 
 

@@ -50,6 +50,134 @@ def own(grads):
 RANGE = "must lie in (0, 1]"
 STATIC = "must be a Python int, because it fixes an array shape"
 OPTIONS = {
+    "bits-one": (
+        lambda: efopt.quantize(1),
+        ValueError,
+        ["`quantize(bits=...)`", "must be at least 2", "got 1"],
+    ),
+    "bits-nine": (
+        lambda: efopt.quantize(9),
+        ValueError,
+        ["`quantize(bits=...)`", "must be below 9", "got 9"],
+    ),
+    "scale": (
+        lambda: efopt.quantize(8, scale="l1"),
+        ValueError,
+        ["`quantize(scale=...)`", "'absmax', 'l2'", "got 'l1'"],
+    ),
+    "stochastic": (
+        lambda: efopt.quantize(8, stochastic=1),
+        TypeError,
+        ["`quantize(stochastic=...)`", "Python bool", "got int"],
+    ),
+    "levels": (
+        lambda: efopt.qsgd(levels=128),
+        ValueError,
+        ["`qsgd(levels=...)`", "must be below 128"],
+    ),
+    "cast-dtype": (
+        lambda: efopt.cast(jnp.float32),
+        ValueError,
+        ["`cast(dtype=...)`", "'bfloat16'", "got 'float32'"],
+    ),
+    "cast-no-dtype": (
+        lambda: efopt.cast("float7"),
+        TypeError,
+        ["`cast(dtype)`", "'float7'"],
+    ),
+    "rank-zero": (
+        lambda: efopt.power_sgd(0),
+        ValueError,
+        ["`power_sgd(rank=...)`", "at least 1"],
+    ),
+    "rank-above-the-matrix": (
+        lambda: efopt.power_sgd(4, min_compression=0).init({"w": jnp.zeros((3, 9))}),
+        ValueError,
+        ["`power_sgd(rank=...)`", "rank=4 for 3 x 9", "`min_compression`"],
+    ),
+    "split-zero": (
+        lambda: efopt.power_sgd(1, split=0),
+        ValueError,
+        ["`power_sgd(split=...)`", "must not be 0"],
+    ),
+    "min-compression": (
+        lambda: efopt.power_sgd(1, min_compression=-1),
+        ValueError,
+        ["`power_sgd(min_compression=...)`", "at least 0"],
+    ),
+    "threshold-negative": (
+        lambda: efopt.threshold(-1.0, k=1),
+        ValueError,
+        ["`threshold(threshold=...)`", "at least 0", "got -1.0"],
+    ),
+    "threshold-vector": (
+        lambda: efopt.threshold(jnp.ones(3), k=1),
+        TypeError,
+        ["`threshold(threshold=...)`", "must be a scalar", "(3,)"],
+    ),
+    "width-and-fraction": (
+        lambda: efopt.count_sketch(width=3, fraction=0.5),
+        ValueError,
+        ["`count_sketch`", "exactly one of `fraction` and `width`"],
+    ),
+    "compose-over-sign": (
+        lambda: efopt.compose(efopt.sign(), efopt.quantize(4)),
+        TypeError,
+        ["`compose(sign(), ...)`", "no values to compress again"],
+    ),
+    "compose-of-rounds": (
+        lambda: efopt.compose(efopt.top_k(k=3), efopt.power_sgd(1)),
+        TypeError,
+        ["makes no sense", "one message a step"],
+    ),
+    "compose-of-composed": (
+        lambda: efopt.compose(
+            efopt.compose(efopt.top_k(k=3), efopt.quantize(4)), efopt.quantize(8)
+        ),
+        ValueError,
+        ["values are compressed already"],
+    ),
+    "compose-of-no-compressor": (
+        lambda: efopt.compose(efopt.top_k(k=3), optax.identity()),
+        TypeError,
+        ["`compose(inner)`", "efopt.Compressor"],
+    ),
+    "partition-empty": (
+        lambda: efopt.partition({}, {}),
+        ValueError,
+        ["`partition(compressors)`", "at least one"],
+    ),
+    "partition-of-no-compressor": (
+        lambda: efopt.partition({"a": optax.identity()}, {}),
+        TypeError,
+        ["`partition(compressors)`", "efopt.Compressor", "'a'"],
+    ),
+    "partition-unknown-label": (
+        lambda: efopt.partition({"a": efopt.sign()}, {"w": "b"}).update(
+            {"w": jnp.ones(3)}, efopt.sign().init({"w": jnp.ones(3)})
+        ),
+        ValueError,
+        ["no compressor for the label 'b'", "['w']"],
+    ),
+    "partition-other-structure": (
+        lambda: efopt.partition({"a": efopt.sign()}, {"v": "a"}).update(
+            {"w": jnp.ones(3)}, efopt.sign().init({"w": jnp.ones(3)})
+        ),
+        ValueError,
+        ["the labels have another structure"],
+    ),
+    "partition-refused": (
+        lambda: efopt.error_feedback(
+            efopt.partition({"a": efopt.top_k(k=1)}, {}), AXIS, "majority_vote"
+        ),
+        ValueError,
+        ["majority_vote", "cannot work"],
+    ),
+    "two-phase-of-rounds": (
+        lambda: efopt.error_feedback(efopt.power_sgd(1), AXIS, "two_phase"),
+        ValueError,
+        ["two_phase", "cannot work", "whole leaves"],
+    ),
     "fraction-zero": (
         lambda: efopt.top_k(fraction=0.0),
         ValueError,

@@ -2,6 +2,7 @@
 
 from efopt.compressors.base import Codec
 from efopt.compressors.compressor import Compressor, make
+from efopt.compressors.identity import identity
 
 
 def compose(outer: Compressor, inner: Compressor) -> Compressor:
@@ -52,5 +53,10 @@ def compose(outer: Compressor, inner: Compressor) -> Compressor:
         raise TypeError(
             f"`compose(..., {inner})` makes no sense: the inner compressor must have "
             "one message a step and no state."
+        )
+    if getattr(outer.codec, "values", identity().codec) != identity().codec:
+        raise ValueError(
+            f"`compose({outer}, ...)`: its values are compressed already; give one "
+            "inner compressor."
         )
     return make(outer.codec.with_values(codec))
