@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _count(text: str) -> int:
     value = float(text)
-    if value < 1 or value != int(value):
+    if not 1 <= value < 1e18 or value != int(value):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters")
     return int(value)
 

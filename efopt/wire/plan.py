@@ -77,8 +77,8 @@ def plan(
       >>> p.payload_bits, p.bytes_sent_per_worker
       (1000032, 875028)
       >>> print(p.verdict)
-      A step is 8.0 times as fast as dense. It sends less than dense float32, and pays
-      on any link.
+      A step is 8.0 times as fast as dense float32. It pays on any link, if compressing
+      takes no time.
     """
     _check_numbers(num_workers, bandwidth, latency, compute_seconds, compress_seconds)
     target = Target(num_workers, platform, topology)

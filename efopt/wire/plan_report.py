@@ -163,9 +163,11 @@ class Plan:
         if self.link.bandwidth is None:
             sent = max(1, self.bytes_sent_per_worker)
             ratio = self.dense.bytes_sent_per_worker / sent
-            return f"{ratio:.1f} times fewer bytes than dense. {self._pays()}"
+            dense = f"dense {self.baseline}"
+            return f"{ratio:.1f} times fewer bytes than {dense}. {self._pays()}"
         ratio = self.dense_step_seconds / self.step_seconds
-        return f"A step is {ratio:.1f} times as fast as dense. {self._pays()}"
+        dense = f"dense {self.baseline}"
+        return f"A step is {ratio:.1f} times as fast as {dense}. {self._pays()}"
 
     def _pays(self) -> str:
         even = self.break_even_bandwidth
@@ -173,9 +175,11 @@ class Plan:
         if even is None:
             return f"It sends no less than {dense}."
         if even == math.inf:
-            return f"It sends less than {dense}, and pays on any link."
+            return "It pays on any link" + (
+                "." if self.compress_seconds else ", if compressing takes no time."
+            )
         side = "slower" if self.saved_bytes > 0 else "faster"
-        return f"Against {dense} it pays on links {side} than {rate(even)}."
+        return f"It pays on links {side} than {rate(even)}."
 
     def __str__(self) -> str:
         ways = Counter((leaf.compressor, leaf.exchange) for leaf in self.leaves)

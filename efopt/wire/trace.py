@@ -5,7 +5,7 @@ that there is no second description of payloads, carriers and padding to go stal
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,41 +28,53 @@ _OPERATIONS = {
 
 def exchanged(
     compressor: Compressor,
-    leaves: Sequence[Any],
+    tree: Any,
     num_workers: int,
     exchange: str | None = None,
+    sums: Mapping[str, str] | None = None,
 ) -> list[Collective]:
-    """The collectives of one step of ``compressor`` on a list of structs."""
+    """The collectives of one step of ``compressor`` on a tree of structs.
+
+    Args:
+      compressor: The compressor.
+      tree: The tree.
+      num_workers: Number of workers.
+      exchange: The exchange; ``None`` for the compressor's own.
+      sums: The dtype in which a platform sums another, by their names.
+    """
     channel = open_channel("plan", compressor, AXIS, exchange)
 
-    def step(leaves):
-        memory, server = channel.init(leaves)
-        inbound = channel.receive(leaves, jnp.int32(0))
+    def step(tree):
+        memory, server = channel.init(tree)
+        inbound = channel.receive(tree, jnp.int32(0))
         xs = inbound.join(inbound.arrays)
         return channel.average(inbound, xs, memory, server)[0]
 
-    return traced(step, leaves, num_workers)
+    return traced(step, tree, num_workers, sums or {})
 
 
-def traced(fn: Callable[..., Any], x: Any, num_workers: int) -> list[Collective]:
+def traced(
+    fn: Callable[..., Any], x: Any, num_workers: int, sums: Mapping[str, str]
+) -> list[Collective]:
     """The collectives of ``fn(x)`` over the mapped axis :data:`AXIS`.
 
-    All-reduces that do not wait for one another and have one dtype are one: compilers
+    All-reduces that do not wait for one another and sum one dtype are one: compilers
     combine them.
     """
     jaxpr = jax.make_jaxpr(fn, axis_env=[(AXIS, num_workers)])(x).jaxpr
     merged: dict[Any, list[Any]] = {}
     for i, (operation, stage, operand) in enumerate(_walk(jaxpr)):
-        alone = () if operation == "all-reduce" else (i,)
-        merged.setdefault((operation, stage, operand.dtype, alone), []).append(operand)
+        if operation == "all-reduce":
+            dtype = np.dtype(sums.get(operand.dtype.name, operand.dtype))
+            operand, i = jax.ShapeDtypeStruct(operand.shape, dtype), None
+        merged.setdefault((operation, stage, operand.dtype, i), []).append(operand)
     return [
-        collective(operation, operands, num_workers)
+        _collective(operation, operands, num_workers)
         for (operation, *_), operands in merged.items()
     ]
 
 
-def collective(operation: str, operands: Sequence[Any], group_size: int) -> Collective:
-    """A collective of operands, arrays or structs."""
+def _collective(operation: str, operands: Sequence[Any], group_size: int) -> Collective:
     given = sum(x.size * x.dtype.itemsize for x in operands)
     return Collective(
         operation,
