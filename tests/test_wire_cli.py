@@ -1,7 +1,10 @@
 """`python -m efopt.wire`: the same plans from a shell."""
 
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +67,16 @@ def test_bandwidth_has_units(capsys, text, bits):
     tail = ("--parameters", "100", "--workers", "2", "--bandwidth", text)
     plan = wire.plan(efopt.sign(), [S((100,), jnp.float32)], 2, bandwidth=bits)
     assert printed(capsys, "sign()", *tail) == f"{plan}\n"
+
+
+def test_the_readme_shows_what_it_prints(capsys):
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text()
+    blocks = re.findall(
+        r"```sh\npython -m efopt.wire (.*?)```\n```text\n(.*?)```", readme, re.S
+    )
+    (command, shown), *_ = blocks
+    main(shlex.split(command.replace("\\\n", " ")))
+    assert capsys.readouterr().out == shown
 
 
 GOOD = ["sign()", "--parameters", "100", "--workers", "2"]
