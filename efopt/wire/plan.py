@@ -59,7 +59,8 @@ def plan(
       platform: ``"cpu"``, where sums of bfloat16 travel as float32, ``"gpu"`` or
         ``"tpu"``; ``None`` for what the program asks for.
       topology: Of a TPU, such as ``"v5e:8x8"``: where the compiler is known to replace
-        all-gathers (see :func:`tpu_compiler_options`), they are planned so.
+        all-gathers (see :func:`tpu_compiler_options`), they are planned so, although
+        some programs escape.
 
     Returns:
       A :class:`Plan`. Printed, it is a table and a verdict.
