@@ -21,10 +21,10 @@ Not seen are send and recv, and what a custom kernel moves by itself.
 
 from efopt.wire.check import check as check
 from efopt.wire.hlo import read_hlo as read_hlo
+from efopt.wire.links import Link as Link
 from efopt.wire.measure import measure as measure
 from efopt.wire.plan import plan as plan
 from efopt.wire.plan_report import LeafPlan as LeafPlan
-from efopt.wire.plan_report import Link as Link
 from efopt.wire.plan_report import Plan as Plan
 from efopt.wire.report import Collective as Collective
 from efopt.wire.report import WireReport as WireReport

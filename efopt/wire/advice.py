@@ -9,7 +9,8 @@ from efopt.compressors.floating import cast
 from efopt.compressors.low_rank import power_sgd
 from efopt.compressors.sign import scaled_sign
 from efopt.exchange.channel import EXCHANGES
-from efopt.wire.plan_report import Plan, duration
+from efopt.wire.links import duration
+from efopt.wire.plan_report import Plan
 from efopt.wire.target import Target
 from efopt.wire.tpu import tpu_compiler_options
 

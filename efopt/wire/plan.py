@@ -15,7 +15,8 @@ from efopt.compressors.compressor import Compressor, check_float, make
 from efopt.compressors.partition import partition
 from efopt.exchange.channel import Channel, open_channel
 from efopt.wire.advice import advise
-from efopt.wire.plan_report import LeafPlan, Link, Plan
+from efopt.wire.links import Link
+from efopt.wire.plan_report import LeafPlan, Plan
 from efopt.wire.report import WireReport
 from efopt.wire.target import Target
 from efopt.wire.trace import AXIS
