@@ -43,7 +43,7 @@ def public_functions():
             found[name] = thing
         elif inspect.ismodule(thing):
             for inner, value in vars(thing).items():
-                own = getattr(value, "__module__", None) == thing.__name__
+                own = getattr(value, "__module__", "").startswith(thing.__name__)
                 if own and inspect.isfunction(value) and not inner.startswith("_"):
                     found[f"{name}.{inner}"] = value
     return found
@@ -226,7 +226,7 @@ def test_the_exchanges_do_call_collectives():
     assert called >= {"pmean", "all_gather", "all_to_all"}
 
 
-FLOORS = {"wire": 0, "compressors": 1, "workers": 1, "exchange": 2, "feedback": 3}
+FLOORS = {"compressors": 1, "workers": 1, "exchange": 2, "feedback": 3, "wire": 3}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -1,43 +1,20 @@
-"""Reads what travels between workers out of the compiled program.
+"""Reads the collectives out of the HLO text of a compiled program.
 
 The compiler has the last word on the wire: it widens narrow types, merges collectives
-and replaces one by another. So :func:`measure` compiles a step and :func:`read_hlo`
-reads the collectives out of its optimised HLO text. Two sizes, in bytes, are kept
-apart: a worker gives ``b`` *operand bytes* to a collective of ``n`` workers, and then
-this many *link bytes* leave it, rounded up (none if ``n = 1``):
-
-* all-reduce, ring: ``2 (n-1)/n b``; reduce-scatter, ring: ``(n-1)/n b``;
-* all-gather, ring: ``(n-1) b``; collective-permute, one message: ``b``;
-* all-to-all, pairwise, and ragged-all-to-all, taken as equal shares: ``(n-1)/n b``;
-* collective-broadcast, a chain: ``b``.
-
-Not seen are send and recv, and what a custom kernel moves by itself.
+and replaces one by another. What its text says is what travels.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
-import jax
+from efopt.wire import links
+from efopt.wire.report import Collective
 
-_LINK_BYTES: dict[str, Callable[[int, int], int]] = {
-    "all-reduce": lambda b, n: -(-2 * (n - 1) * b // n),
-    "reduce-scatter": lambda b, n: -(-(n - 1) * b // n),
-    "all-gather": lambda b, n: (n - 1) * b,
-    "all-to-all": lambda b, n: -(-(n - 1) * b // n),
-    "ragged-all-to-all": lambda b, n: -(-(n - 1) * b // n),
-    "collective-permute": lambda b, n: b,
-    "collective-broadcast": lambda b, n: b,
-}
 _Callers = dict[str, list[tuple[str, bool, float]]]
-_COLUMNS = ["operation", "type", "shape", "count", "group"]
-_COLUMNS += ["operand bytes", "link bytes"]
-
 # `%computation (a: f32[8]) -> f32[8] {` opens a computation, and in it each line reads
 # `ROOT %name = type opcode(operands), attributes`.
 _OPENING = re.compile(r"(?:ENTRY )?%?([\w.-]+) (?:\(.*)?\{$")
@@ -62,115 +39,13 @@ _MESH = re.compile(  # mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x','y':(1)2
 )
 
 
-@dataclass(frozen=True)
-class Collective:
-    """One collective of a compiled program, as one worker sees it.
-
-    Attributes:
-      operation: A name from the list at the top of this module, such as
-        ``"all-gather"``; asynchronous forms carry the same name.
-      name: Name of the HLO instruction.
-      element_types: HLO type of each operand's elements, for example ``("u32",)``.
-      shapes: Shape of each operand on one worker.
-      group_size: Number of workers that exchange with one another.
-      operand_bytes: Bytes this worker gives to the collective, in all executions.
-      link_bytes: Bytes that leave this worker, in all executions.
-      loop: Whether it stands in a loop or a branch.
-      executions: How often a step runs it, or ``None`` where the text does not tell;
-        then the bytes are those of one execution.
-    """
-
-    operation: str
-    name: str
-    element_types: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    group_size: int
-    operand_bytes: int
-    link_bytes: int
-    loop: bool = False
-    executions: int | None = 1
-
-
-@dataclass(frozen=True)
-class WireReport:
-    """The collectives of one step. Printed, it is a table in bytes per worker."""
-
-    collectives: tuple[Collective, ...]
-
-    @property
-    def operand_bytes(self) -> int:
-        """Bytes one worker gives to collectives in a step."""
-        return sum(c.operand_bytes for c in self.collectives)
-
-    @property
-    def bytes_sent_per_worker(self) -> int:
-        """Bytes that leave one worker in a step."""
-        return sum(c.link_bytes for c in self.collectives)
-
-    def __str__(self) -> str:
-        if not self.collectives:
-            return "no collectives: nothing travels between workers"
-        rows: list[list[str]] = [_COLUMNS]
-        notes: set[str] = set()
-        for c, n in Counter(replace(c, name="") for c in self.collectives).items():
-            count = f"{n}*" if c.executions is None else f"{n * c.executions}"
-            if c.executions is None:
-                notes.add("* in a loop or branch, run unknown times: counted once")
-            types, shape = ",".join(dict.fromkeys(c.element_types)), _brief(c.shapes)
-            sizes = f"{n * c.operand_bytes:,}", f"{n * c.link_bytes:,}"
-            rows.append([c.operation, types, shape, count, f"{c.group_size}", *sizes])
-        sizes = f"{self.operand_bytes:,}", f"{self.bytes_sent_per_worker:,}"
-        rows.append(["total", "", "", "", "", *sizes])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(map("{:{}{}}".format, r, "<<<>>>>", widths)) for r in rows)
-        return "\n".join([*lines, *notes])
-
-
-def measure(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> WireReport:
-    """Compiles ``fn`` for these arguments and reports what one call puts on the wire.
-
-    Nothing is run, and donated arguments stay alive.
-
-    Args:
-      fn: The step, under ``jax.jit``, ``jax.pmap`` or plain (then it is jitted).
-      *args: Arguments of ``fn``: arrays, or :class:`jax.ShapeDtypeStruct` with
-        shardings, which may lie on devices that are not there.
-      **kwargs: Keyword arguments of ``fn``.
-
-    Returns:
-      A :class:`WireReport`, in bytes per worker.
-
-    Raises:
-      TypeError: If ``fn`` is not callable.
-      ValueError: If the backend gives no HLO text, or :func:`read_hlo` cannot read it.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> print(measure(lambda x: x + 1, jnp.zeros(3)))
-      no collectives: nothing travels between workers
-    """
-    if not callable(fn):
-        raise TypeError(
-            f"`measure(fn, ...)` must be given a function, got {type(fn).__name__}; "
-            "a text is read by `read_hlo(text)`."
-        )
-    lower = getattr(fn, "lower", None) or jax.jit(fn).lower
-    text = lower(*args, **kwargs).compile().as_text()
-    if text is None:
-        raise ValueError(
-            "`measure(fn, ...)` needs the HLO text of the compiled step, but this "
-            "backend gives none; compile for a CPU or, ahead of time, for a TPU."
-        )
-    return WireReport(read_hlo(text))
-
-
 def read_hlo(text: str, num_partitions: int | None = None) -> tuple[Collective, ...]:
     """Reads every collective out of the optimised HLO text of a CPU, GPU or TPU.
 
     A start and its done are one collective, and so is the reduction of a whole tuple.
     A loop multiplies by its trip count where the text states it; all branches of a
     conditional count. What the compiler puts in a collective's place is reported as
-    what it is.
+    what it is, and ``instead_of`` names what stood there, where that shows.
 
     Args:
       text: ``jax.jit(f).lower(...).compile().as_text()``, also for absent devices.
@@ -190,6 +65,7 @@ def read_hlo(text: str, num_partitions: int | None = None) -> tuple[Collective, 
       ... %x = u32[64]{0} parameter(0)
       ... %y = u32[512]{0} all-gather(%x), replica_groups={{0,1,2,3,4,5,6,7}}
       ... '''
+      >>> from efopt.wire import WireReport, read_hlo
       >>> print(WireReport(read_hlo(text)))
       operation   type  shape  count  group  operand bytes  link bytes
       all-gather  u32   [64]       1      8            256       1,792
@@ -231,7 +107,7 @@ def read_hlo(text: str, num_partitions: int | None = None) -> tuple[Collective, 
         _collective(instruction, body, num_partitions, *_runs(computation, callers))
         for computation, body in bodies.items()
         for instruction in body.values()
-        if instruction["opcode"].removesuffix("-start") in _LINK_BYTES
+        if instruction["opcode"].removesuffix("-start") in links.OPERATIONS
         and not _LATER_STEP.search(instruction["attributes"] or "")
     )
 
@@ -297,10 +173,29 @@ def _collective(
         shapes=tuple(shape for _, shape, _ in arrays),
         group_size=size,
         operand_bytes=given * times,
-        link_bytes=_LINK_BYTES[operation](given, size) * times if size > 1 else 0,
+        link_bytes=links.link_bytes(operation, given, size) * times,
         loop=loop,
         executions=None if math.isnan(runs) else times,
+        instead_of=_replaced(operation, operands, body),
     )
+
+
+def _replaced(
+    operation: str, operands: str, body: Mapping[str, re.Match[str]]
+) -> str | None:
+    """What a TPU's compiler had before it wrote this collective, if that shows.
+
+    It may turn an all-gather into the all-reduce of a buffer of zeros into which every
+    worker has written its own part.
+    """
+    given = body.get(operands.lstrip("%"))
+    if operation != "all-reduce" or given is None:
+        return None
+    if given["opcode"] != "dynamic-update-slice":
+        return None
+    buffer = body.get(given["operands"].split(",")[0].lstrip("%"))
+    zeros = buffer is not None and buffer["opcode"] == "broadcast"
+    return "all-gather" if zeros else None
 
 
 def _arrays(text: str) -> list[tuple[str, tuple[int, ...], int]]:
@@ -331,10 +226,3 @@ def _group_size(attributes: str, num_partitions: int | None) -> int | None:
         groups = re.findall(r"\{([^}]*)\}", listed[1])
         return max((g.count(",") + 1 for g in groups), default=num_partitions)
     return None
-
-
-def _brief(shapes: tuple[tuple[int, ...], ...]) -> str:
-    first = str(list(shapes[0])).replace(" ", "")
-    if len(set(shapes)) > 1:
-        return f"{first} + {len(shapes) - 1} more"
-    return first if len(shapes) == 1 else f"{len(shapes)} x {first}"

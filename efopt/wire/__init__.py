@@ -1,0 +1,31 @@
+"""What travels between workers: planned, measured and checked.
+
+:func:`plan` says before training what a configuration will send and whether it will
+pay; :func:`measure` reads what a compiled step really sends; :func:`check` raises if
+that is more than was promised. ``python -m efopt.wire plan`` plans from a shell.
+
+Two sizes, in bytes, are kept apart: a worker gives ``b`` *operand bytes* to a
+collective of ``n`` workers, and then this many *link bytes* leave it, rounded up (none
+if ``n = 1``), in this many messages one after the other:
+
+* all-reduce, ring: ``2 (n-1)/n b`` in ``2 (n-1)``;
+* reduce-scatter, ring: ``(n-1)/n b`` in ``n-1``;
+* all-gather, ring: ``(n-1) b`` in ``n-1``;
+* all-to-all, pairwise, and ragged-all-to-all, taken as equal shares: ``(n-1)/n b`` in
+  ``n-1``;
+* collective-permute, one message: ``b`` in 1;
+* collective-broadcast, a chain: ``b`` in ``n-1``.
+
+Not seen are send and recv, and what a custom kernel moves by itself.
+"""
+
+from efopt.wire.check import check as check
+from efopt.wire.hlo import read_hlo as read_hlo
+from efopt.wire.links import Link as Link
+from efopt.wire.measure import measure as measure
+from efopt.wire.plan import plan as plan
+from efopt.wire.plan_report import LeafPlan as LeafPlan
+from efopt.wire.plan_report import Plan as Plan
+from efopt.wire.report import Collective as Collective
+from efopt.wire.report import WireReport as WireReport
+from efopt.wire.tpu import tpu_compiler_options as tpu_compiler_options
