@@ -186,7 +186,13 @@ ROWS = (
     _shared("random_k_30pct_16", efopt.random_k, fraction=0.3, block_size=16),
     _shared("random_k_unbiased", efopt.random_k, fraction=0.3, unbiased=True),
     _shared("random_block_10pct", efopt.random_block, fraction=0.1),
-    _shared("random_block_5_of_16", efopt.random_block, k=5, block_size=16),
+    _shared(
+        "random_block_unbiased",
+        efopt.random_block,
+        k=5,
+        block_size=16,
+        unbiased=True,
+    ),
     _uniform("quantize_8", efopt.quantize, 127, False, bits=8, block_size=128),
     _uniform("quantize_4", efopt.quantize, 7, True, bits=4, block_size=64),
     _uniform(

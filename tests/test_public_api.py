@@ -155,14 +155,21 @@ def test_compressors_and_schemes_document_wire_contract_and_source(name):
         assert "https://" in after
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
-def test_documented_properties_agree_with_the_contract(row):
-    (said,) = re.findall(r"Properties:(.*?)(?:Placement:|\Z)", doc(row.factory), re.S)
-    compressor = row.make()
-    assert ("not linear" not in said) == compressor.linear
-    assert ("unbiased" in said) == compressor.unbiased
-    assert ("no contraction" not in said) == (compressor.delta((8, 8)) is not None)
-    if row.random:
+@pytest.mark.parametrize("name", sorted(COMPRESSORS - {"compose", "partition"}))
+def test_documented_properties_agree_with_the_contract(name):
+    """Of all rows of a factory: what all or none of them hold, and what some do."""
+    rows = [row for row in ROWS if row.factory.__name__ == name]
+    text = " ".join(doc(rows[0].factory).split())
+    (said,) = re.findall(r"Properties:(.*?)(?:Placement:|\Z)", text)
+    linear = {row.make().linear for row in rows}
+    assert ("not linear" in said) or True in linear
+    assert ("linear" in said.replace("not linear", "")) or True not in linear
+    unbiased = {row.make().unbiased for row in rows}
+    assert ("unbiased" in said) == (True in unbiased)
+    contracts = {row.make().delta((8, 8)) is not None for row in rows}
+    assert "no contraction" in said or True in contracts
+    assert "contraction" in said.replace("no contraction", "") or True not in contracts
+    if any(row.random for row in rows):
         assert "random" in said.replace("no randomness", "")
 
 

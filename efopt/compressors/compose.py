@@ -19,7 +19,7 @@ def compose(outer: Compressor, inner: Compressor) -> Compressor:
     Cost: that of ``inner`` for the values, and what ``outer`` sends beside them.
     Properties: contractions multiply: ``delta = delta_outer * delta_inner``; so do
     variances of an unbiased pair, ``1 + omega = (1 + omega_outer) (1 + omega_inner)``;
-    linear if ``inner`` is and ``outer`` has shared indices. Around
+    linear if both are, else not linear. Around
     :func:`efopt.power_sgd` nothing is promised but conservation. A pair that is neither
     (a biased ``outer`` with an ``inner`` of ``omega >= 1``) declares no factor.
     Placement: that of ``outer``.

@@ -191,7 +191,7 @@ def natural(seed: int = 0) -> Compressor:
     of at most 1024.
     Cost: ``9 * d`` bits per leaf and the last block's padding.
     Properties: unbiased, ``omega = 1/8``, for normal numbers up to ``2**127``; as a
-    contraction ``delta = 7/8``; not linear.
+    contraction ``delta = 7/8``; not linear; random rounding.
     Placement: stateless; random numbers differ from worker to worker. float64 leaves
     are first rounded to float32.
 

@@ -93,9 +93,11 @@ def partition(
     ``"all_reduce"``, for example, beside signs in ``"two_phase"``.
 
     Shapes: each leaf ``(...)`` -> same shape and dtype.
-    Payload: per leaf, that of its compressor. Cost: the sum of theirs in bits.
-    Properties: per leaf, those of its compressor; ``delta``, ``omega`` and
-    ``payload_bits`` of a shape ask ``labels`` about a tree that is one such leaf.
+    Payload: per leaf, that of its compressor.
+    Cost: the sum of theirs in bits.
+    Properties: per leaf, those of its compressor, contraction and variance too:
+    ``delta``, ``omega`` and ``payload_bits`` of a shape ask ``labels`` about a tree
+    that is one such leaf; linear if all are, else not linear.
     Placement: the state of each leaf is that of its compressor.
 
     Args:

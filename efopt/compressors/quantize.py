@@ -212,8 +212,8 @@ def quantize(
     Properties: biased, or with ``stochastic`` unbiased with ``omega <= d / (4 L^2)``
     and ``omega <= (1 + sqrt(d)) / (2 L)`` for blocks of ``d`` and ``L = 2^(bits-1) -
     1`` levels (``"l2"``: ``sqrt(d) / L``), times 1.008 for the rounded step; biased:
-    contraction ``delta`` near ``1 / (1 + (d - 1) / (4 L^2))`` (``"l2"``: ``1 - d / (4
-    L^2)``, if positive); not linear.
+    no random numbers, and a contraction ``delta`` near ``1 / (1 + (d - 1) / (4 L^2))``
+    (``"l2"``: ``1 - d / (4 L^2)``, if positive); not linear.
     Placement: stateless; random numbers differ from worker to worker.
 
     Args:
@@ -279,7 +279,8 @@ def qsgd(levels: int = 7, block_size: int | None = 512, seed: int = 0) -> Compre
     Cost: ``ceil(log2(2 levels + 1)) * d + 16 * ceil(d / block_size)`` bits per leaf and
     the last block's padding. No entropy coding: sizes are static.
     Properties: unbiased, ``omega = min(d / (4 s^2), sqrt(d) / s)`` for blocks of ``d``
-    coordinates and ``s`` levels, times 1.008 for the rounded step; not linear.
+    coordinates and ``s`` levels, times 1.008 for the rounded step, and a contraction
+    only if that is below 1; not linear; random rounding.
     Placement: stateless; random numbers differ from worker to worker. Coordinates above
     1e38 may be rounded up to infinity.
 
@@ -326,7 +327,7 @@ def terngrad(block_size: int | None = None, seed: int = 0) -> Compressor:
     and the last block's padding.
     Properties: unbiased, ``omega = s |x|_1 / |x|_2^2 - 1``, at most ``(sqrt(d) - 1) /
     2`` for blocks of ``d`` coordinates, but for the rounding of the scale (up to 0.8 %
-    larger); not linear.
+    larger); no contraction for blocks of more than 8; not linear; random rounding.
     Placement: stateless; random numbers differ from worker to worker.
 
     Args:

@@ -325,8 +325,9 @@ def random_block(
     Payload: ``k`` values in the leaf's dtype per block.
     Cost: ``k * bits(dtype)`` bits per block.
     Properties: biased, ``delta = k / d`` per block of ``d`` coordinates, in expectation
-    and with equality; with ``unbiased`` scaled by ``d / k``, ``omega = d / k - 1``;
-    linear; random, the start shared by all workers.
+    and with equality; with ``unbiased`` scaled by ``d / k``, ``omega = d / k - 1``, and
+    a contraction only if ``omega < 1``; linear; random, the start shared by all
+    workers.
     Placement: stateless; the step counter of the transformation moves the block.
 
     Args:

@@ -37,6 +37,16 @@ CASES = [
     (efopt.random_k(fraction=0.01), "all_gather"),
     (efopt.random_k(fraction=0.01, block_size=1024), "all_reduce"),
     (efopt.random_k(fraction=0.01, block_size=1024), "two_phase"),
+    (efopt.random_block(fraction=0.01), "all_reduce"),
+    (efopt.quantize(8), "all_gather"),
+    (efopt.quantize(4), "two_phase"),
+    (efopt.qsgd(), "two_phase"),
+    (efopt.terngrad(), "all_gather"),
+    (efopt.natural(), "two_phase"),
+    (efopt.cast("float8_e4m3fn"), "two_phase"),
+    (efopt.count_sketch(fraction=0.2), "all_reduce"),
+    (efopt.power_sgd(2, min_compression=0.5), "all_reduce"),
+    (efopt.compose(efopt.top_k(fraction=0.1), efopt.quantize(4)), "all_gather"),
 ]
 
 
@@ -53,6 +63,7 @@ def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--leaves", type=int, default=300)
     parser.add_argument("--shapes", type=int, default=30, help="different shapes")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
     args = parser.parse_args()
     if args.leaves < 1 or args.shapes < 1:
         parser.error("--leaves and --shapes must be at least 1")
@@ -75,6 +86,9 @@ def main():
     )
     print(f"{'plain addition':58} {add[0]:8.1f} {add[1]:10.1f}", flush=True)
     for compressor, exchange in CASES:
+        name = f"{compressor} {exchange}"
+        if args.only not in name:
+            continue
         tx = efopt.error_feedback(compressor, "data", exchange)
         state = efopt.distribute(jax.eval_shape(tx.init, params), mesh)
         specs = efopt.partition_specs(state)
@@ -85,8 +99,7 @@ def main():
             out_specs=(P(), specs),
         )
         traced, compiled = seconds(step, grads, state)
-        name = f"{compressor} {exchange}"
-        print(f"{name:58} {traced:8.1f} {compiled:10.1f}", flush=True)
+        print(f"{name[:58]:58} {traced:8.1f} {compiled:10.1f}", flush=True)
 
 
 if __name__ == "__main__":
