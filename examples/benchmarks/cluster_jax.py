@@ -45,12 +45,10 @@ METHODS = {
     "dense": dense(),
     "sign": with_feedback(efopt.scaled_sign(1024), "all_gather"),
     "sign two-phase": with_feedback(efopt.scaled_sign(1024), "two_phase"),
-    "random 1 %": with_feedback(efopt.random_k(fraction=0.01)),
+    "int8 two-phase": with_feedback(efopt.quantize(8), "two_phase"),
+    "block 1 %": with_feedback(efopt.random_block(fraction=0.01)),
+    "powersgd-4": with_feedback(efopt.power_sgd(4)),
 }
-if "power_sgd" in efopt.__all__:
-    METHODS["powersgd-4"] = with_feedback(efopt.power_sgd(4))
-if "quantize" in efopt.__all__:
-    METHODS["int8 two-phase"] = with_feedback(efopt.quantize(8), "two_phase")
 
 
 class Network(nn.Module):

@@ -1,0 +1,164 @@
+"""Compressed training on the GPUs of one host, beside PyTorch, on fast and slow links.
+
+Trains a network of square layers (134 M parameters by default) with every method, on
+each number of GPUs, over the fast link and over sockets (peer-to-peer copies, shared
+memory and InfiniBand switched off in NCCL), and with DistributedDataParallel of PyTorch
+beside it, where that is installed. Prints a table, writes gpu.json and draws gpu.png:
+
+  step       median milliseconds of a step, and how many times faster than `dense`
+  predicted  by `efopt.wire.plan`, from the link that two all-reduces measured
+  sent       bytes that leave a worker in a step, from the compiled program
+  passes     cost of compressing on one GPU, in passes over the gradient's memory
+  same       whether parameters end bit-identical on all workers
+
+    python examples/benchmarks/gpu.py --gpus 1 2 4
+    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 NPROC=32 \
+        python examples/benchmarks/gpu.py --gpus 2 8 --layers 2 --width 64 --steps 5
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+SOCKETS = {
+    "NCCL_P2P_DISABLE": "1",
+    "NCCL_SHM_DISABLE": "1",
+    "NCCL_IB_DISABLE": "1",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
+LINKS = {"fast": {}, "sockets": SOCKETS}
+COMMON = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "NCCL_NVLS_ENABLE": "0"}
+JAX = (
+    "dense",
+    "sign all_gather",
+    "sign two_phase",
+    "majority_vote",
+    "int8 two_phase",
+    "random_block 1 %",
+    "power_sgd 4",
+)
+TORCH = ("torch dense", "torch bf16", "torch power_sgd 4")
+HERE = Path(__file__).parent
+
+
+def child(script, settings, link, *arguments):
+    """Runs one of the two training scripts; its JSON, or None if it failed."""
+    command = [sys.executable, str(HERE / script), json.dumps(settings), *arguments]
+    environment = os.environ | COMMON | LINKS[link]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{script} failed on {link}:\n{done.stderr[-2000:]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def table(run):
+    """One run as lines of text."""
+    line = "{:18} {:>9} {:>8} {:>18} {:>14} {:>7} {:>5}".format
+    heads = ("method", "step ms", "speedup", "predicted ms", "sent", "passes", "same")
+    lines = [line(*heads)]
+    rows = run["methods"]
+    for name, row in rows.items():
+        cells = [name, f"{1e3 * row['step_seconds']:.2f}", "", "", "", "", ""]
+        if "dense" in rows:
+            ratio = rows["dense"]["step_seconds"] / row["step_seconds"]
+            cells[2] = f"{ratio:.2f}x"
+        if "predicted_seconds" in row:
+            off = row["predicted_seconds"] / row["step_seconds"] - 1
+            cells[3] = f"{1e3 * row['predicted_seconds']:.2f} {off:+.0%}"
+            cells[4] = f"{row['bytes_sent']:,.0f}"
+            cells[5] = f"{row['compress_passes']:.1f}"
+            cells[6] = "yes" if row["identical"] else "NO"
+        lines.append(line(*cells))
+    return "\n".join(lines)
+
+
+def draw(runs, title, path):
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(
+        1, len(runs), figsize=(2 + 3.5 * len(runs), 4.5), sharey=True, squeeze=False
+    )
+    for axes, run in zip(panels[0], runs, strict=True):
+        rows = run["methods"]
+        times = [1e3 * row["step_seconds"] for row in rows.values()]
+        colours = ["C1" if name.startswith("torch") else "C0" for name in rows]
+        bars = axes.barh(list(rows), times, color=colours)
+        axes.bar_label(bars, [f"{t:.1f}" for t in times], padding=3)
+        points = [
+            (1e3 * row["predicted_seconds"], name)
+            for name, row in rows.items()
+            if "predicted_seconds" in row
+        ]
+        axes.plot(*zip(*points, strict=True), "kd", markersize=4, label="predicted")
+        axes.set(title=f"{run['gpus']} GPUs, {run['link']}", xscale="log")
+        axes.set(xlabel="milliseconds of a step")
+        axes.set_xlim(min(times) / 2, 5 * max(times))
+    panels[0, 0].invert_yaxis()
+    panels[0, 0].legend(loc="lower right")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--gpus", type=int, nargs="+", default=[2], help="numbers of GPUs, default: 2")
+    add("--links", nargs="+", choices=LINKS, default=[*LINKS])
+    add("--methods", nargs="+", choices=JAX + TORCH, default=[*JAX, *TORCH])
+    add("--layers", type=int, default=8)
+    add("--width", type=int, default=4096)
+    add("--batch", type=int, default=256, help="rows of all workers together")
+    add("--steps", type=int, default=20, help="that are timed, default: 20")
+    add("--output", type=Path, default=Path("."), help="folder, default: this one")
+    args = parser.parse_args()
+    if min(*args.gpus, args.layers, args.width, args.steps, 1) < 1:
+        parser.error("numbers must be at least 1")
+    if any(args.batch % n for n in args.gpus):
+        parser.error(f"--batch {args.batch} must divide by every number of GPUs")
+    if not args.output.is_dir():
+        parser.error(f"--output: no folder {args.output}")
+
+    runs = []
+    settings = {k: getattr(args, k) for k in ("layers", "width", "batch", "steps")}
+    for gpus in args.gpus:
+        for link in args.links if gpus > 1 else args.links[:1]:
+            asked = {**settings, "gpus": gpus}
+            asked["methods"] = [m for m in args.methods if m in JAX]
+            run = child("gpu_jax.py", asked, link)
+            if run is None:
+                continue
+            asked["methods"] = [m for m in args.methods if m in TORCH]
+            if asked["methods"] and util.find_spec("torch"):
+                peer = child("gpu_torch.py", asked, link, free_port())
+                if peer is not None:
+                    run["methods"] |= peer["methods"]
+                    run["device"] += f", {peer['device']}"
+            run |= {"gpus": gpus, "link": link}
+            runs.append(run)
+            rate = run["bandwidth"] / 1e9
+            print(f"\n{run['device']}, {link}: {rate:.1f} Gbit/s measured")
+            print(table(run), flush=True)
+            everything = {**settings, "runs": runs}
+            (args.output / "gpu.json").write_text(json.dumps(everything, indent=2))
+    if not runs:
+        sys.exit("gpu.py: nothing could be measured")
+    if util.find_spec("matplotlib"):
+        draw(runs, runs[-1]["device"], args.output / "gpu.png")
+
+
+if __name__ == "__main__":
+    main()
