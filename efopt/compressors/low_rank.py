@@ -227,7 +227,7 @@ def power_sgd(
     Examples:
       >>> import efopt
       >>> tx = efopt.power_sgd(rank=4)
-      >>> tx.payload_bits((512, 256)), tx.payload_bits((256,))  # 42 times smaller; dense
+      >>> tx.payload_bits((512, 256)), tx.payload_bits((256,))  # the vector is dense
       (98304, 8192)
 
     References:

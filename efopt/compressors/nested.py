@@ -56,7 +56,7 @@ def _inner(codec: Codec, shape: tuple[int, ...], blocks: Blocks, dtype: Any) -> 
         per = -(-total // codec.block_size)
         block = [-(-total // per)]
     number = jnp.arange(per, dtype=jnp.uint32)
-    index = (blocks.index[:, None] * np.uint32(per) + number).reshape(-1)
+    index = (blocks.index[:, None] * np.uint32(per) + number[None, :]).reshape(-1)
     size = int(np.prod(block))
     if per * size == total:
         return Blocks(index, None, None, tuple(block), dtype)

@@ -148,7 +148,7 @@ def _owed(params: Any, feedback: ErrorFeedbackState, compressor: Any) -> Any:
         lambda e, p: e if _is_masked(e) else p, owed, params, is_leaf=_is_masked
     )
     for e, p in zip(jax.tree.leaves(owed), jax.tree.leaves(own), strict=True):
-        if e.shape not in (p.shape, (1, *p.shape[1:])):
+        if e.ndim != p.ndim or e.shape not in (p.shape, (1, *p.shape[1:])):
             raise ValueError(
                 "`virtual_params(params, state)` needs parameters that are placed or "
                 f"stacked as the state is, got parameters of shape {p.shape} where a "
