@@ -434,14 +434,15 @@ def alone(tx, steps=3):
 @each_optimizer
 def test_jit_and_eager_agree(name):
     tx = make(name, schedule, weight_decay=DECAY)
-    jitted = alone(tx)
-    params, grads, _, _ = problem(9, 3)
-    state = tx.init(params)
-    for t in range(3):
-        g = jax.tree.map(lambda x, t=t: x[t, 0], grads)
+    params, grads, _, _ = problem(9, 2)
+    params, jitted = params["w"], params["w"]
+    state = jitted_state = tx.init(params)
+    for g in grads["w"][:, 0]:
         updates, state = tx.update(g, state, params)
         params = optax.apply_updates(params, updates)
-    close((params, state), jitted, atol=1e-5)
+        updates, jitted_state = jax.jit(tx.update)(g, jitted_state, jitted)
+        jitted = optax.apply_updates(jitted, updates)
+    close((params, state), (jitted, jitted_state), atol=1e-5)
 
 
 @each_optimizer
@@ -528,7 +529,9 @@ MIXING = np.eye(12, dtype=np.float32) + 0.5 * np.eye(12, k=1, dtype=np.float32)
 def test_it_converges_on_the_targets_of_optax(name, target):
     """A ten-thousandth of the loss at the start is left."""
     loss = TARGETS[target]
-    tx = make(name, optax.cosine_decay_schedule(0.02, 600))
+    # Momentum makes steps ten times as long, and residuals lag: a smaller rate.
+    rate = 0.005 if name in ("ef_signsgd", "dist_ef_sgd") else 0.02
+    tx = make(name, optax.cosine_decay_schedule(rate, 600))
     params = problem(12)[0]
 
     @jax.jit
@@ -608,7 +611,7 @@ def test_weight_decay_mask_of_another_structure_is_refused(name):
 
 def test_a_vote_of_one_is_its_own_and_a_tie_is_positive():
     tx = efopt.signsgd(1.0, axis_name=AXIS)
-    update = jax.vmap(tx.update, axis_name=AXIS)
+    update = jax.jit(jax.vmap(tx.update, axis_name=AXIS))
     grads = jnp.array([[-2.0, 3.0, 0.0]])
     (got,), _ = update(grads, efopt.stack_workers(tx.init(grads[0]), 1))
     np.testing.assert_array_equal(got, [1.0, -1.0, -1.0])
