@@ -334,7 +334,7 @@ def digits():
 
 
 def network():
-    rng, sizes = np.random.default_rng(0), (64, 128, 128, 10)
+    rng, sizes = np.random.default_rng(0), (64, 64, 64, 10)
     return [
         (
             jnp.asarray(rng.normal(0, (2 / i) ** 0.5, (i, o)), jnp.float32),
@@ -358,7 +358,7 @@ def density(v):
     return kept / sum(jnp.sum(x**2) for x in leaves)
 
 
-def train(tx, steps=300, workers=8, watch=lambda grads, state: 0.0):
+def train(tx, steps=200, workers=4, watch=lambda grads, state: 0.0):
     """Test accuracy, and what `watch` saw at every step."""
     x, test_x, y, test_y = digits()
     picks = np.random.default_rng(0).integers(len(y), size=(steps, workers, 32))
@@ -396,7 +396,7 @@ def test_corrected_gradients_stay_dense_while_a_network_trains():
 
     accuracy, seen = train(tx, watch=watch)
     largest = max(p.size for p in jax.tree.leaves(network()))
-    assert accuracy > 0.95
+    assert accuracy > 0.9
     assert seen.min() > 0.05 > 100 / largest
 
 
@@ -431,4 +431,4 @@ MOMENTUM = {
 def test_momentum_behind_scaled_sign_does_not_train(name):
     tx, trains = MOMENTUM[name]
     accuracy, _ = train(tx)
-    assert accuracy > 0.95 if trains else accuracy < 0.7
+    assert accuracy > 0.9 if trains else accuracy < 0.7
