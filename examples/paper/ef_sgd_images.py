@@ -7,15 +7,15 @@ A ResNet-18 on CIFAR-10 or CIFAR-100 by the paper's four methods:
   signum       the sign of a running mean
   ef-signsgd   the sign with error feedback
 
-Learning rates are those that the authors tuned for ResNet-18 at batch 128, in proportion
-to the batch; weight decay 5e-4 is added to the gradient, and the rate falls tenfold after
-one half and three quarters of the epochs. In the paper there is one worker; here several
-may share a batch, simulated by `jax.vmap` on one accelerator. The network computes in
-bfloat16.
+Learning rates are those that the authors tuned for ResNet-18 at batch 128, in
+proportion to the batch; weight decay 5e-4 is added to the gradient, and the rate falls
+tenfold after one half and three quarters of the epochs. In the paper there is one
+worker; here several may share a batch, simulated by `jax.vmap` on one accelerator. The
+network computes in bfloat16.
 
 Data: `--data DIR` with `x_train.npy` (50000, 32, 32, 3) uint8, `y_train.npy`,
-`x_test.npy` and `y_test.npy`, as made from the original archives. Without it, noise on a
-pattern for each label stands in: right for timing, and for nothing else.
+`x_test.npy` and `y_test.npy`, as made from the original archives. Without it, noise on
+a pattern for each label stands in: right for timing, and for nothing else.
 """
 
 import argparse
