@@ -25,6 +25,13 @@ from efopt.feedback import CompressState as CompressState
 from efopt.feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback import compress as compress
 from efopt.feedback import error_feedback as error_feedback
+from efopt.optimizers import dist_ef_sgd as dist_ef_sgd
+from efopt.optimizers import ef_sgd as ef_sgd
+from efopt.optimizers import ef_signsgd as ef_signsgd
+from efopt.optimizers import power_sgd_momentum as power_sgd_momentum
+from efopt.optimizers import signsgd as signsgd
+from efopt.optimizers import signum as signum
+from efopt.optimizers import virtual_params as virtual_params
 from efopt.workers import AccumulateState as AccumulateState
 from efopt.workers import PerWorker as PerWorker
 from efopt.workers import accumulate as accumulate
@@ -50,7 +57,10 @@ __all__ = [
     "compose",
     "compress",
     "count_sketch",
+    "dist_ef_sgd",
     "distribute",
+    "ef_sgd",
+    "ef_signsgd",
     "error_feedback",
     "identity",
     "local_params",
@@ -59,15 +69,19 @@ __all__ = [
     "partition_specs",
     "per_worker",
     "power_sgd",
+    "power_sgd_momentum",
     "qsgd",
     "quantize",
     "random_block",
     "random_k",
     "scaled_sign",
     "sign",
+    "signsgd",
+    "signum",
     "stack_workers",
     "terngrad",
     "threshold",
     "top_k",
+    "virtual_params",
     "wire",
 ]

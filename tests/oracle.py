@@ -374,8 +374,10 @@ def signsgd(x0, grads, lr):
     return signum(x0, grads, lr, 0.0)[0]
 
 
-def signum(x0, grads, lr, beta, weight_decay=0.0):
+def signum(x0, grads, lr, beta, weight_decay=0.0, vote=True):
     """Signum (1802.04434, Algorithm 2), by vote for n workers (1810.05291, Alg. 1).
+
+    Without a vote the direction is the mean of the workers' signs.
 
     Arguments as for `ef_sgd_algorithm_2`; every worker has a momentum of its own:
     m_i <- beta m_i + (1 - beta) g_i from 0;  x <- x - lr_t (vote(m) + weight_decay x).
@@ -389,10 +391,107 @@ def signum(x0, grads, lr, beta, weight_decay=0.0):
         pairs = zip(momenta[-1], updates, strict=True)
         fresh = [(m, [(1 - beta) * identity(g) for g in u]) for m, u in pairs]
         momenta.append([_axpy(beta, m, u) for m, u in fresh])
-        vote, _ = majority_vote_step(momenta[-1])
-        direction = _axpy(weight_decay, iterates[-1], vote)
+        if vote:
+            signs, _ = majority_vote_step(momenta[-1])
+        else:
+            signs = compress_step(momenta[-1], sign)
+        direction = _axpy(weight_decay, iterates[-1], signs)
         iterates.append(_axpy(-_rate(lr, t), direction, iterates[-1]))
     return iterates, momenta
+
+
+def ef_sgd(
+    x0, grads, lr, compress, momentum=0.0, nesterov=False, server=False, weight_decay=0
+):
+    """EF-SGD with the extras of its authors' code, and with momentum at the server.
+
+    Arguments as for `ef_sgd_algorithm_2`. d_i = g_i + weight_decay x, then momentum
+    m_i <- momentum m_i + d_i on each worker (with nesterov d_i + momentum m_i goes on),
+    times the rate, plus the memory. At the server it is instead the mean of what was
+    sent that goes through one momentum. Returns (iterates, residuals) as there.
+    """
+    iterates, residuals, inner, outer = [[identity(leaf) for leaf in x0]], [], [], []
+    for t, step in enumerate(grads):
+        x = iterates[-1]
+        updates = [_axpy(weight_decay, x, g) for g in _at(step, x)]
+        if not residuals:
+            residuals.append([zeros_like(x0) for _ in updates])
+            inner, outer = [zeros_like(x0) for _ in updates], [zeros_like(x0)]
+        if not server:
+            inner, updates = _momentum(inner, updates, momentum, nesterov)
+        scaled = [[_rate(lr, t) * g for g in u] for u in updates]
+        delta, kept = error_feedback_step(scaled, residuals[-1], compress)
+        if server:
+            outer, (delta,) = _momentum(outer, [delta], momentum, nesterov)
+        iterates.append(_axpy(-1.0, delta, x))
+        residuals.append(kept)
+    return iterates, residuals
+
+
+def dist_ef_sgd(x0, grads, lr, compress, momentum=0.0, nesterov=True, weight_decay=0):
+    """dist-EF-SGD with momentum (1905.10936, dist-EF-blockSGDM), both ways.
+
+    Arguments as for `ef_sgd_algorithm_2`; residuals in units of gradients. At a rate of
+    zero only momentum moves, and the next ratio reaches back over it. Returns (iterates
+    as [t][leaf], residuals as [t][worker][leaf], server residuals as [t][leaf]).
+    """
+    iterates, residuals, servers = [[identity(leaf) for leaf in x0]], [], []
+    momenta, last = [], None
+    for t, step in enumerate(grads):
+        x, rate = iterates[-1], _rate(lr, t)
+        updates = [_axpy(weight_decay, x, g) for g in _at(step, x)]
+        if not residuals:
+            residuals.append([zeros_like(x0) for _ in updates])
+            servers.append(zeros_like(x0))
+            momenta = [zeros_like(x0) for _ in updates]
+        momenta, updates = _momentum(momenta, updates, momentum, nesterov)
+        delta, kept, server = zeros_like(x0), residuals[-1], servers[-1]
+        if rate != 0:
+            ratio = 1.0 if last is None else last / rate
+            delta, kept, server = two_phase_step(updates, kept, server, compress, ratio)
+            last = rate
+        iterates.append(_axpy(-rate, delta, x))
+        residuals.append(kept)
+        servers.append(server)
+    return iterates, residuals, servers
+
+
+def power_sgd_momentum(x0, grads, lr, qs, momentum, weight_decay=0):
+    """PowerSGD, momentum behind the average (1905.13727, Algorithm 2).
+
+    Arguments as for `ef_sgd_algorithm_2`. qs: the first right factor of each leaf, or
+    None where it goes dense. d = average + weight_decay x;  m <- momentum m + d;
+    x <- x - lr_t (d + m). Returns iterates as [t][leaf].
+    """
+    iterates, residuals, m, qs = [[identity(leaf) for leaf in x0]], [], [], list(qs)
+    for t, step in enumerate(grads):
+        x = iterates[-1]
+        updates = _at(step, x)
+        if not residuals:
+            residuals, m = [zeros_like(x0) for _ in updates], zeros_like(x0)
+        owed = [_axpy(1.0, e, g) for g, e in zip(updates, residuals, strict=True)]
+        average = worker_mean(owed)
+        residuals = [zeros_like(x0) for _ in updates]
+        for j, q in enumerate(qs):
+            if q is not None:
+                mats = [p[j] for p in owed]
+                average[j], own, qs[j] = power_sgd_round(mats, q)
+                for e, mat, sent in zip(residuals, mats, own, strict=True):
+                    e[j] = mat - sent
+        d = _axpy(weight_decay, x, average)
+        m = _axpy(momentum, m, d)
+        iterates.append(_axpy(-_rate(lr, t), _axpy(1.0, d, m), x))
+    return iterates
+
+
+def _momentum(momenta, updates, decay, nesterov):
+    """One step of heavy-ball momentum: (new momenta, what goes on)."""
+    pairs = zip(momenta, updates, strict=True)
+    momenta = [_axpy(decay, m, u) for m, u in pairs]
+    if not nesterov:
+        return momenta, momenta
+    pairs = zip(momenta, updates, strict=True)
+    return momenta, [_axpy(decay, m, u) for m, u in pairs]
 
 
 # -------------------------------------------------------------------- problems

@@ -137,3 +137,11 @@ def test_train_nnx(tmp_path):
     assert gathered is not None, done.stdout
     parameters = 64 * 256 + 256 + 256 * 10 + 10
     assert int(gathered[1].replace(",", "")) < 4 * parameters / 20
+
+
+def test_ef_sgd_images_tells_its_options_and_refuses_what_does_not_divide(tmp_path):
+    script = "paper/ef_sgd_images.py"
+    told = run(script, "--help", folder=tmp_path)
+    assert told.returncode == 0 and "--workers" in told.stdout
+    done = run(script, "--batch", "10", "--workers", "3", folder=tmp_path)
+    assert done.returncode == 2 and "multiple of --workers" in done.stderr

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import types
 from pathlib import Path
+from typing import Any
 
 import optax
 import pytest
@@ -56,7 +57,10 @@ COMPRESSORS = {
     if inspect.signature(f).return_annotation is efopt.Compressor
 }
 SCHEMES = {
-    name for name, f in FUNCTIONS.items() if f.__module__.startswith("efopt.feedback.")
+    name
+    for name, f in FUNCTIONS.items()
+    if f.__module__.startswith(("efopt.feedback.", "efopt.optimizers."))
+    and inspect.signature(f).return_annotation is not Any
 }
 each_name = pytest.mark.parametrize("name", efopt.__all__)
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -233,7 +237,14 @@ def test_the_exchanges_do_call_collectives():
     assert called >= {"pmean", "all_gather", "all_to_all"}
 
 
-FLOORS = {"compressors": 1, "workers": 1, "exchange": 2, "feedback": 3, "wire": 3}
+FLOORS = {
+    "compressors": 1,
+    "workers": 1,
+    "exchange": 2,
+    "feedback": 3,
+    "wire": 3,
+    "optimizers": 4,
+}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -55,6 +55,11 @@ def all_gather(x: jax.Array, axis_name: str) -> jax.Array:
     return lax.all_gather(x, axis_name)
 
 
+def mean(tree: Any, axis_name: str) -> Any:
+    """The mean over workers of every leaf, uncompressed."""
+    return lax.pmean(tree, axis_name)
+
+
 def decode_mean(
     carriers: jax.Array,
     like: Any,

@@ -20,8 +20,8 @@ from efopt.compressors.conversation import alone, converse
 from efopt.compressors.layout import Bucket, Layout, plan
 from efopt.exchange.all_gather import AllGather
 from efopt.exchange.all_reduce import AllReduce
-from efopt.exchange.base import Exchange
-from efopt.exchange.groups import range_size, server_shapes
+from efopt.exchange.base import Exchange, all_gather
+from efopt.exchange.groups import group_key, range_size, server_shapes
 from efopt.exchange.two_phase import MajorityVote, TwoPhase
 from efopt.workers import axis
 from efopt.workers.node import PerWorker
@@ -162,6 +162,36 @@ class Channel:
             pairs = zip(owed, server, strict=True)
             server = tuple(PerWorker.wrap(x, s.axis_name, s.split) for x, s in pairs)
         return averages, paid, memory, server
+
+    def owed_by_owners(self, params: Any, server: Any) -> list[jax.Array]:
+        """What the owners still owe of each leaf, whole.
+
+        Args:
+          params: The parameters given to :meth:`init`, or their structs.
+          server: The server residual, laid out in any way; inside the mapped function
+            it is gathered.
+        """
+        leaves = jax.tree.leaves(params)
+        shapes = [jnp.shape(x) for x in leaves]
+        dtypes = [jnp.result_type(x) for x in leaves]
+        layout = plan(self.codec.assign(params), shapes, dtypes)
+        kept = self._kept(layout)
+        wholes = {}
+        for node, key in zip(server, dict.fromkeys(map(group_key, kept)), strict=True):
+            x = node.value
+            if axis.is_bound(node.axis_name):
+                x = all_gather(node.local(self.api), node.axis_name)
+            wholes[key] = x.reshape(-1, *key[1])[: node.split]
+        xs, ends = [], dict.fromkeys(wholes, 0)
+        for b in layout.buckets:
+            if b not in kept:
+                xs.append(jnp.zeros(b.shape, compute_dtype(b.dtype)))
+                continue
+            key = group_key(b)
+            start, ends[key] = ends[key], ends[key] + b.shape[0]
+            xs.append(wholes[key][start : ends[key]])
+        zeros = [jnp.zeros(s, d) for s, d in zip(shapes, dtypes, strict=True)]
+        return layout.part(xs, jnp.uint32(0), zeros)
 
     def _owed(self, layout, server, num_workers, ratio):
         shapes = [shape for shape, _ in server_shapes(self._kept(layout))]

@@ -76,11 +76,16 @@ def group(messages: Sequence[Message], num_workers: int) -> list[Group]:
     return groups
 
 
+def group_key(bucket: Bucket) -> tuple[Any, tuple[int, ...], np.dtype]:
+    """What the buckets of one group, and of one server residual, have in common."""
+    return bucket.codec, bucket.block, bucket.dtype
+
+
 def server_shapes(buckets: Iterable[Bucket]) -> list[tuple[tuple[int, ...], np.dtype]]:
     """Shape ``(num_blocks, *block)`` and compute dtype of each group's residual."""
     sizes: dict[Any, int] = {}
     for b in buckets:
-        key = (b.codec, b.block, b.dtype)
+        key = group_key(b)
         sizes[key] = sizes.get(key, 0) + b.shape[0]
     return [((n, *block), compute_dtype(d)) for (_, block, d), n in sizes.items()]
 

@@ -1,0 +1,9 @@
+"""Published optimizers, each a chain of the library's parts. One a file."""
+
+from efopt.optimizers.dist_ef_sgd import dist_ef_sgd as dist_ef_sgd
+from efopt.optimizers.ef_sgd import ef_sgd as ef_sgd
+from efopt.optimizers.ef_signsgd import ef_signsgd as ef_signsgd
+from efopt.optimizers.power_sgd_momentum import power_sgd_momentum as power_sgd_momentum
+from efopt.optimizers.signsgd import signsgd as signsgd
+from efopt.optimizers.signum import signum as signum
+from efopt.optimizers.virtual import virtual_params as virtual_params
