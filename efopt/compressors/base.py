@@ -16,6 +16,9 @@ import numpy as np
 
 from efopt.compressors.fence import fence
 
+# Coordinates from which a wall around a payload is worth the time to compile it.
+LARGE = 1 << 16
+
 Payload = Any
 Rounds = Generator["Message", jax.Array, tuple[jax.Array, jax.Array, Any]]
 
@@ -189,8 +192,10 @@ class Codec:
         return mean, message.decode(), state
 
     def write(self, x: jax.Array, blocks: Blocks, turn: Turn) -> Message:
-        """The message about ``x``, whose payload is computed once."""
-        payload, _ = fence(self.encode(x, blocks, turn), turn.step)
+        """The message about ``x``; a large one's payload is computed once."""
+        payload = self.encode(x, blocks, turn)
+        if x.size >= LARGE:
+            payload, _ = fence(payload, turn.step)
         return Message(self, payload, blocks, turn)
 
     def delta(self, shape: tuple[int, ...]) -> float | None:
