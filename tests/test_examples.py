@@ -128,6 +128,11 @@ def test_train_digits_refuses(train_digits, monkeypatch, capsys, options, reason
     assert reason in capsys.readouterr().err
 
 
+def test_compressors_help():
+    done = run("compressors.py", "--help", folder=EXAMPLES)
+    assert done.returncode == 0 and "--output" in done.stdout
+
+
 def test_train_nnx(tmp_path):
     done = run("train_nnx.py", "--steps", "30", folder=tmp_path)
     assert done.returncode == 0, done.stderr
