@@ -86,6 +86,7 @@ def table(run):
 
 def draw(runs, title, path):
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure, panels = plt.subplots(
         1, len(runs), figsize=(2 + 3.5 * len(runs), 4.5), sharey=True, squeeze=False
@@ -95,7 +96,7 @@ def draw(runs, title, path):
         times = [1e3 * row["step_seconds"] for row in rows.values()]
         colours = ["C1" if name.startswith("torch") else "C0" for name in rows]
         bars = axes.barh(list(rows), times, color=colours)
-        axes.bar_label(bars, [f"{t:.1f}" for t in times], padding=3)
+        axes.bar_label(bars, [f"{t:.1f}" for t in times], padding=9)
         points = [
             (1e3 * row["predicted_seconds"], name)
             for name, row in rows.items()
@@ -104,7 +105,9 @@ def draw(runs, title, path):
         axes.plot(*zip(*points, strict=True), "kd", markersize=4, label="predicted")
         axes.set(title=f"{run['gpus']} GPUs, {run['link']}", xscale="log")
         axes.set(xlabel="milliseconds of a step")
-        axes.set_xlim(min(times) / 2, 5 * max(times))
+        axes.set_xlim(min(times) / 2, 6 * max(times))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(ScalarFormatter())
     panels[0, 0].invert_yaxis()
     panels[0, 0].legend(loc="lower right")
     figure.suptitle(title)
