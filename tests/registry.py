@@ -30,6 +30,7 @@ class Row:
       largest: The magnitude up to which its factors hold.
       says_zero: Whether its wire can say zero, so that a leaf of zeros stays zero.
       published: Whether there is a paper to refer to.
+      slow: Whether it is one more variant, tested by `pytest -m slow`.
       oracle: `tests/oracle.py`'s word on one leaf in float64, `(x, mask) -> C(x)`;
         `mask` is what the compressor makes of ones, for those that draw coordinates.
       neighbours: For those that round: `tests/oracle.py`'s word on the two values,
@@ -47,6 +48,7 @@ class Row:
     largest: float = float(np.finfo(np.float32).max)
     says_zero: bool = True
     published: bool = True
+    slow: bool = False
     oracle: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     neighbours: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
 
@@ -240,3 +242,17 @@ ROWS = (
         published=False,
     ),
 )
+
+# One more variant of what another row tests.
+SLOW = {
+    "top_k_3",
+    "random_k_30pct_16",
+    "random_k_unbiased",
+    "random_block_unbiased",
+    "quantize_3_l2",
+    "cast_float16",
+    "cast_float8_e5m2",
+    "power_sgd_cold",
+    "power_sgd_of_bfloat16",
+}
+ROWS = tuple(dataclasses.replace(r, slow=r.name in SLOW) for r in ROWS)

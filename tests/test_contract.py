@@ -42,12 +42,16 @@ PLAIN = {"a": ((1035,), jnp.float32), "b": ((45, 23), jnp.bfloat16)}
 
 
 def each(rows):
-    return pytest.mark.parametrize("row", rows, ids=[r.name for r in rows])
+    params = [
+        pytest.param(r, id=r.name, marks=[pytest.mark.slow] if r.slow else [])
+        for r in rows
+    ]
+    return pytest.mark.parametrize("row", params)
 
 
 each_row = each(ROWS)
 # One row for each factory, for what does not depend on the options.
-each_factory = each(list({r.factory: r for r in reversed(ROWS)}.values())[::-1])
+each_factory = each({r.factory: r for r in ROWS if not r.slow}.values())
 each_random_row = each([r for r in ROWS if r.random])
 each_message_row = each([r for r in ROWS if r.one_message])
 each_rounding_row = each([r for r in ROWS if r.neighbours is not None])
@@ -281,14 +285,14 @@ def test_inject_hyperparams_without_the_static_arguments_says_what_to_pass(row):
 
 @each_row
 def test_jit_changes_no_bit(row):
-    for tx in (row.make(), fed_back(row.make())):
-        eager = fast = tx.init(tree(0, PLAIN))
-        for step in range(3):
-            grads = tree(step, PLAIN)
-            slow_updates, eager = tx.update(grads, eager)
-            fast_updates, fast = jitted(tx)(grads, fast)
-            assert bits(slow_updates) == bits(fast_updates)
-            assert bits(eager) == bits(fast)
+    tx = fed_back(row.make())
+    eager = fast = tx.init(tree(0, PLAIN))
+    for step in range(2):
+        grads = tree(step, PLAIN)
+        slow_updates, eager = tx.update(grads, eager)
+        fast_updates, fast = jitted(tx)(grads, fast)
+        assert bits(slow_updates) == bits(fast_updates)
+        assert bits(eager) == bits(fast)
 
 
 @each_row

@@ -28,13 +28,19 @@ def texts(notebook):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.stem
+    "path",
+    [
+        pytest.param(p, marks=[] if p.stem == "quickstart" else [pytest.mark.slow])
+        for p in sorted(NOTEBOOKS.glob("*.ipynb"))
+    ],
+    ids=lambda p: p.stem,
 )
 def test_notebook_runs(path, tmp_path, monkeypatch):
     execute(path, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir()), "a notebook leaves no files behind"
 
 
+@pytest.mark.slow
 def test_quickstart_runs_as_on_one_accelerator(tmp_path, monkeypatch):
     path = NOTEBOOKS / "quickstart.ipynb"
     assert ONE_DEVICE in path.read_text()

@@ -24,7 +24,7 @@ MIXED = efopt.partition(
     {"signs": efopt.scaled_sign(64), "dense": efopt.identity()},
     {"matrix": "signs", "vector": "dense", "none": "dense"},
 )
-# Every factory once and every exchange; tests/slow has all rows and numbers.
+# Every factory once and every exchange; test_plan_agreement has all of both.
 ONE_EACH = {row.factory: row for row in reversed(ROWS)}.values()
 CASES = {
     f"{row.name}-{exchange}-8": (row.make(), exchange, 8)

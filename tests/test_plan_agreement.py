@@ -4,6 +4,7 @@ import pytest
 from registry import ROWS
 from test_wire_plan import agree
 
+pytestmark = pytest.mark.slow
 CASES = {
     f"{row.name}-{exchange}-{n}": (row.make(), exchange, n)
     for row in ROWS
