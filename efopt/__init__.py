@@ -22,8 +22,12 @@ from efopt.compressors import terngrad as terngrad
 from efopt.compressors import threshold as threshold
 from efopt.compressors import top_k as top_k
 from efopt.feedback import CompressState as CompressState
+from efopt.feedback import (
+    ContractiveErrorFeedbackState as ContractiveErrorFeedbackState,
+)
 from efopt.feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback import compress as compress
+from efopt.feedback import contractive_error_feedback as contractive_error_feedback
 from efopt.feedback import error_feedback as error_feedback
 from efopt.optimizers import dist_ef_sgd as dist_ef_sgd
 from efopt.optimizers import ef_sgd as ef_sgd
@@ -50,12 +54,14 @@ __all__ = [
     "CompressState",
     "Compressor",
     "CompressorState",
+    "ContractiveErrorFeedbackState",
     "ErrorFeedbackState",
     "PerWorker",
     "accumulate",
     "cast",
     "compose",
     "compress",
+    "contractive_error_feedback",
     "count_sketch",
     "dist_ef_sgd",
     "distribute",

@@ -8,9 +8,9 @@ import optax
 
 from efopt.compressors import bits
 from efopt.compressors.base import compute_dtype
-from efopt.compressors.compressor import FLOATS, Compressor
-from efopt.exchange.channel import Channel, open_channel
-from efopt.workers.node import PerWorker
+from efopt.compressors.compressor import Compressor
+from efopt.exchange.channel import open_channel
+from efopt.feedback.parts import check_float_dtype, hold, rates, unwrap, wrap
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -126,11 +126,7 @@ def error_feedback(
       ratio)
     """
     channel = open_channel("error_feedback", compressor, axis_name, exchange)
-    if residual_dtype is not None and not _is_float(residual_dtype):
-        raise TypeError(
-            "`error_feedback(residual_dtype=...)` must be a floating-point dtype "
-            f"({', '.join(FLOATS)}), got {residual_dtype!r}."
-        )
+    check_float_dtype("error_feedback", "residual_dtype", residual_dtype)
 
     def init_fn(params: Any) -> Any:
         memory, server = channel.init(params)
@@ -141,7 +137,7 @@ def error_feedback(
 
         return ErrorFeedbackState(
             count=jnp.zeros([], jnp.int32),
-            residual=_wrap(channel, jax.tree.map(zeros, params)),
+            residual=wrap(channel, jax.tree.map(zeros, params)),
             memory=memory,
             server=server,
             learning_rate=() if learning_rate is None else jnp.zeros([], jnp.float32),
@@ -151,10 +147,10 @@ def error_feedback(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         del params, extra_args
-        residual = _unwrap(channel, state.residual)
+        residual = unwrap(channel, state.residual)
         inbound = channel.receive(updates, state.count, residual)
         old = jax.tree.leaves(residual)
-        rate, last, ratio = _rates(learning_rate, state)
+        rate, last, ratio = rates(learning_rate, state)
 
         owed = inbound.join(old)
         if ratio is not None:
@@ -179,50 +175,18 @@ def error_feedback(
             new = [bits.cast(e, residual_dtype) for e in new]
         new = inbound.part(new, old)
         if rate is not None:
-            held = rate == 0
-            out = jax.tree.map(lambda u: jnp.where(held, jnp.zeros_like(u), u), out)
-            new, memory, server = jax.tree.map(
-                lambda n, o: jnp.where(held, o, n),
+            out, (new, memory, server) = hold(
+                rate,
+                out,
                 (new, memory, server),
                 (residual, state.memory, state.server),
             )
         return out, ErrorFeedbackState(
             count=optax.safe_increment(state.count),
-            residual=_wrap(channel, new),
+            residual=wrap(channel, new),
             memory=memory,
             server=server,
             learning_rate=last,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _is_float(dtype: Any) -> bool:
-    try:
-        return jnp.dtype(dtype).name in FLOATS
-    except TypeError:
-        return False
-
-
-def _rates(learning_rate: Any, state: ErrorFeedbackState) -> tuple[Any, Any, Any]:
-    """This step's rate, the last one that was not zero, and the residual's factor."""
-    if learning_rate is None:
-        return None, (), None
-    rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-    rate = jnp.asarray(rate).astype(jnp.float32)
-    previous = state.learning_rate
-    usable = (rate != 0) & (previous != 0)
-    ratio = jnp.where(usable, previous / jnp.where(usable, rate, 1), 1)
-    return rate, jnp.where(rate == 0, previous, rate), ratio
-
-
-def _wrap(channel: Channel, tree: Any) -> Any:
-    if channel.axis_name is None:
-        return tree
-    return PerWorker.wrap(tree, channel.axis_name)
-
-
-def _unwrap(channel: Channel, residual: Any) -> Any:
-    if channel.axis_name is None:
-        return residual
-    return residual.local(channel.api)
