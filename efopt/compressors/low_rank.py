@@ -12,7 +12,7 @@ from jax import lax
 from efopt.compressors import bits, nested, options
 from efopt.compressors.base import Blocks, Codec, Turn
 from efopt.compressors.compressor import Compressor, make
-from efopt.compressors.identity import Identity
+from efopt.compressors.identity import Identity, plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,14 +97,16 @@ class PowerSGD(Codec):
         # A power of two that the factors are scaled by, so that no sum overflows; the
         # columns of P have length one, and P forgets it.
         scale = 2.0 ** -math.ceil(math.log2(rows * columns))
-        x = x * scale
-        p, _ = yield from self._ask(matmul("bnm,bmr->bnr", x, q), blocks, turn, 0)
+        small = x * scale
+        p, _ = yield from self._ask(matmul("bnm,bmr->bnr", small, q), blocks, turn, 0)
         p = orthonormalise(p)
-        mean, own = yield from self._ask(matmul("bnm,bnr->bmr", x, p), blocks, turn, 1)
+        q = matmul("bnm,bnr->bmr", small, p)
+        mean, own = yield from self._ask(q, blocks, turn, 1)
         back = p * (1 / scale)
         average = matmul("bnr,bmr->bnm", back, mean)
         estimate = matmul("bnr,bmr->bnm", back, own)
-        return average, estimate, mean if self.warm_start else ()
+        average = plain(average, blocks, turn)
+        return average, x - estimate, mean if self.warm_start else ()
 
     def _start(self, blocks, step):
         """Normal numbers ``(n, columns, rank)``, the same on every worker."""
@@ -125,7 +127,7 @@ class PowerSGD(Codec):
         mean = yield message
         shape = factor.shape[1:]
         own = nested.merge(message.decode(), shape, blocks)
-        return nested.merge(mean, shape, blocks), own
+        return nested.merge(mean.decode(), shape, blocks), own
 
     def delta(self, shape):
         """Of a random start: rank over the smaller side, in expectation."""

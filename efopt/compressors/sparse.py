@@ -52,11 +52,31 @@ class Sparse(Codec):
         return {"values": nested.write(self.values, values, blocks, turn), **found}
 
     def decode(self, payload, blocks, turn):
+        zeros = jnp.zeros((len(blocks.index), blocks.size), blocks.compute_dtype)
+        return self.decode_in(zeros, payload, blocks, turn)
+
+    def decode_in(self, zeros, payload, blocks, turn):
         k = self.kept(blocks.size)
         values = nested.read(self.values, payload["values"], (k,), blocks, turn)
         if k == blocks.size:
             return values
-        return scatter(self.places(payload, blocks, turn), values, blocks.size)
+        return self.put(zeros, values, payload, blocks, turn)
+
+    def left(self, x, payload, blocks, turn):
+        """In the place of ``x``, without another array of its size."""
+        k = self.kept(blocks.size)
+        if k == blocks.size:
+            return super().left(x, payload, blocks, turn)
+        values = nested.read(self.values, payload["values"], (k,), blocks, turn)
+        return blocks.mask(self.put(x, -values, payload, blocks, turn))
+
+    def put(
+        self, x: jax.Array, values: jax.Array, payload: Any, blocks: Blocks, turn: Turn
+    ) -> jax.Array:
+        """Adds values ``(n, k)`` to blocks in their places, where the blocks are."""
+        row = jnp.arange(len(x), dtype=jnp.int32)[:, None]
+        at = x.at[row, self.places(payload, blocks, turn)]
+        return at.add(values, unique_indices=True, mode="promise_in_bounds")
 
     def delta(self, shape):
         """What the values keep of the share that is kept."""
@@ -179,6 +199,29 @@ class RandomBlock(_Shared):
     def __repr__(self):
         return options.composed(f"random_block({self.options()})", self.values)
 
+    def put(self, x, values, payload, blocks, turn):
+        """A single block takes them as two slices: from the start, and from zero on.
+
+        In a loop, whose array the compiler changes in its place.
+        """
+        if len(x) > 1:
+            return super().put(x, values, payload, blocks, turn)
+        size, k = x.shape[1], values.shape[1]
+        start = (self.key(blocks, turn)[0] % np.uint32(size)).astype(jnp.int32)
+        values = values.reshape(-1)
+
+        def add(wraps, x):
+            first = jnp.where(wraps == 1, 0, jnp.minimum(start, size - k))
+            place = jnp.arange(k, dtype=jnp.int32) + first
+            which = place - start + size * wraps
+            mine = (which < k) & ((place < start) == (wraps == 1))
+            which = jnp.clip(which, 0, k - 1)
+            new = jnp.where(mine, values.at[which].get(mode="promise_in_bounds"), 0)
+            old = lax.dynamic_slice(x, (first,), (k,))
+            return lax.dynamic_update_slice(x, old + new, (first,))
+
+        return lax.fori_loop(0, 2, add, x.reshape(-1)).reshape(x.shape)
+
     def places(self, payload, blocks, turn):
         del payload
         start = self.key(blocks, turn) % np.uint32(blocks.size)
@@ -186,16 +229,6 @@ class RandomBlock(_Shared):
         place = start[:, None] + place[None, :]
         size = np.uint32(blocks.size)
         return jnp.where(place < size, place, place - size).astype(jnp.int32)
-
-
-def scatter(index, values, size):
-    """Blocks ``(n, size)``, zero but for ``values`` at ``index``, both ``(n, k)``."""
-    n, _ = values.shape
-    row = jnp.arange(n, dtype=jnp.int32)[:, None]
-    zeros = jnp.zeros((n, size), values.dtype)
-    return zeros.at[row, index].set(
-        values, unique_indices=True, mode="promise_in_bounds"
-    )
 
 
 def top_k(

@@ -1,15 +1,25 @@
 """Contractive error feedback: what is owed is itself kept compressed."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.compressors import bits
+from efopt.compressors.base import Message
 from efopt.compressors.compressor import Compressor
-from efopt.exchange.channel import open_channel
-from efopt.feedback.parts import check_float_dtype, hold, rates, unwrap, wrap
+from efopt.compressors.fence import zeros_after
+from efopt.exchange.channel import Inbound, open_channel
+from efopt.feedback.parts import (
+    applied,
+    check_float_dtype,
+    hold,
+    owed,
+    rates,
+    unwrap,
+    wrap,
+)
 from efopt.feedback.store import open_store
 
 API = "contractive_error_feedback"
@@ -44,6 +54,7 @@ def contractive_error_feedback(
     axis_name: str | None = None,
     exchange: str | None = None,
     damping: float | None = None,
+    form: str | None = None,
     learning_rate: optax.ScalarOrSchedule | None = None,
     memory_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -139,7 +150,7 @@ def contractive_error_feedback(
     """
     channel = open_channel(API, compressor, axis_name, exchange)
     check_float_dtype(API, "memory_dtype", memory_dtype)
-    store = open_store(API, memory, damping, memory_dtype)
+    store = open_store(API, memory, damping, form, memory_dtype)
 
     def init_fn(params: Any) -> Any:
         own, server = channel.init(params)
@@ -162,25 +173,15 @@ def contractive_error_feedback(
         old = inbound.treedef.flatten_up_to(residual)
         rate, last, ratio = rates(learning_rate, state)
 
-        recalled = store.recall(layout, old, turn, ratio)
-        owed = inbound.join(layout.part(recalled, turn.step, inbound.arrays))
-        given = inbound.join(inbound.arrays)
-        full = [g + e for g, e in zip(given, owed, strict=True)]
-        averages, paid, own, server = channel.average(
-            inbound, full, state.memory, state.server, ratio
+        # p = g + (1 - damping) e
+        full = store.recall(layout, old, inbound.arrays, turn, ratio)
+        means, left, own, server = channel.average(
+            inbound, inbound.join(full), state.memory, state.server, ratio
         )
-        # The average is applied in the leaf's dtype; every worker owes the rounding.
-        dtypes = [b.dtype for b in inbound.layout.buckets]
-        applied = [bits.round_to(a, d) for a, d in zip(averages, dtypes, strict=True)]
-        left = [
-            p - q + (a - r)
-            for p, q, a, r in zip(full, paid, averages, applied, strict=True)
-        ]
-        out = inbound.part(
-            [r.astype(d) for r, d in zip(applied, dtypes, strict=True)], inbound.arrays
-        )
-        left = inbound.layout.part(left, turn.step, inbound.arrays)
-        new = store.write(layout, old, left, recalled, turn, ratio)
+        left = owed(inbound, means, left)
+        parted = inbound.layout.part(left, turn.step, inbound.arrays)
+        new = store.write(layout, old, parted, turn, ratio)
+        out = applied(inbound, _decode_last(inbound, means, left, new))
         new = inbound.treedef.unflatten(new)
         if rate is not None:
             out, (new, own, server) = hold(
@@ -195,3 +196,17 @@ def contractive_error_feedback(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _decode_last(
+    inbound: Inbound,
+    means: Sequence[Message],
+    left: Sequence[jax.Array],
+    residual: Sequence[Any],
+) -> list[jax.Array]:
+    """The averages, each in the place of what was left, once that is stored."""
+    averages = []
+    for b, mean, x in zip(inbound.layout.buckets, means, left, strict=True):
+        stored = jax.tree.leaves(residual[b.leaves[0]])
+        averages.append(mean.decode_in(zeros_after(stored[0], x)))
+    return averages

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.compressors import bits
 from efopt.compressors.base import compute_dtype
 from efopt.compressors.compressor import Compressor
 from efopt.exchange.channel import open_channel
-from efopt.feedback.parts import check_float_dtype, hold, rates, unwrap, wrap
+from efopt.feedback.parts import applied, check_float_dtype, hold, owed, rates, unwrap, wrap
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -152,25 +151,17 @@ def error_feedback(
         old = jax.tree.leaves(residual)
         rate, last, ratio = rates(learning_rate, state)
 
-        owed = inbound.join(old)
+        recalled = inbound.join(old)
         if ratio is not None:
-            owed = [e * ratio.astype(e.dtype) for e in owed]
+            recalled = [e * ratio.astype(e.dtype) for e in recalled]
         # p = g + (rate of last step / rate of this step) e, 1905.10936 Algorithm 2
         given = inbound.join(inbound.arrays)
-        full = [g + e for g, e in zip(given, owed, strict=True)]
-        averages, paid, memory, server = channel.average(
+        full = [g + e for g, e in zip(given, recalled, strict=True)]
+        means, left, memory, server = channel.average(
             inbound, full, state.memory, state.server, ratio
         )
-        # The average is applied in the leaf's dtype; every worker owes the rounding.
-        dtypes = [b.dtype for b in inbound.layout.buckets]
-        applied = [bits.round_to(a, d) for a, d in zip(averages, dtypes, strict=True)]
-        new = [
-            p - q + (a - r)
-            for p, q, a, r in zip(full, paid, averages, applied, strict=True)
-        ]
-        out = inbound.part(
-            [r.astype(d) for r, d in zip(applied, dtypes, strict=True)], inbound.arrays
-        )
+        new = owed(inbound, means, left)
+        out = applied(inbound, [mean.decode() for mean in means])
         if residual_dtype is not None:
             new = [bits.cast(e, residual_dtype) for e in new]
         new = inbound.part(new, old)

@@ -1,12 +1,15 @@
 """What several of the schemes are made of."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from efopt.compressors import bits
+from efopt.compressors.base import Message
 from efopt.compressors.compressor import FLOATS
-from efopt.exchange.channel import Channel
+from efopt.exchange.channel import Channel, Inbound
 from efopt.workers.node import PerWorker
 
 
@@ -33,6 +36,28 @@ def rates(learning_rate: Any, state: Any) -> tuple[Any, Any, Any]:
     usable = (rate != 0) & (previous != 0)
     ratio = jnp.where(usable, previous / jnp.where(usable, rate, 1), 1)
     return rate, jnp.where(rate == 0, previous, rate), ratio
+
+
+def owed(
+    inbound: Inbound, means: Sequence[Message], left: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """What is left, and the rounding of the average, one array per bucket.
+
+    The average is applied in the leaf's dtype; every worker owes the rounding.
+    """
+    out = []
+    for b, mean, x in zip(inbound.layout.buckets, means, left, strict=True):
+        if b.dtype != x.dtype:
+            average = mean.decode()
+            x = x + (average - bits.round_to(average, b.dtype))
+        out.append(x)
+    return out
+
+
+def applied(inbound: Inbound, averages: Sequence[jax.Array]) -> Any:
+    """The averages, one array per bucket, as updates."""
+    pairs = zip(averages, inbound.layout.buckets, strict=True)
+    return inbound.part([bits.cast(a, b.dtype) for a, b in pairs], inbound.arrays)
 
 
 def hold(rate: jax.Array, out: Any, new: Any, old: Any) -> tuple[Any, Any]:

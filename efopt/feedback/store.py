@@ -1,47 +1,60 @@
 """A residual that is kept compressed, in the payloads of a codec."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from efopt.compressors import bits
-from efopt.compressors.base import Codec, Turn, compute_dtype
-from efopt.compressors.compressor import Compressor
-from efopt.compressors.layout import Bucket, Layout, plan
+from efopt.compressors import bits, pieces
+from efopt.compressors.base import Codec, Turn, compute_dtype, rows
+from efopt.compressors.compressor import Compressor, make
+from efopt.compressors.identity import Identity
+from efopt.compressors.layout import BUCKET_SIZE, Bucket, Layout, plan
 from efopt.compressors.quantize import Quantize
 
 DAMPING = 0.9  # of a memory that is linear and noisy
+FORMS = ("increment", "rewrite")
 PRIVATE = 0x27D4EB2F  # tells the memory's private randomness from the compressor's
+SMALL_MATRIX, SMALL_VECTOR = 1 << 8, 1 << 16  # leaves below are kept exact
 
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """Writes and reads a residual, leaf by leaf, as payloads.
+    """Reads and writes a residual, leaf by leaf, as payloads.
 
     Attributes:
       api: The transformation it belongs to, for errors.
       codec: Writes it.
       damping: The share that is not recalled; ``None``: what suits each leaf's codec.
+      form: How it is written; ``None``: what suits each leaf's codec.
       dtype: The dtype it is written in; ``None``: the compute dtype of the leaf.
     """
 
     api: str
     codec: Codec
     damping: float | None
+    form: str | None
     dtype: np.dtype | None
 
     def layout(self, tree: Any) -> Layout:
         """How the leaves of ``tree``, arrays or structs, are cut into buckets."""
+        codecs, shapes, dtypes = [], [], []
         leaves = jax.tree.leaves(tree)
-        dtypes = [jnp.result_type(x) for x in leaves]
-        dtypes = [
-            compute_dtype(d) if self.dtype is None else self.dtype for d in dtypes
-        ]
-        return plan(self.codec.assign(tree), [jnp.shape(x) for x in leaves], dtypes)
+        for codec, leaf in zip(self.codec.assign(tree), leaves, strict=True):
+            shape, wide = jnp.shape(leaf), compute_dtype(jnp.result_type(leaf))
+            dtype = wide if self.dtype is None else self.dtype
+            if _is_kept_exact(codec, shape, dtype, wide):
+                codec, dtype = Identity(), wide
+            codecs.append(codec)
+            shapes.append(shape)
+            dtypes.append(dtype)
+        return plan(codecs, shapes, dtypes)
 
     def init(self, params: Any) -> Any:
         """A residual of zero: the structure of ``params``, a payload at every leaf."""
@@ -84,48 +97,59 @@ class Store:
         """
         if self.damping is not None:
             return self.damping
-        noisy = b.codec.linear and b.codec.delta(layout.shapes[b.leaves[0]]) is None
-        return DAMPING if noisy else 0.0
+        return DAMPING if _is_noisy(b.codec, layout.shapes[b.leaves[0]]) else 0.0
 
     def adds(self, layout: Layout, b: Bucket) -> bool:
         """Whether what is new is added to a bucket's payload, not written in its place.
 
-        Written anew, a sketch would take its own noise for something owed, multiplied
-        by as many coordinates as share a sum. Where nothing is damped or lost, both are
-        the same, and writing anew rounds less.
+        Where nothing is damped or lost, both are the same, and writing anew rounds
+        less.
         """
+        if self.form is not None:
+            return self.form == "increment" and b.codec.linear
         exact = b.codec.delta(layout.shapes[b.leaves[0]]) == 1
         return b.codec.linear and not (exact and self.damping_of(layout, b) == 0)
 
     def recall(
-        self, layout: Layout, payloads: Sequence[Any], turn: Turn, ratio: Any
+        self,
+        layout: Layout,
+        payloads: Sequence[Any],
+        arrays: Sequence[jax.Array],
+        turn: Turn,
+        ratio: Any,
     ) -> list[jax.Array]:
-        """What is recalled of the residual, one array per bucket.
+        """``arrays`` plus what is recalled of the residual, in the compute dtype.
 
         Args:
           layout: The layout of this step's updates.
           payloads: The payload of every leaf.
+          arrays: One array per leaf.
           turn: The step and this worker.
           ratio: Factor on the residual, or ``None``.
         """
-        recalled = []
-        for b, payload in zip(
-            layout.buckets, layout.join_memory(payloads), strict=True
+        wide = [x.astype(compute_dtype(x.dtype)) for x in arrays]
+        still, xs = _still(turn), []
+        given = layout.join(wide, turn.step)
+        for b, x, payload in zip(
+            layout.buckets, given, layout.join_memory(payloads), strict=True
         ):
-            blocks = b.blocks()
-            x = blocks.mask(b.codec.decode(payload, blocks, _still(turn)))
-            if ratio is not None:
-                x = x * ratio.astype(x.dtype)
             damping = self.damping_of(layout, b)
-            recalled.append(x if damping == 0 else x * (1 - damping))
-        return recalled
+            factor = 1 - damping if damping else 1
+            if ratio is not None:
+                factor = ratio.astype(x.dtype) * factor
+            if _is_large(b):
+                leaf = wide[b.leaves[0]].reshape(-1)
+                xs.append(_add_in_pieces(leaf, factor, b, payload, still))
+            else:
+                decoded = b.codec.decode(payload, b.blocks(), still)
+                xs.append(_add(x, decoded, factor))
+        return layout.part(xs, turn.step, wide)
 
     def write(
         self,
         layout: Layout,
         payloads: Sequence[Any],
         owed: Sequence[jax.Array],
-        recalled: Sequence[jax.Array],
         turn: Turn,
         ratio: Any,
     ) -> list[Any]:
@@ -135,27 +159,29 @@ class Store:
           layout: As for :meth:`recall`.
           payloads: As for :meth:`recall`.
           owed: What is left of recalled residual and update, one array per leaf.
-          recalled: What :meth:`recall` returned.
           turn: As for :meth:`recall`.
           ratio: As for :meth:`recall`.
         """
-        joined, new = layout.join(owed, turn.step), []
-        old = layout.join_memory(payloads)
-        for b, x, part, payload in zip(
-            layout.buckets, joined, recalled, old, strict=True
+        still, new = _still(turn), []
+        joined = layout.join(owed, turn.step)
+        for b, x, payload in zip(
+            layout.buckets, joined, layout.join_memory(payloads), strict=True
         ):
-            wide, blocks = compute_dtype(b.dtype), b.blocks()
+            blocks, wide = b.blocks(), compute_dtype(b.dtype)
+            if not self.adds(layout, b):
+                if _is_large(b):
+                    leaf = owed[b.leaves[0]].reshape(-1).astype(wide)
+                    new.append(_encode_in_pieces(leaf, b, payload, still))
+                else:
+                    new.append(b.codec.encode(x.astype(wide), blocks, still))
+                continue
+            kept = 1 - self.damping_of(layout, b)
             x = x.astype(wide)
-            if self.adds(layout, b):
-                exact = dataclasses.replace(blocks, dtype=wide)
-                fresh = b.codec.encode(x - part, exact, _still(turn))
-                new.append(jax.tree.map(lambda t, f: _add(t, f, ratio), payload, fresh))
-            else:
-                new.append(b.codec.encode(x, blocks, _still(turn)))
+            new.append(b.codec.increment(payload, x, kept, ratio, blocks, still))
         return layout.part_memory(new, payloads)
 
 
-def open_store(api: str, memory: Any, damping: Any, dtype: Any) -> Store:
+def open_store(api: str, memory: Any, damping: Any, form: Any, dtype: Any) -> Store:
     """Checks the options of a compressed residual."""
     if not isinstance(memory, Compressor):
         raise TypeError(
@@ -165,22 +191,27 @@ def open_store(api: str, memory: Any, damping: Any, dtype: Any) -> Store:
     if damping is not None:
         if isinstance(damping, bool) or not isinstance(damping, int | float):
             raise TypeError(
-                f"`{api}(damping=...)` must be None or a Python number, got "
-                f"{type(damping).__name__}."
+                f"`{api}(damping=...)` must be None or a Python number, because it "
+                f"chooses the program; got {type(damping).__name__}. With "
+                "`optax.inject_hyperparams` pass `static_args=('damping',)`."
             )
         if not 0 <= damping <= 1:
             raise ValueError(f"`{api}(damping=...)` must be in [0, 1], got {damping}.")
+    if form is not None and form not in FORMS:
+        raise ValueError(
+            f"`{api}(form=...)` must be None or one of "
+            f"{', '.join(map(repr, FORMS))}, got {form!r}."
+        )
     for member in memory.codec.members():
-        reason = _refusal(member)
+        reason = _refusal(member, form)
         if reason is not None:
             raise ValueError(f"`{api}(memory={member!r})` cannot work: {reason}.")
     label = f"`{api}(memory={memory!r})`"
-    return Store(
-        label, memory.codec, damping, None if dtype is None else jnp.dtype(dtype)
-    )
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    return Store(label, memory.codec, damping, form, dtype)
 
 
-def _refusal(codec: Codec) -> str | None:
+def _refusal(codec: Codec, form: str | None) -> str | None:
     """Why a codec cannot keep a residual, or ``None``."""
     if type(codec).encode is Codec.encode or codec.stateful:
         return (
@@ -193,13 +224,87 @@ def _refusal(codec: Codec) -> str | None:
             "`efopt.scaled_sign(64)`"
         )
     values = getattr(codec, "values", codec)
-    if isinstance(values, Quantize) and not values.stochastic and values.bits <= 6:
+    if isinstance(values, Quantize) and not values.stochastic and values.bits <= 4:
         return (
-            f"rounded to nearest, {values.bits} bits lose the small coordinates of a "
-            "residual at every step, and training stalls or diverges; pass `stochastic=True`, "
-            "or use 8 bits"
+            f"rounded to the nearest, {values.bits} bits lose the small coordinates of "
+            "a residual at every step, and training stalls or diverges; pass "
+            "`stochastic=True`, or use 8 bits"
+        )
+    if form == "rewrite" and _is_noisy(codec, (1 << 20,)):
+        return (
+            "written anew at every step, it takes its own noise for something owed, "
+            "multiplied by as many coordinates as share a sum, and diverges within "
+            'some steps; leave `form` out or pass form="increment"'
+        )
+    if form == "increment" and not codec.linear:
+        return (
+            "its payloads may not be summed (it is not linear), so nothing can be "
+            'added to them; leave `form` out or pass form="rewrite"'
         )
     return None
+
+
+def _is_noisy(codec: Codec, shape: tuple[int, ...]) -> bool:
+    """Whether what is read is not a part of what was written, as from a sketch."""
+    return codec.linear and codec.delta(shape) is None
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_kept_exact(
+    codec: Codec, shape: tuple[int, ...], dtype: np.dtype, wide: np.dtype
+) -> bool:
+    """Whether a leaf is too small for its compressed residual to save anything."""
+    size = math.prod(shape)
+    if size < (SMALL_VECTOR if len(shape) < 2 else SMALL_MATRIX):
+        return True
+    return make(codec).payload_bits(shape, dtype) >= 8 * size * wide.itemsize
+
+
+def _is_large(b: Bucket) -> bool:
+    """Whether a bucket is one leaf, of which no copy should be made."""
+    return len(b.leaves) == 1 and b.sizes[0] > BUCKET_SIZE
+
+
+def _add_in_pieces(
+    x: jax.Array, factor: Any, b: Bucket, payload: Any, turn: Turn
+) -> jax.Array:
+    """A flat leaf plus what its payload stands for, in the place of the leaf."""
+    blocks = b.blocks()
+
+    def change(start, old):
+        part = b.codec.window(payload, blocks, turn, start, old.size)
+        return _add(old, part, factor)
+
+    return pieces.update(x, change)
+
+
+def _encode_in_pieces(x: jax.Array, b: Bucket, payload: Any, turn: Turn) -> Any:
+    """The payload of a flat leaf, in the place of an older one."""
+    blocks = b.blocks()
+    length = pieces.length_of(x.size, blocks.size)
+    number = length // blocks.size
+
+    def body(i, payload):
+        first = jnp.minimum(i * number, len(blocks.index) - number)
+        start = jnp.minimum(first * blocks.size, x.size - length)
+        part = lax.dynamic_slice(x, (start,), (length,))
+        # The last block may reach beyond the leaf.
+        part = jnp.pad(part, (0, blocks.size))
+        part = lax.dynamic_slice(part, (first * blocks.size - start,), (length,))
+        part = part.reshape(number, *blocks.shape)
+        fresh = b.codec.encode(part, rows(blocks, first, number), turn)
+        return jax.tree.map(
+            lambda old, new: lax.dynamic_update_slice_in_dim(old, new, first, 0),
+            payload,
+            fresh,
+        )
+
+    return lax.fori_loop(0, -(-x.size // length), body, payload)
+
+
+def _add(x: jax.Array, recalled: jax.Array, factor: Any) -> jax.Array:
+    recalled = recalled.astype(x.dtype)
+    return x + (recalled if type(factor) is int else recalled * factor)
 
 
 def _still(turn: Turn) -> Turn:
@@ -209,10 +314,3 @@ def _still(turn: Turn) -> Turn:
     """
     private = bits.hash_words(np.uint32(PRIVATE), turn.step, turn.worker)
     return Turn(jnp.uint32(0), private)
-
-
-def _add(table: jax.Array, fresh: jax.Array, ratio: Any) -> jax.Array:
-    wide = table.astype(fresh.dtype)
-    if ratio is not None:
-        wide = wide * ratio.astype(wide.dtype)
-    return bits.cast(wide + fresh, table.dtype)
