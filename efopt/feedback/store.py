@@ -14,6 +14,7 @@ from jax import lax
 from efopt.compressors import bits, pieces
 from efopt.compressors.base import Codec, Turn, compute_dtype, rows
 from efopt.compressors.compressor import Compressor, make
+from efopt.compressors.fence import fence
 from efopt.compressors.identity import Identity
 from efopt.compressors.layout import BUCKET_SIZE, Bucket, Layout, plan
 from efopt.compressors.quantize import Quantize
@@ -292,6 +293,7 @@ def _encode_in_pieces(x: jax.Array, b: Bucket, payload: Any, turn: Turn) -> Any:
         part = jnp.pad(part, (0, blocks.size))
         part = lax.dynamic_slice(part, (first * blocks.size - start,), (length,))
         part = part.reshape(number, *blocks.shape)
+        part, _ = fence(part, i.astype(jnp.uint32))
         fresh = b.codec.encode(part, rows(blocks, first, number), turn)
         return jax.tree.map(
             lambda old, new: lax.dynamic_update_slice_in_dim(old, new, first, 0),
