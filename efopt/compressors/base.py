@@ -216,7 +216,7 @@ class Codec:
         number = min(len(blocks.index), -(-size // blocks.size) + 1)
         first = jnp.minimum(start // blocks.size, len(blocks.index) - number)
         payload, piece = rows((payload, blocks), first, number)
-        flat = piece.mask(self.decode(payload, piece, turn)).reshape(-1)
+        flat = self.decode(payload, piece, turn).reshape(-1)
         return lax.dynamic_slice(flat, (start - first * blocks.size,), (size,))
 
     def increment(

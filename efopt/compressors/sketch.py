@@ -115,9 +115,17 @@ class CountSketch(Codec):
         if self.hash == "random":
             word = bits.hash_words(key ^ np.uint32(OFFSET), place)
             return (word % width).astype(jnp.int32)
-        line = lax.div(place, width)
-        offsets = _offset(key, jnp.arange(self.lines(size), dtype=jnp.uint32), width)
-        bucket = place - line * width + offsets.at[line].get(mode="promise_in_bounds")
+        lines = self.lines(size)
+        if lines > UNROLLED:
+            line = lax.div(place, width)
+            start, offset = line * width, _offset(key, line, width)
+        else:
+            start, offset = jnp.uint32(0), _offset(key, jnp.uint32(0), width)
+            for line in range(1, lines):
+                beyond = place >= line * width
+                start = jnp.where(beyond, line * width, start)
+                offset = jnp.where(beyond, _offset(key, line, width), offset)
+        bucket = place - start + offset
         return jnp.where(bucket < width, bucket, bucket - width).astype(jnp.int32)
 
     def _place(self, key, line, bucket, size):
