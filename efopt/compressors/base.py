@@ -131,7 +131,7 @@ class Codec:
     several rounds, like PowerSGD, implements :meth:`rounds` instead and asks through
     other codecs. One that leaves some leaves to another codec says so in
     :meth:`assign`. One that can do with less memory says how in :meth:`decode_in`,
-    :meth:`left`, :meth:`window` or :meth:`increment`. What must hold:
+    :meth:`left` or :meth:`increment`. What must hold:
 
     * arrays of a payload have the block axis first, and each block decodes on its own;
     * padding is zero on entry and may decode to anything (it is masked for all);
@@ -205,19 +205,6 @@ class Codec:
     ) -> jax.Array:
         """``x`` less the blocks that a payload stands for."""
         return x - blocks.mask(self.decode(payload, blocks, turn))
-
-    def window(
-        self, payload: Payload, blocks: Blocks, turn: Turn, start: Any, size: int
-    ) -> jax.Array:
-        """Of what a payload stands for, flat, the ``size`` from ``start`` on: ``(size,)``.
-
-        No more is decoded than the blocks in which they lie. ``start`` may be traced.
-        """
-        number = min(len(blocks.index), -(-size // blocks.size) + 1)
-        first = jnp.minimum(start // blocks.size, len(blocks.index) - number)
-        payload, piece = rows((payload, blocks), first, number)
-        flat = self.decode(payload, piece, turn).reshape(-1)
-        return lax.dynamic_slice(flat, (start - first * blocks.size,), (size,))
 
     def increment(
         self,

@@ -1,7 +1,6 @@
 """Sketches: linear maps to fewer numbers, from which every coordinate is estimated."""
 
 import dataclasses
-import functools
 from typing import ClassVar
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efopt.compressors import bits, options, pieces
+from efopt.compressors import bits, options
 from efopt.compressors.base import Blocks, Codec, block_sum
 from efopt.compressors.compressor import Compressor, make
 
@@ -57,9 +56,7 @@ class CountSketch(Codec):
         return -(-size // self.columns(size))
 
     def encode(self, x, blocks, turn):
-        add, width = self._scatter, self.columns(blocks.size)
-        if self.hash == "structured":
-            add = functools.partial(self._gather, bucket=np.arange(width, dtype="uint32"))
+        add = self._gather if self.hash == "structured" else self._scatter
         tables = [add(x, blocks, self._key(turn, row)) for row in range(self.rows)]
         return {"sums": bits.cast(jnp.stack(tables, axis=1), blocks.dtype)}
 
@@ -67,29 +64,25 @@ class CountSketch(Codec):
         place = jnp.arange(blocks.size, dtype=jnp.uint32)
         return self._estimate(payload, blocks, turn, place)
 
-    def window(self, payload, blocks, turn, start, size):
-        if len(blocks.index) > 1:
-            return super().window(payload, blocks, turn, start, size)
-        place = jnp.arange(size, dtype=jnp.uint32) + jnp.asarray(start).astype("uint32")
-        return self._estimate(payload, blocks, turn, place)[0]
-
     def increment(self, payload, x, recalled, ratio, blocks, turn):
         """A sum is recalled as often as it has terms."""
         if self.rows > 1 or self.hash != "structured" or blocks.count is not None:
             return super().increment(payload, x, recalled, ratio, blocks, turn)
         key, last = self._key(turn, 0), self.lines(blocks.size) - 1
 
-        def change(start, old):
-            bucket = jnp.arange(old.shape[2], dtype=jnp.uint32)
-            bucket = bucket + jnp.asarray(start).astype(jnp.uint32)
-            end = self._place(key, jnp.uint32(last), bucket, blocks.size)
-            terms = (last + (end < blocks.size)).astype(x.dtype)
-            rest = old.astype(x.dtype) * (1 - recalled * terms)[None, None]
-            rest = rest if ratio is None else rest * ratio.astype(rest.dtype)
-            new = rest + self._gather(x, blocks, key, bucket)[:, None]
-            return bits.cast(new, old.dtype)
-
-        return {"sums": pieces.update(payload["sums"], change)}
+        old = payload["sums"]
+        # The last line may be short: its coordinates' sums follow one another.
+        width = self.columns(blocks.size)
+        begin = _offset(key, jnp.uint32(last), np.uint32(width))
+        end = begin + np.uint32(blocks.size - last * width)
+        bucket = jnp.arange(width, dtype=jnp.uint32)
+        wrapped = jnp.maximum(end, np.uint32(width)) - np.uint32(width)
+        full = (bucket >= begin) & (bucket < end) | (bucket < wrapped)
+        terms = (last + full).astype(x.dtype)
+        rest = old.astype(x.dtype) * (1 - recalled * terms)[None, None]
+        rest = rest if ratio is None else rest * ratio.astype(rest.dtype)
+        new = rest + self._gather(x, blocks, key)[:, None]
+        return {"sums": bits.cast(new, old.dtype)}
 
     def _key(self, turn, row):
         return bits.hash_words(np.uint32(self.seed), turn.step, np.uint32(row))
@@ -128,18 +121,20 @@ class CountSketch(Codec):
         bucket = place - start + offset
         return jnp.where(bucket < width, bucket, bucket - width).astype(jnp.int32)
 
-    def _place(self, key, line, bucket, size):
+    def _place(self, key, line, size):
         """The place in a line that belongs to each sum, past the end if none does."""
         width = np.uint32(self.columns(size))
+        bucket = jnp.arange(width, dtype=jnp.uint32)
         offset = _offset(key, line, width)
-        column = jnp.where(bucket < offset, bucket + width, bucket) - offset
+        column = bucket - offset  # of unsigned words, which wrap around
+        column = jnp.where(bucket < offset, column + width, column)
         return line * width + column
 
-    def _gather(self, x, blocks, key, bucket):
-        """Sums, each of which collects its terms: ``(n, len(bucket))``."""
+    def _gather(self, x, blocks, key):
+        """Sums, each of which collects its terms: ``(n, width)``."""
 
         def add(line, total):
-            place = self._place(key, line.astype(jnp.uint32), bucket, blocks.size)
+            place = self._place(key, line.astype(jnp.uint32), blocks.size)
             part = x.at[:, place.astype(jnp.int32)].get(mode="fill", fill_value=0)
             return total + jnp.where(_signs(key, blocks, place), part, -part)
 

@@ -9,7 +9,15 @@ import optax
 from efopt.compressors.base import compute_dtype
 from efopt.compressors.compressor import Compressor
 from efopt.exchange.channel import open_channel
-from efopt.feedback.parts import applied, check_float_dtype, hold, owed, rates, unwrap, wrap
+from efopt.feedback.parts import (
+    applied,
+    check_float_dtype,
+    hold,
+    owed,
+    rates,
+    unwrap,
+    wrap,
+)
 
 
 class ErrorFeedbackState(NamedTuple):

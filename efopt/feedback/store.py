@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efopt.compressors import bits, pieces
+from efopt.compressors import bits
 from efopt.compressors.base import Codec, Turn, compute_dtype, rows
 from efopt.compressors.compressor import Compressor, make
 from efopt.compressors.fence import fence
@@ -23,6 +23,7 @@ DAMPING = 0.9  # of a memory that is linear and noisy
 FORMS = ("increment", "rewrite")
 PRIVATE = 0x27D4EB2F  # tells the memory's private randomness from the compressor's
 SMALL_MATRIX, SMALL_VECTOR = 1 << 8, 1 << 16  # leaves below are kept exact
+PIECES = 32  # in which a large leaf is written, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,15 +136,16 @@ class Store:
             layout.buckets, given, layout.join_memory(payloads), strict=True
         ):
             damping = self.damping_of(layout, b)
-            factor = 1 - damping if damping else 1
+            factor = 1 - damping if damping else None
             if ratio is not None:
-                factor = ratio.astype(x.dtype) * factor
+                factor = ratio.astype(x.dtype) * (1 - damping)
+            recalled = b.codec.decode(payload, b.blocks(), still).astype(x.dtype)
             if _is_large(b):
-                leaf = wide[b.leaves[0]].reshape(-1)
-                xs.append(_add_in_pieces(leaf, factor, b, payload, still))
-            else:
-                decoded = b.codec.decode(payload, b.blocks(), still)
-                xs.append(_add(x, decoded, factor))
+                x = wide[b.leaves[0]].reshape(-1)
+                recalled = recalled.reshape(-1)[: x.size]
+            x = x + (recalled if factor is None else recalled * factor)
+            # Once, and not again in everything that reads it.
+            xs.append(fence(x, turn.step)[0] if _is_large(b) else x)
         return layout.part(xs, turn.step, wide)
 
     def write(
@@ -178,7 +180,8 @@ class Store:
                 continue
             kept = 1 - self.damping_of(layout, b)
             x = x.astype(wide)
-            new.append(b.codec.increment(payload, x, kept, ratio, blocks, still))
+            fresh = b.codec.increment(payload, x, kept, ratio, blocks, still)
+            new.append(fence(fresh, turn.step)[0] if _is_large(b) else fresh)
         return layout.part_memory(new, payloads)
 
 
@@ -266,24 +269,18 @@ def _is_large(b: Bucket) -> bool:
     return len(b.leaves) == 1 and b.sizes[0] > BUCKET_SIZE
 
 
-def _add_in_pieces(
-    x: jax.Array, factor: Any, b: Bucket, payload: Any, turn: Turn
-) -> jax.Array:
-    """A flat leaf plus what its payload stands for, in the place of the leaf."""
-    blocks = b.blocks()
-
-    def change(start, old):
-        part = b.codec.window(payload, blocks, turn, start, old.size)
-        return _add(old, part, factor)
-
-    return pieces.update(x, change)
-
-
 def _encode_in_pieces(x: jax.Array, b: Bucket, payload: Any, turn: Turn) -> Any:
-    """The payload of a flat leaf, in the place of an older one."""
+    """The payload of a flat leaf, in the place of an older one.
+
+    What is computed of a whole leaf at once may need several more of its size. In a
+    loop only what belongs to one piece is there at a time.
+    """
     blocks = b.blocks()
-    length = pieces.length_of(x.size, blocks.size)
-    number = length // blocks.size
+    number = -(-x.size // (PIECES * blocks.size))
+    length = number * blocks.size
+    if number == len(blocks.index):
+        padded = jnp.pad(x, (0, length - x.size)).reshape(number, *blocks.shape)
+        return b.codec.encode(padded, blocks, turn)
 
     def body(i, payload):
         first = jnp.minimum(i * number, len(blocks.index) - number)
@@ -293,7 +290,7 @@ def _encode_in_pieces(x: jax.Array, b: Bucket, payload: Any, turn: Turn) -> Any:
         part = jnp.pad(part, (0, blocks.size))
         part = lax.dynamic_slice(part, (first * blocks.size - start,), (length,))
         part = part.reshape(number, *blocks.shape)
-        part, _ = fence(part, i.astype(jnp.uint32))
+        part, _ = fence(part, i.astype(jnp.uint32))  # once, not in all that reads it
         fresh = b.codec.encode(part, rows(blocks, first, number), turn)
         return jax.tree.map(
             lambda old, new: lax.dynamic_update_slice_in_dim(old, new, first, 0),
@@ -302,11 +299,6 @@ def _encode_in_pieces(x: jax.Array, b: Bucket, payload: Any, turn: Turn) -> Any:
         )
 
     return lax.fori_loop(0, -(-x.size // length), body, payload)
-
-
-def _add(x: jax.Array, recalled: jax.Array, factor: Any) -> jax.Array:
-    recalled = recalled.astype(x.dtype)
-    return x + (recalled if type(factor) is int else recalled * factor)
 
 
 def _still(turn: Turn) -> Turn:
