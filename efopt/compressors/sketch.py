@@ -12,7 +12,6 @@ from efopt.compressors import bits, options
 from efopt.compressors.base import Blocks, Codec, block_sum
 from efopt.compressors.compressor import Compressor, make
 
-
 HASHES = ("structured", "random")
 OFFSET = 0x5BD1E995  # tells what places are hashed to from their signs
 UNROLLED = 16  # lines whose sums are one expression
@@ -169,7 +168,7 @@ def _signs(key: jax.Array, blocks: Blocks, place: jax.Array) -> jax.Array:
     return bits.hash_words(word[:, None], place[None, :]) >= np.uint32(2**31)
 
 
-def _offset(key: jax.Array, line: jax.Array, width: np.uint32) -> jax.Array:
+def _offset(key: jax.Array, line: jax.typing.ArrayLike, width: np.uint32) -> jax.Array:
     """How far a line is rotated: uint32 in ``[0, width)``."""
     return bits.hash_words(key ^ np.uint32(OFFSET), line) % width
 

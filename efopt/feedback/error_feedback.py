@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from efopt.compressors import bits
 from efopt.compressors.base import compute_dtype
 from efopt.compressors.compressor import Compressor
 from efopt.exchange.channel import open_channel
