@@ -111,6 +111,11 @@ class Message:
         """The blocks that the payload stands for, ``(n, *shape)``, padding zero."""
         return self.blocks.mask(self.codec.decode(self.payload, self.blocks, self.turn))
 
+    def rest(self, x: jax.Array) -> jax.Array:
+        """What the payload does not say of ``x``: ``x - decode()``, padding zero."""
+        rest = self.codec.rest(x, self.payload, self.blocks, self.turn)
+        return self.blocks.mask(rest)
+
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
@@ -181,15 +186,21 @@ class Codec:
         """A payload to blocks ``(n, *block)`` in the compute dtype."""
         raise TypeError(f"`{self}` speaks in rounds, it has no single payload.")
 
+    def rest(
+        self, x: jax.Array, payload: Payload, blocks: Blocks, turn: Turn
+    ) -> jax.Array:
+        """``x - decode(payload)``, without decoding where there is a shorter way."""
+        return x - self.decode(payload, blocks, turn)
+
     def rounds(self, x: jax.Array, blocks: Blocks, state: Any, turn: Turn) -> Rounds:
         """The conversation about ``x``, blocks ``(n, *block)``.
 
         Yields messages; is sent the mean over workers of each decoded message; returns
-        (average, own estimate of ``x``, new state).
+        (average, what this worker's own messages do not say of ``x``, new state).
         """
         message = self.write(x, blocks, turn)
         mean = yield message
-        return mean, message.decode(), state
+        return mean, message.rest(x), state
 
     def write(self, x: jax.Array, blocks: Blocks, turn: Turn) -> Message:
         """The message about ``x``; a large one's payload is computed once."""

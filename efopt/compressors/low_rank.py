@@ -97,14 +97,16 @@ class PowerSGD(Codec):
         # A power of two that the factors are scaled by, so that no sum overflows; the
         # columns of P have length one, and P forgets it.
         scale = 2.0 ** -math.ceil(math.log2(rows * columns))
-        x = x * scale
-        p, _ = yield from self._ask(matmul("bnm,bmr->bnr", x, q), blocks, turn, 0)
+        p, _ = yield from self._ask(
+            matmul("bnm,bmr->bnr", x, q * scale), blocks, turn, 0
+        )
         p = orthonormalise(p)
-        mean, own = yield from self._ask(matmul("bnm,bnr->bmr", x, p), blocks, turn, 1)
+        product = matmul("bnm,bnr->bmr", x, p * scale)
+        mean, own = yield from self._ask(product, blocks, turn, 1)
         back = p * (1 / scale)
         average = matmul("bnr,bmr->bnm", back, mean)
-        estimate = matmul("bnr,bmr->bnm", back, own)
-        return average, estimate, mean if self.warm_start else ()
+        rest = x - matmul("bnr,bmr->bnm", back, own)
+        return average, rest, mean if self.warm_start else ()
 
     def _start(self, blocks, step):
         """Normal numbers ``(n, columns, rank)``, the same on every worker."""

@@ -52,11 +52,22 @@ class Sparse(Codec):
         return {"values": nested.write(self.values, values, blocks, turn), **found}
 
     def decode(self, payload, blocks, turn):
-        k = self.kept(blocks.size)
-        values = nested.read(self.values, payload["values"], (k,), blocks, turn)
-        if k == blocks.size:
+        values = self.read(payload, blocks, turn)
+        if values.shape[1] == blocks.size:
             return values
-        return scatter(self.places(payload, blocks, turn), values, blocks.size)
+        zeros = jnp.zeros((values.shape[0], blocks.size), values.dtype)
+        return add_at(zeros, self.places(payload, blocks, turn), values)
+
+    def rest(self, x, payload, blocks, turn):
+        values = self.read(payload, blocks, turn)
+        if values.shape[1] == blocks.size:
+            return x - values
+        return add_at(x, self.places(payload, blocks, turn), -values)
+
+    def read(self, payload: Any, blocks: Blocks, turn: Turn) -> jax.Array:
+        """The values ``(n, k)`` of a payload."""
+        k = self.kept(blocks.size)
+        return nested.read(self.values, payload["values"], (k,), blocks, turn)
 
     def delta(self, shape):
         """What the values keep of the share that is kept."""
@@ -188,14 +199,10 @@ class RandomBlock(_Shared):
         return jnp.where(place < size, place, place - size).astype(jnp.int32)
 
 
-def scatter(index, values, size):
-    """Blocks ``(n, size)``, zero but for ``values`` at ``index``, both ``(n, k)``."""
-    n, _ = values.shape
-    row = jnp.arange(n, dtype=jnp.int32)[:, None]
-    zeros = jnp.zeros((n, size), values.dtype)
-    return zeros.at[row, index].set(
-        values, unique_indices=True, mode="promise_in_bounds"
-    )
+def add_at(x, index, values):
+    """Blocks ``x (n, size)`` with ``values`` added at ``index``, both ``(n, k)``."""
+    row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    return x.at[row, index].add(values, unique_indices=True, mode="promise_in_bounds")
 
 
 def top_k(

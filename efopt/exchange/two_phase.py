@@ -65,7 +65,7 @@ class TwoPhase(Exchange):
             replies.append(g.whole.codec.write(mean, blocks, turn))
         if self.keeps:
             pairs = zip(means, replies, strict=True)
-            server = tuple(mean - reply.decode() for mean, reply in pairs)
+            server = tuple(reply.rest(mean) for mean, reply in pairs)
 
         carrier = buffers.pack([r.payload for r in replies], 1)[0]
         carriers = base.all_gather(carrier, axis_name)

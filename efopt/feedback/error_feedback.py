@@ -156,21 +156,19 @@ def error_feedback(
         old = jax.tree.leaves(residual)
         rate, last, ratio = _rates(learning_rate, state)
 
-        owed = inbound.join(old)
-        if ratio is not None:
-            owed = [e * ratio.astype(e.dtype) for e in owed]
         # p = g + (rate of last step / rate of this step) e, 1905.10936 Algorithm 2
-        given = inbound.join(inbound.arrays)
-        full = [g + e for g, e in zip(given, owed, strict=True)]
-        averages, paid, memory, server = channel.average(
+        full = inbound.join(
+            [_owed(g, e, ratio) for g, e in zip(inbound.arrays, old, strict=True)]
+        )
+        averages, rests, memory, server = channel.average(
             inbound, full, state.memory, state.server, ratio
         )
-        # The average is applied in the leaf's dtype; every worker owes the rounding.
         dtypes = [b.dtype for b in inbound.layout.buckets]
+        # The average is applied in the leaf's dtype; every worker owes the rounding.
         applied = [bits.round_to(a, d) for a, d in zip(averages, dtypes, strict=True)]
         new = [
-            p - q + (a - r)
-            for p, q, a, r in zip(full, paid, averages, applied, strict=True)
+            rest if a.dtype == d else rest + (a - r)
+            for rest, a, r, d in zip(rests, averages, applied, dtypes, strict=True)
         ]
         out = inbound.part(
             [r.astype(d) for r, d in zip(applied, dtypes, strict=True)], inbound.arrays
@@ -214,6 +212,13 @@ def _rates(learning_rate: Any, state: ErrorFeedbackState) -> tuple[Any, Any, Any
     usable = (rate != 0) & (previous != 0)
     ratio = jnp.where(usable, previous / jnp.where(usable, rate, 1), 1)
     return rate, jnp.where(rate == 0, previous, rate), ratio
+
+
+def _owed(g: jax.Array, e: jax.Array, ratio: Any) -> jax.Array:
+    """A leaf of the updates and what is owed of it, rescaled, in the compute dtype."""
+    wide = compute_dtype(g.dtype)
+    e = e if ratio is None else e * ratio.astype(e.dtype)
+    return g.astype(wide) + e.astype(wide)
 
 
 def _wrap(channel: Channel, tree: Any) -> Any:
