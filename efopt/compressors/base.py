@@ -107,6 +107,13 @@ class Message:
         """The same message about another payload, such as another worker's."""
         return dataclasses.replace(self, payload=payload)
 
+    def once(self) -> "Message":
+        """The same message; if it is large, its payload is computed only once."""
+        if self.blocks.index.size * self.blocks.size < LARGE:
+            return self
+        payload, _ = fence(self.payload, self.turn.step)
+        return self.with_payload(payload)
+
     def decode(self) -> jax.Array:
         """The blocks that the payload stands for, ``(n, *shape)``, padding zero."""
         return self.blocks.mask(self.codec.decode(self.payload, self.blocks, self.turn))
@@ -204,10 +211,7 @@ class Codec:
 
     def write(self, x: jax.Array, blocks: Blocks, turn: Turn) -> Message:
         """The message about ``x``; a large one's payload is computed once."""
-        payload = self.encode(x, blocks, turn)
-        if x.size >= LARGE:
-            payload, _ = fence(payload, turn.step)
-        return Message(self, payload, blocks, turn)
+        return Message(self, self.encode(x, blocks, turn), blocks, turn).once()
 
     def delta(self, shape: tuple[int, ...]) -> float | None:
         """Contraction factor for a leaf: ``E|C(x) - x|^2 <= (1 - delta) |x|^2``."""

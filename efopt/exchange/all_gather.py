@@ -23,6 +23,6 @@ class AllGather(Exchange):
 
         def decode(payloads):
             pairs = zip(messages, payloads, strict=True)
-            return [m.with_payload(payload).decode() for m, payload in pairs]
+            return [m.with_payload(payload).once().decode() for m, payload in pairs]
 
         return base.decode_mean(carriers, payloads, decode), server

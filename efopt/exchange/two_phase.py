@@ -52,7 +52,7 @@ class TwoPhase(Exchange):
         def decode(payloads):
             triples = zip(groups, payloads, owned, strict=True)
             return [
-                Message(g.whole.codec, p, blocks, g.whole.turn).decode()
+                Message(g.whole.codec, p, blocks, g.whole.turn).once().decode()
                 for g, p, blocks in triples
             ]
 
@@ -76,7 +76,7 @@ class TwoPhase(Exchange):
             for g, ps in zip(groups, parts, strict=True)
             for m, p in zip(g.messages, ps, strict=True)
         }
-        return [by_message[id(m)].decode() for m in messages], server
+        return [by_message[id(m)].once().decode() for m in messages], server
 
 
 @dataclasses.dataclass(frozen=True)
