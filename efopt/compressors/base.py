@@ -109,6 +109,13 @@ class Message:
         """The same message about another payload, such as another worker's."""
         return dataclasses.replace(self, payload=payload)
 
+    def once(self) -> "Message":
+        """The same message; if it is large, its payload is computed only once."""
+        if self.blocks.index.size * self.blocks.size < LARGE:
+            return self
+        payload, _ = fence(self.payload, self.turn.step)
+        return self.with_payload(payload)
+
     def decode(self) -> jax.Array:
         """The blocks that the payload stands for, ``(n, *shape)``, padding zero."""
         return self.blocks.mask(self.codec.decode(self.payload, self.blocks, self.turn))
@@ -118,9 +125,10 @@ class Message:
         decoded = self.codec.decode_in(zeros, self.payload, self.blocks, self.turn)
         return self.blocks.mask(decoded)
 
-    def left(self, x: jax.Array) -> jax.Array:
-        """What is left of ``x``, blocks ``(n, *shape)``, once this has been sent."""
-        return self.codec.left(x, self.payload, self.blocks, self.turn)
+    def rest(self, x: jax.Array) -> jax.Array:
+        """What the payload does not say of ``x``: ``x - decode()``, padding zero."""
+        rest = self.codec.rest(x, self.payload, self.blocks, self.turn)
+        return self.blocks.mask(rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +139,7 @@ class Codec:
     several rounds, like PowerSGD, implements :meth:`rounds` instead and asks through
     other codecs. One that leaves some leaves to another codec says so in
     :meth:`assign`. One that can do with less memory says how in :meth:`decode_in`,
-    :meth:`left` or :meth:`increment`. What must hold:
+    :meth:`rest` or :meth:`increment`. What must hold:
 
     * arrays of a payload have the block axis first, and each block decodes on its own;
     * padding is zero on entry and may decode to anything (it is masked for all);
@@ -200,11 +208,11 @@ class Codec:
         del zeros
         return self.decode(payload, blocks, turn)
 
-    def left(
+    def rest(
         self, x: jax.Array, payload: Payload, blocks: Blocks, turn: Turn
     ) -> jax.Array:
-        """``x`` less the blocks that a payload stands for."""
-        return x - blocks.mask(self.decode(payload, blocks, turn))
+        """``x - decode(payload)``, without decoding where there is a shorter way."""
+        return x - self.decode(payload, blocks, turn)
 
     def increment(
         self,
@@ -241,18 +249,15 @@ class Codec:
         """The conversation about ``x``, blocks ``(n, *block)``.
 
         Yields messages; is sent a message of the mean over workers of each; returns
-        (that of ``x``, what is left of ``x``, new state).
+        (that of ``x``, what this worker's own do not say of ``x``, new state).
         """
         message = self.write(x, blocks, turn)
         mean = yield message
-        return mean, message.left(x), state
+        return mean, message.rest(x), state
 
     def write(self, x: jax.Array, blocks: Blocks, turn: Turn) -> Message:
         """The message about ``x``; a large one's payload is computed once."""
-        payload = self.encode(x, blocks, turn)
-        if x.size >= LARGE:
-            payload, _ = fence(payload, turn.step)
-        return Message(self, payload, blocks, turn)
+        return Message(self, self.encode(x, blocks, turn), blocks, turn).once()
 
     def delta(self, shape: tuple[int, ...]) -> float | None:
         """Contraction factor for a leaf: ``E|C(x) - x|^2 <= (1 - delta) |x|^2``."""

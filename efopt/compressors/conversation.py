@@ -33,7 +33,8 @@ def converse(
         means over workers; called once a round.
 
     Returns:
-      For each bucket the average, what this worker has left of it, and the new state.
+      For each bucket the average, what this worker's own messages do not say of its
+      array, and the new state.
     """
     talks = [
         b.codec.rounds(x, b.blocks(), state, turn)
@@ -49,13 +50,13 @@ def converse(
             except StopIteration as end:
                 results[i] = end.value
         replies = meet(asked) if asked else {}
-    averages, lefts, memories = [], [], []
+    averages, rests, memories = [], [], []
     for i in range(len(talks)):
-        average, left, memory = results[i]
+        average, rest, memory = results[i]
         averages.append(average)
-        lefts.append(left)
+        rests.append(rest)
         memories.append(memory)
-    return averages, lefts, memories
+    return averages, rests, memories
 
 
 def alone(messages: dict[int, Message]) -> dict[int, Message]:

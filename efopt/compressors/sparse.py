@@ -56,27 +56,29 @@ class Sparse(Codec):
         return self.decode_in(zeros, payload, blocks, turn)
 
     def decode_in(self, zeros, payload, blocks, turn):
-        k = self.kept(blocks.size)
-        values = nested.read(self.values, payload["values"], (k,), blocks, turn)
-        if k == blocks.size:
+        values = self.read(payload, blocks, turn)
+        if values.shape[1] == blocks.size:
             return values
-        return self.put(zeros, values, payload, blocks, turn)
+        return self.add(zeros, values, payload, blocks, turn)
 
-    def left(self, x, payload, blocks, turn):
-        """In the place of ``x``, without another array of its size."""
-        k = self.kept(blocks.size)
-        if k == blocks.size:
-            return super().left(x, payload, blocks, turn)
-        values = nested.read(self.values, payload["values"], (k,), blocks, turn)
-        return blocks.mask(self.put(x, -values, payload, blocks, turn))
+    def rest(self, x, payload, blocks, turn):
+        values = self.read(payload, blocks, turn)
+        if values.shape[1] == blocks.size:
+            return x - values
+        return self.add(x, -values, payload, blocks, turn)
 
-    def put(
+    def add(
         self, x: jax.Array, values: jax.Array, payload: Any, blocks: Blocks, turn: Turn
     ) -> jax.Array:
-        """Adds values ``(n, k)`` to blocks in their places, where the blocks are."""
-        row = jnp.arange(len(x), dtype=jnp.int32)[:, None]
+        """Blocks ``x (n, size)`` with values ``(n, k)`` added in their places."""
+        row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
         at = x.at[row, self.places(payload, blocks, turn)]
         return at.add(values, unique_indices=True, mode="promise_in_bounds")
+
+    def read(self, payload: Any, blocks: Blocks, turn: Turn) -> jax.Array:
+        """The values ``(n, k)`` of a payload."""
+        k = self.kept(blocks.size)
+        return nested.read(self.values, payload["values"], (k,), blocks, turn)
 
     def delta(self, shape):
         """What the values keep of the share that is kept."""
@@ -199,13 +201,13 @@ class RandomBlock(_Shared):
     def __repr__(self):
         return options.composed(f"random_block({self.options()})", self.values)
 
-    def put(self, x, values, payload, blocks, turn):
+    def add(self, x, values, payload, blocks, turn):
         """A single block takes them as two slices: from the start, and from zero on.
 
         In a loop, whose array the compiler changes in its place.
         """
         if len(x) > 1:
-            return super().put(x, values, payload, blocks, turn)
+            return super().add(x, values, payload, blocks, turn)
         size, k = x.shape[1], values.shape[1]
         start = (self.key(blocks, turn)[0] % np.uint32(size)).astype(jnp.int32)
         values = values.reshape(-1)

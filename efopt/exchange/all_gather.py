@@ -24,7 +24,7 @@ class AllGather(Exchange):
 
         def decode(payloads):
             pairs = zip(messages, payloads, strict=True)
-            return [m.with_payload(payload).decode() for m, payload in pairs]
+            return [m.with_payload(payload).once().decode() for m, payload in pairs]
 
         means = base.decode_mean(carriers, payloads, decode)
         pairs = zip(messages, means, strict=True)

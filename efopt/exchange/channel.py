@@ -121,16 +121,16 @@ class Channel:
           ratio: Factor on the server residual before it is added, or ``None``.
 
         Returns:
-          Messages of the averages (equal on all workers), what this worker has left of
-          its arrays, the new memory, and the new server residual.
+          Messages of the averages (equal on all workers), what this worker has not yet
+          paid of its arrays, the new memory, and the new server residual.
         """
         layout, treedef, name = inbound.layout, inbound.treedef, self.axis_name
         memories = open_memory(layout, treedef, memory)
         if name is None:
-            averages, left, memories = converse(
+            averages, rests, memories = converse(
                 layout, xs, memories, inbound.turn, alone
             )
-            return averages, left, close_memory(layout, treedef, memories, memory), ()
+            return averages, rests, close_memory(layout, treedef, memories, memory), ()
 
         routes = [self.route(b.codec) for b in layout.buckets]
         owed = self._owed(layout, server, lax.axis_size(name), ratio)
@@ -152,16 +152,16 @@ class Channel:
                 owed = left if way.keeps else owed
             return means
 
-        averages, left, memories = converse(layout, xs, memories, inbound.turn, meet)
+        averages, rests, memories = converse(layout, xs, memories, inbound.turn, meet)
         memory = close_memory(layout, treedef, memories, memory)
-        left = [
-            x - average.decode() if way.pays_average else own
-            for way, x, average, own in zip(routes, xs, averages, left, strict=True)
+        rests = [
+            x - average.decode() if way.pays_average else rest
+            for way, x, average, rest in zip(routes, xs, averages, rests, strict=True)
         ]
         if owed:
             pairs = zip(owed, server, strict=True)
             server = tuple(PerWorker.wrap(x, s.axis_name, s.split) for x, s in pairs)
-        return averages, left, memory, server
+        return averages, rests, memory, server
 
     def owed_by_owners(self, params: Any, server: Any) -> list[jax.Array]:
         """What the owners still owe of each leaf, whole.

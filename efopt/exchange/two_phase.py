@@ -52,7 +52,7 @@ class TwoPhase(Exchange):
         def decode(payloads):
             triples = zip(groups, payloads, owned, strict=True)
             return [
-                Message(g.whole.codec, p, blocks, g.whole.turn).decode()
+                Message(g.whole.codec, p, blocks, g.whole.turn).once().decode()
                 for g, p, blocks in triples
             ]
 
@@ -65,7 +65,7 @@ class TwoPhase(Exchange):
             replies.append(g.whole.codec.write(mean, blocks, turn))
         if self.keeps:
             pairs = zip(means, replies, strict=True)
-            server = tuple(mean - reply.decode() for mean, reply in pairs)
+            server = tuple(reply.rest(mean) for mean, reply in pairs)
 
         carrier = buffers.pack([r.payload for r in replies], 1)[0]
         carriers = base.all_gather(carrier, axis_name)
@@ -76,7 +76,7 @@ class TwoPhase(Exchange):
             for g, ps in zip(groups, parts, strict=True)
             for m, p in zip(g.messages, ps, strict=True)
         }
-        return [by_message[id(m)] for m in messages], server
+        return [by_message[id(m)].once() for m in messages], server
 
 
 @dataclasses.dataclass(frozen=True)

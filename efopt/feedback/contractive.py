@@ -15,8 +15,8 @@ from efopt.feedback.parts import (
     applied,
     check_float_dtype,
     hold,
-    owed,
     rates,
+    unpaid,
     unwrap,
     wrap,
 )
@@ -187,10 +187,10 @@ def contractive_error_feedback(
 
         # p = g + (1 - damping) e
         full = store.recall(layout, old, inbound.arrays, turn, ratio)
-        means, left, own, server = channel.average(
+        means, rests, own, server = channel.average(
             inbound, inbound.join(full), state.memory, state.server, ratio
         )
-        left = owed(inbound, means, left)
+        left = unpaid(inbound, means, rests)
         parted = inbound.layout.part(left, turn.step, inbound.arrays)
         new = store.write(layout, old, parted, turn, ratio)
         out = applied(inbound, _decode_last(inbound, means, left, new))

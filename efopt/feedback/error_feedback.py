@@ -14,8 +14,8 @@ from efopt.feedback.parts import (
     applied,
     check_float_dtype,
     hold,
-    owed,
     rates,
+    unpaid,
     unwrap,
     wrap,
 )
@@ -160,16 +160,14 @@ def error_feedback(
         old = jax.tree.leaves(residual)
         rate, last, ratio = rates(learning_rate, state)
 
-        recalled = inbound.join(old)
-        if ratio is not None:
-            recalled = [e * ratio.astype(e.dtype) for e in recalled]
         # p = g + (rate of last step / rate of this step) e, 1905.10936 Algorithm 2
-        given = inbound.join(inbound.arrays)
-        full = [g + e for g, e in zip(given, recalled, strict=True)]
-        means, left, memory, server = channel.average(
+        full = inbound.join(
+            [_owed(g, e, ratio) for g, e in zip(inbound.arrays, old, strict=True)]
+        )
+        means, rests, memory, server = channel.average(
             inbound, full, state.memory, state.server, ratio
         )
-        new = owed(inbound, means, left)
+        new = unpaid(inbound, means, rests)
         out = applied(inbound, [mean.decode() for mean in means])
         if residual_dtype is not None:
             new = [bits.cast(e, residual_dtype) for e in new]
@@ -190,3 +188,10 @@ def error_feedback(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _owed(g: jax.Array, e: jax.Array, ratio: Any) -> jax.Array:
+    """A leaf of the updates and what is owed of it, rescaled, in the compute dtype."""
+    wide = compute_dtype(g.dtype)
+    e = e if ratio is None else e * ratio.astype(e.dtype)
+    return g.astype(wide) + e.astype(wide)

@@ -38,15 +38,15 @@ def rates(learning_rate: Any, state: Any) -> tuple[Any, Any, Any]:
     return rate, jnp.where(rate == 0, previous, rate), ratio
 
 
-def owed(
-    inbound: Inbound, means: Sequence[Message], left: Sequence[jax.Array]
+def unpaid(
+    inbound: Inbound, means: Sequence[Message], rests: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """What is left, and the rounding of the average, one array per bucket.
+    """What is not yet paid, and the rounding of the average, one array per bucket.
 
     The average is applied in the leaf's dtype; every worker owes the rounding.
     """
     out = []
-    for b, mean, x in zip(inbound.layout.buckets, means, left, strict=True):
+    for b, mean, x in zip(inbound.layout.buckets, means, rests, strict=True):
         if b.dtype != x.dtype:
             average = mean.decode()
             x = x + (average - bits.round_to(average, b.dtype))

@@ -8,7 +8,8 @@ that all of them meet on plain localhost, which shows what computing and compres
 cost. Prints a table for every rate, writes cluster.json and draws cluster.png:
 
   step       median seconds of a step, and how many times faster that is than `dense`
-  predicted  step on localhost + latency + bytes / rate, and how far off that is
+  predicted  what `efopt.wire.plan` makes of the step on localhost, the latency and the
+             rate, and how far off that is
   loss       mean over the workers and the last five steps
   HLO        bytes that leave a worker in a step, according to the compiled program
   interface  bytes that did leave, counted by its network interface, headers included
@@ -51,11 +52,6 @@ MAX_WORKERS = 4
 ENDLESS = 10**6  # steps
 
 
-def predict(compute_seconds, bytes_sent, bandwidth, latency):
-    """Seconds of a step that computes, then sends, on a link of so many bit/s."""
-    return compute_seconds + latency + 8 * bytes_sent / bandwidth
-
-
 def benchmark(rate, options, cache):
     """Trains with every method on links of one rate: method -> measurements."""
     rows = {}
@@ -70,14 +66,18 @@ def benchmark(rate, options, cache):
     return rows
 
 
-def add_predictions(rate, rows, unlimited):
+def add_predictions(rate, rows, unlimited, workers):
     """Adds what a step of each JAX method should take, from its step on localhost."""
     for name, row in rows.items():
-        if "hlo_bytes" in row:
-            compute, sent = unlimited[name]["step_seconds"], row["hlo_bytes"]
-            row["predicted_seconds"] = predict(
-                compute, sent, RATES[rate], row["latency"]
+        if name in cluster_jax.METHODS:
+            plan = cluster_jax.plan(
+                name,
+                workers,
+                bandwidth=RATES[rate],
+                latency=row["latency"],
+                compute_seconds=unlimited[name]["step_seconds"],
             )
+            row["predicted_seconds"] = plan.step_seconds
 
 
 def outages(rate, options, cache):
@@ -259,7 +259,7 @@ def main():
             for rate in (LOCALHOST, *options.rates):
                 rows = benchmark(rate, options, cache)
                 if rate != LOCALHOST:
-                    add_predictions(rate, rows, results[LOCALHOST])
+                    add_predictions(rate, rows, results[LOCALHOST], options.workers)
                 results[rate] = rows
                 print(f"\n{rate}\n{table(rows)}", flush=True)
     except ClusterError as error:

@@ -65,6 +65,15 @@ class Worker:
         self.process.wait()
 
 
+# glibc hands large buffers back to the system after each step and gets them again, page
+# by page, in the next. Accelerators do not, and here nobody shall.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TOP_PAD_": str(2**28),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+}
+
+
 @contextlib.contextmanager
 def fleet(script, network, methods, steps, batch, cache):
     """The workers of a network, one on each host, gone when it is left."""
@@ -77,6 +86,7 @@ def fleet(script, network, methods, steps, batch, cache):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "NPROC": threads,  # XLA's threads, and PyTorch's:
         "OMP_NUM_THREADS": threads,
+        **KEEP_MEMORY,
     }
     with cleaning_up() as cleanup:
         folder = cleanup.enter_context(tempfile.TemporaryDirectory())
