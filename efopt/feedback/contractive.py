@@ -220,5 +220,6 @@ def _decode_last(
     averages = []
     for b, mean, x in zip(inbound.layout.buckets, means, left, strict=True):
         stored = jax.tree.leaves(residual[b.leaves[0]])
-        averages.append(mean.decode_in(zeros_after(stored[0], x)))
+        zeros = zeros_after(stored[0], x)
+        averages.append(mean.decode_in(zeros))
     return averages
