@@ -252,6 +252,9 @@ ROWS = (
     ),
 )
 
+# Whole leaves, blocks, shared random coordinates, rounds with a memory.
+KINDS = {"top_k_of_8_bits", "scaled_sign_8", "random_block_10pct", "power_sgd"}
+
 # One more variant of what another row tests.
 SLOW = {
     "top_k_3",

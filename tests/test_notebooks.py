@@ -27,13 +27,9 @@ def texts(notebook):
     return "".join(o.text for o in outputs if o.output_type == "stream")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(p, marks=[] if p.stem == "quickstart" else [pytest.mark.slow])
-        for p in sorted(NOTEBOOKS.glob("*.ipynb"))
-    ],
-    ids=lambda p: p.stem,
+    "path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.stem
 )
 def test_notebook_runs(path, tmp_path, monkeypatch):
     execute(path, tmp_path, monkeypatch)

@@ -14,8 +14,8 @@ import efopt
 from efopt import wire
 
 WORKERS, STEPS, DECAY = 3, 50, 0.01
-SHAPES = {"b": (11,), "s": (), "w": (12, 10)}
-MASK = {"b": False, "s": True, "w": True}  # of weight decay
+SHAPES = {"b": (11,), "w": (12, 10)}
+MASK = {"b": False, "w": True}  # of weight decay
 
 
 BLOCKED, blocked = efopt.scaled_sign(16), lambda x: oracle.scaled_sign(x, 16)
@@ -42,6 +42,12 @@ def problem(seed=0, steps=STEPS):
         [[x[t, i] for x in leaves(grads)] for i in range(WORKERS)] for t in range(steps)
     ]
     return params, grads, leaves(params), lists
+
+
+def some(names, *by_default):
+    """All the names, of which `pytest -m slow` takes those that are not listed."""
+    rest = [n for n in names if n not in by_default]
+    return [*by_default, *(pytest.param(n, marks=pytest.mark.slow) for n in rest)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -146,12 +152,12 @@ def test_ef_sgd_is_its_oracle(case):
         server=case == "server",
     )
     got, state = simulate(tx, params, grads)
-    follows(got, path, atol=2e-5)
+    follows(got, path, atol=1e-5)
     last = jax.tree.map(lambda x: x[-1, :, 0], state[3].residual.value)
     for i in range(WORKERS):  # updates are minus the paper's steps
         mine = [-x[i] for x in leaves(last)]
         for a, b in zip(mine, residuals[-1][i], strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
 def test_ef_signsgd_is_its_oracle():
@@ -160,23 +166,31 @@ def test_ef_signsgd_is_its_oracle():
     path, _ = oracle.ef_sgd(
         x0, lists, schedule, oracle.scaled_sign, momentum=0.9, weight_decay=DECAY
     )
-    follows(simulate(tx, params, grads)[0], path, atol=2e-5)
+    follows(simulate(tx, params, grads)[0], path, atol=1e-5)
 
 
 def test_dist_ef_sgd_is_its_oracle():
     params, grads, x0, lists = problem(3)
     tx = efopt.dist_ef_sgd(schedule, BLOCKED, weight_decay=DECAY, axis_name=AXIS)
     path, _, _ = oracle.dist_ef_sgd(x0, lists, schedule, blocked, 0.9, True, DECAY)
-    follows(simulate(tx, params, grads)[0], path, atol=2e-5)
+    follows(simulate(tx, params, grads)[0], path, atol=1e-5)
 
 
 def test_power_sgd_momentum_is_its_oracle():
-    params, grads, x0, lists = problem(4)
+    params, grads, x0, _ = problem(4)
+    # Two clear directions: where none stands out, float32's rounding decides.
+    rng = np.random.default_rng(4)
+    left, _ = np.linalg.qr(rng.standard_normal((12, 2)))
+    right, _ = np.linalg.qr(rng.standard_normal((10, 2)))
+    clear = ((left * [2.0, 1.0]) @ right.T).astype(np.float32)
+    grads["w"] = clear + np.float32(0.03) * grads["w"]
+    lists = [
+        [[x[t, i] for x in leaves(grads)] for i in range(WORKERS)] for t in range(STEPS)
+    ]
     tx = efopt.power_sgd_momentum(schedule, rank=2, weight_decay=DECAY, axis_name=AXIS)
-    q = np.asarray(tx.init(params)[0].memory["w"][0], np.float64)
-    qs = [None, None, q]
+    qs = [None, np.asarray(tx.init(params)[0].memory["w"][0], np.float64)]
     path = oracle.power_sgd_momentum(x0, lists, schedule, qs, 0.9, DECAY)
-    follows(simulate(tx, params, grads)[0], path, atol=1e-4)
+    follows(simulate(tx, params, grads)[0], path)
 
 
 RATES = np.array([0.0, 0.1, 0.0, 0.05, 0.1, 0.0, 0.0, 0.2, 0.1, 0.05], np.float32)
@@ -267,7 +281,7 @@ VIRTUAL = {
 }
 
 
-@pytest.mark.parametrize("name", VIRTUAL)
+@pytest.mark.parametrize("name", some(VIRTUAL, "inside", "two_phase", "behind"))
 def test_virtual_params_walk_the_path_of_sgd(name):
     tx, momentum = VIRTUAL[name]
     params, grads, x0, lists = problem(6)
@@ -281,8 +295,7 @@ def test_virtual_params_walk_the_path_of_sgd(name):
         ):
             assert x.dtype == jnp.float32 and x.shape == p.shape
             np.testing.assert_allclose(x[1], want, rtol=0, atol=5e-5)
-            if x.size > WORKERS:
-                assert np.abs(p[1] - want).max() > 1e-3  # the parameters do not
+            assert np.abs(p[1] - want).max() > 1e-3  # the parameters do not
 
 
 def test_virtual_params_of_a_fresh_state_are_the_parameters():
@@ -292,7 +305,7 @@ def test_virtual_params_of_a_fresh_state_are_the_parameters():
         jax.tree.map(np.testing.assert_array_equal, got, params)
 
 
-@pytest.mark.parametrize("name", ["inside", "two_phase"])
+@pytest.mark.parametrize("name", some(["inside", "two_phase"], "two_phase"))
 def test_virtual_params_are_the_same_placed_stacked_and_inside(name):
     tx = VIRTUAL[name][0]
     params, grads, _, _ = problem(7, 4)
@@ -406,6 +419,9 @@ FACTORIES = {
 }
 STATIC = {"power_sgd_momentum": ("rank", "min_compression", "seed")}
 each_optimizer = pytest.mark.parametrize("name", FACTORIES)
+some_optimizers = pytest.mark.parametrize(
+    "name", some(FACTORIES, "signum", "dist_ef_sgd", "power_sgd_momentum")
+)
 
 
 def make(name, learning_rate=0.05, **options):
@@ -431,7 +447,7 @@ def alone(tx, steps=3):
     return params, state
 
 
-@each_optimizer
+@some_optimizers
 def test_jit_and_eager_agree(name):
     tx = make(name, schedule, weight_decay=DECAY)
     params, grads, _, _ = problem(9, 2)
@@ -482,16 +498,16 @@ def test_state_is_stable_under_cond_and_dtypes_are_kept(name):
     close(jax.tree.map(jnp.shape, state), jax.tree.map(jnp.shape, tx.init(params)))
 
 
-@each_optimizer
+@some_optimizers
 def test_partition_runs_each_leaf_by_its_own_optimizer(name):
-    labels = {"b": "other", "s": "other", "w": "mine"}
+    labels = {"b": "other", "w": "mine"}
     parts = {"mine": make(name, schedule), "other": optax.sgd(schedule)}
     got, _ = alone(optax.partition(parts, labels))
     close(got["w"], alone(make(name, schedule))[0]["w"])
     close(got["b"], alone(optax.sgd(schedule))[0]["b"])
 
 
-@pytest.mark.parametrize("name", ["signum", "ef_signsgd"])
+@pytest.mark.parametrize("name", some(["signum", "ef_signsgd"], "ef_signsgd"))
 def test_accumulate_takes_the_mean_of_mini_steps(name):
     params, grads, _, _ = problem(10, 6)
     tx = make(name, axis_name=AXIS)
@@ -503,7 +519,7 @@ def test_accumulate_takes_the_mean_of_mini_steps(name):
     close(jax.tree.map(lambda x: x[1::2], twice), once, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["signum", "dist_ef_sgd", "power_sgd_momentum"])
+@some_optimizers
 def test_all_mappings_agree(name):
     """shard_map and pmap over three devices, against vmap on one."""
     params, grads, _, _ = problem(11, 3)
@@ -525,7 +541,7 @@ MIXING = np.eye(12, dtype=np.float32) + 0.5 * np.eye(12, k=1, dtype=np.float32)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@each_optimizer
+@some_optimizers
 def test_it_converges_on_the_targets_of_optax(name, target):
     """A ten-thousandth of the loss at the start is left."""
     loss = TARGETS[target]

@@ -85,34 +85,42 @@ def table(run):
 
 
 def draw(runs, title, path):
+    """A row of panels for each link, a column for each number of GPUs."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+    links = list(dict.fromkeys(run["link"] for run in runs))
+    counts = sorted({run["gpus"] for run in runs})
     figure, panels = plt.subplots(
-        1, len(runs), figsize=(2 + 3.5 * len(runs), 4.5), sharey=True, squeeze=False
+        len(links),
+        len(counts),
+        figsize=(2 + 3.5 * len(counts), 0.5 + 3.3 * len(links)),
+        sharex="row",
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
-    for axes, run in zip(panels[0], runs, strict=True):
-        rows = run["methods"]
-        times = [1e3 * row["step_seconds"] for row in rows.values()]
-        colours = ["C1" if name.startswith("torch") else "C0" for name in rows]
-        bars = axes.barh(list(rows), times, color=colours)
-        axes.bar_label(bars, [f"{t:.1f}" for t in times], padding=9)
-        points = [
-            (1e3 * row["predicted_seconds"], name)
-            for name, row in rows.items()
-            if "predicted_seconds" in row
-        ]
+    for run in runs:
+        axes = panels[links.index(run["link"]), counts.index(run["gpus"])]
+        names = list(run["methods"])
+        times = [1e3 * row["step_seconds"] for row in run["methods"].values()]
+        colours = ["C1" if name.startswith("torch") else "C0" for name in names]
+        axes.barh(names, times, color=colours)
+        plans = [row.get("predicted_seconds", 0) for row in run["methods"].values()]
+        points = [(1e3 * p, name) for p, name in zip(plans, names, strict=True) if p]
         axes.plot(*zip(*points, strict=True), "kd", markersize=4, label="predicted")
+        for name, measured, plan in zip(names, times, plans, strict=True):
+            end = max(measured, 1e3 * plan)
+            axes.text(1.15 * end, name, f"{measured:.1f}", va="center")
         axes.set(title=f"{run['gpus']} GPUs, {run['link']}", xscale="log")
         axes.set(xlabel="milliseconds of a step")
-        axes.set_xlim(min(times) / 2, 6 * max(times))
+        axes.set_xlim(min(times) / 2, 3 * max(*times, axes.get_xlim()[1] / 3))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(ScalarFormatter())
     panels[0, 0].invert_yaxis()
-    panels[0, 0].legend(loc="lower right")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper right")
     figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
 
 
 def main():
