@@ -29,6 +29,10 @@ from efopt.feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback import compress as compress
 from efopt.feedback import contractive_error_feedback as contractive_error_feedback
 from efopt.feedback import error_feedback as error_feedback
+from efopt.feedback import warm_up as warm_up
+from efopt.memory import MemoryPart as MemoryPart
+from efopt.memory import MemoryReport as MemoryReport
+from efopt.memory import memory_report as memory_report
 from efopt.optimizers import dist_ef_sgd as dist_ef_sgd
 from efopt.optimizers import ef_sgd as ef_sgd
 from efopt.optimizers import ef_signsgd as ef_signsgd
@@ -56,6 +60,8 @@ __all__ = [
     "CompressorState",
     "ContractiveErrorFeedbackState",
     "ErrorFeedbackState",
+    "MemoryPart",
+    "MemoryReport",
     "PerWorker",
     "accumulate",
     "cast",
@@ -70,6 +76,7 @@ __all__ = [
     "error_feedback",
     "identity",
     "local_params",
+    "memory_report",
     "natural",
     "partition",
     "partition_specs",
@@ -89,5 +96,6 @@ __all__ = [
     "threshold",
     "top_k",
     "virtual_params",
+    "warm_up",
     "wire",
 ]

@@ -30,7 +30,7 @@ MEMORIES = {
         lambda tree: jax.tree.map(lambda x: "sketch" if x.ndim < 3 else "int8", tree),
     ),
 }
-# Whose steps are the same to the bit however they are compiled; a sketch's sums are not.
+# Whose steps are the same to the bit however they are compiled.
 EXACT = ("int8", "int4", "bfloat16", "top_k", "identity")
 SHAPES = {"w": (19, 21), "v": (3, 10, 10)}
 

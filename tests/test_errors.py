@@ -55,6 +55,26 @@ def own(grads):
 RANGE = "must lie in (0, 1]"
 STATIC = "must be a Python int, because it fixes an array shape"
 OPTIONS = {
+    "warm-up-of-no-steps": (
+        lambda: efopt.warm_up(feedback(efopt.sign()), 0),
+        ValueError,
+        ["`warm_up(steps=...)`", "must be at least 1", "got 0"],
+    ),
+    "warm-up-negative": (
+        lambda: efopt.warm_up(feedback(efopt.sign()), -3),
+        ValueError,
+        ["`warm_up(steps=...)`", "must be at least 1", "got -3"],
+    ),
+    "warm-up-of-a-chain": (
+        lambda: efopt.warm_up(optax.chain(feedback(efopt.sign())), 1).init(PARAMS),
+        TypeError,
+        ["`warm_up(scheme)`", "`efopt.error_feedback`", "no chain"],
+    ),
+    "warm-up-over-another-axis": (
+        lambda: efopt.warm_up(over_workers(), 1, "model").init(PARAMS),
+        ValueError,
+        ["`warm_up(axis_name='model')`", "'data'"],
+    ),
     "memory-no-compressor": (
         lambda: conef(optax.trace(0.9)),
         TypeError,

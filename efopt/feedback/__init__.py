@@ -10,3 +10,4 @@ from efopt.feedback.contractive import (
 )
 from efopt.feedback.error_feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback.error_feedback import error_feedback as error_feedback
+from efopt.feedback.warm_up import warm_up as warm_up
