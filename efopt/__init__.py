@@ -21,13 +21,21 @@ from efopt.compressors import sign as sign
 from efopt.compressors import terngrad as terngrad
 from efopt.compressors import threshold as threshold
 from efopt.compressors import top_k as top_k
+from efopt.estimators import DianaState as DianaState
+from efopt.estimators import LsvrgState as LsvrgState
+from efopt.estimators import diana as diana
+from efopt.estimators import lsvrg as lsvrg
+from efopt.estimators import star as star
 from efopt.feedback import CompressState as CompressState
 from efopt.feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback import compress as compress
 from efopt.feedback import error_feedback as error_feedback
+from efopt.optimizers import EclkState as EclkState
 from efopt.optimizers import dist_ef_sgd as dist_ef_sgd
+from efopt.optimizers import eclk as eclk
 from efopt.optimizers import ef_sgd as ef_sgd
 from efopt.optimizers import ef_signsgd as ef_signsgd
+from efopt.optimizers import loopless_katyusha as loopless_katyusha
 from efopt.optimizers import power_sgd_momentum as power_sgd_momentum
 from efopt.optimizers import signsgd as signsgd
 from efopt.optimizers import signum as signum
@@ -50,20 +58,27 @@ __all__ = [
     "CompressState",
     "Compressor",
     "CompressorState",
+    "DianaState",
+    "EclkState",
     "ErrorFeedbackState",
+    "LsvrgState",
     "PerWorker",
     "accumulate",
     "cast",
     "compose",
     "compress",
     "count_sketch",
+    "diana",
     "dist_ef_sgd",
     "distribute",
+    "eclk",
     "ef_sgd",
     "ef_signsgd",
     "error_feedback",
     "identity",
     "local_params",
+    "loopless_katyusha",
+    "lsvrg",
     "natural",
     "partition",
     "partition_specs",
@@ -79,6 +94,7 @@ __all__ = [
     "signsgd",
     "signum",
     "stack_workers",
+    "star",
     "terngrad",
     "threshold",
     "top_k",

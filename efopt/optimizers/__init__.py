@@ -1,6 +1,9 @@
 """Published optimizers, each a chain of the library's parts. One a file."""
 
 from efopt.optimizers.dist_ef_sgd import dist_ef_sgd as dist_ef_sgd
+from efopt.optimizers.eclk import EclkState as EclkState
+from efopt.optimizers.eclk import eclk as eclk
+from efopt.optimizers.eclk import loopless_katyusha as loopless_katyusha
 from efopt.optimizers.ef_sgd import ef_sgd as ef_sgd
 from efopt.optimizers.ef_signsgd import ef_signsgd as ef_signsgd
 from efopt.optimizers.power_sgd_momentum import power_sgd_momentum as power_sgd_momentum
