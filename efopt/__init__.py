@@ -27,12 +27,22 @@ from efopt.estimators import diana as diana
 from efopt.estimators import lsvrg as lsvrg
 from efopt.estimators import star as star
 from efopt.feedback import CompressState as CompressState
+from efopt.feedback import DampedErrorFeedbackState as DampedErrorFeedbackState
 from efopt.feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback import compress as compress
+from efopt.feedback import damped_error_feedback as damped_error_feedback
 from efopt.feedback import error_feedback as error_feedback
 from efopt.optimizers import EclkState as EclkState
+from efopt.optimizers import EcLsvrgShiftedState as EcLsvrgShiftedState
 from efopt.optimizers import dist_ef_sgd as dist_ef_sgd
+from efopt.optimizers import ec_gd_star as ec_gd_star
+from efopt.optimizers import ec_lsvrg as ec_lsvrg
+from efopt.optimizers import ec_lsvrg_diana as ec_lsvrg_diana
+from efopt.optimizers import ec_lsvrg_shifted as ec_lsvrg_shifted
+from efopt.optimizers import ec_sgd as ec_sgd
+from efopt.optimizers import ec_sgd_diana as ec_sgd_diana
 from efopt.optimizers import eclk as eclk
+from efopt.optimizers import ecq_sgd as ecq_sgd
 from efopt.optimizers import ef_sgd as ef_sgd
 from efopt.optimizers import ef_signsgd as ef_signsgd
 from efopt.optimizers import loopless_katyusha as loopless_katyusha
@@ -58,7 +68,9 @@ __all__ = [
     "CompressState",
     "Compressor",
     "CompressorState",
+    "DampedErrorFeedbackState",
     "DianaState",
+    "EcLsvrgShiftedState",
     "EclkState",
     "ErrorFeedbackState",
     "LsvrgState",
@@ -68,10 +80,18 @@ __all__ = [
     "compose",
     "compress",
     "count_sketch",
+    "damped_error_feedback",
     "diana",
     "dist_ef_sgd",
     "distribute",
+    "ec_gd_star",
+    "ec_lsvrg",
+    "ec_lsvrg_diana",
+    "ec_lsvrg_shifted",
+    "ec_sgd",
+    "ec_sgd_diana",
     "eclk",
+    "ecq_sgd",
     "ef_sgd",
     "ef_signsgd",
     "error_feedback",

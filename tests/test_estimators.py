@@ -10,11 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
-from workers_under_test import AXIS, make_mesh
+from workers_under_test import AXIS
 
 import efopt
-from efopt.estimators import parts
 
 N, M, D, BATCH = 8, 20, 20, 5
 MU = 1e-3
@@ -156,5 +154,9 @@ def test_eclk():
 
 
 def test_lsvrg():
-    for est in ([], [efopt.lsvrg(0.25, AXIS)], [efopt.lsvrg(0.25, AXIS, "per_worker"), shifts()]):
+    for est in (
+        [],
+        [efopt.lsvrg(0.25, AXIS)],
+        [efopt.lsvrg(0.25, AXIS, "per_worker"), shifts()],
+    ):
         print(gap(run(behind(*est, lr=rate() / 4), 12000, BATCH, every=2000)[0]))

@@ -37,6 +37,7 @@ def diana(
     compressor: Compressor,
     alpha: float | None = None,
     axis_name: str | None = None,
+    force: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Takes from each worker's gradient what distinguishes it from the others'.
 
@@ -62,19 +63,22 @@ def diana(
     Args:
       compressor: An unbiased :class:`efopt.Compressor`. If it is random, give it
         another seed than the feedback's.
-      alpha: How fast shifts are learned. ``None``: ``1 / (1 + omega)``, of each leaf.
-        Above that bound there is no theory, and a warning.
+      alpha: How fast shifts are learned. ``None``: ``1 / (1 + omega)``, of each leaf,
+        which is also the most that is allowed.
       axis_name: The mapped axis of the workers; ``None`` for one worker.
+      force: Whether to allow a larger ``alpha``, for which there is no theory, with a
+        warning.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      TypeError: If ``compressor`` is not one, ``alpha`` is no number, or a leaf is not
-        floating-point.
-      ValueError: If the compressor is biased or ``alpha`` not positive; at trace time,
-        if the axis is not bound, updates are already averaged or differ from what
-        ``init`` saw, or the state was not placed.
+      TypeError: If ``compressor`` is not one, ``alpha`` no number, ``force`` no bool, or
+        a leaf is not floating-point.
+      ValueError: If the compressor is biased or ``alpha`` not positive; from ``init``,
+        if ``alpha`` is too large for a leaf; at trace time, if the axis is not bound,
+        updates are already averaged or differ from what ``init`` saw, or the state was
+        not placed.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -106,15 +110,19 @@ def diana(
             "`diana(alpha=...)` must be positive: at 0 nothing is learned."
         )
 
+    options.static_bool("diana", "force", force)
+
     def init_fn(params: Any) -> Any:
         memory, _ = channel.init(params)
-        bounds = _bounds(channel.codec, params)
-        if alpha is not None and alpha > min(bounds, default=1) * (1 + 1e-6):
-            warnings.warn(
-                f"`diana(alpha={alpha})` is above 1 / (1 + omega) = {min(bounds):.6g}, "
-                f"the most for which {compressor!r} is known to converge.",
-                stacklevel=2,
+        bound = min(_bounds(channel.codec, params), default=1.0)
+        if alpha is not None and alpha > bound * (1 + 1e-6):
+            why = (
+                f"`diana(alpha={alpha})` is above 1 / (1 + omega) = {bound:.6g}, the "
+                f"most for which shifts are known to converge with {compressor!r}."
             )
+            if not force:
+                raise ValueError(f"{why} To use it nevertheless pass `force=True`.")
+            warnings.warn(why, stacklevel=2)
         zeros = jax.tree.map(
             lambda p: jnp.zeros(jnp.shape(p), compute_dtype(jnp.result_type(p))), params
         )

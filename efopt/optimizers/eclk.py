@@ -14,6 +14,7 @@ from efopt.compressors.base import compute_dtype
 from efopt.estimators import parts
 from efopt.exchange import base
 from efopt.feedback import error_feedback
+from efopt.optimizers.parts import check_contractive
 
 Prox = Callable[[Any, float], Any]  # of a tree of parameters and a step size
 
@@ -154,7 +155,7 @@ def eclk(
         return first, second, p
 
     def init_fn(params: Any) -> Any:
-        _check_contractive(compressor, params)
+        check_contractive("eclk", compressor, params)
         constants(params)
         wide = jax.tree.map(_wide, params)
         return EclkState(
@@ -304,16 +305,6 @@ def _check_thetas(api: str, *thetas: Any) -> tuple[float | None, ...]:
         if theta is not None and not 0 < options.static_float(api, name, theta) < 1:
             raise ValueError(f"`{api}({name}=...)` must lie in (0, 1), got {theta}.")
     return thetas
-
-
-def _check_contractive(compressor: Compressor, params: Any) -> None:
-    leaves = jax.tree.leaves(params)
-    for codec, x in zip(compressor.codec.assign(params), leaves, strict=True):
-        if jnp.size(x) and codec.delta(jnp.shape(x)) is None:
-            raise ValueError(
-                f"`eclk({compressor!r})` needs a contractive compressor, and for "
-                f"shape {jnp.shape(x)} it is none: residuals would grow."
-            )
 
 
 def _ratio(compressor: Compressor, params: Any) -> float:

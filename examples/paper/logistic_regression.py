@@ -1,0 +1,448 @@
+"""Error-compensated methods on logistic regression, to the last digit.
+
+Minimises the mean logistic loss plus (l2 / 2) |x|^2 over the data of all workers, by
+methods and compressors given by name, and draws f - f* against rounds, bits and passes
+over the data:
+
+  gd                   gradient descent, uncompressed
+  ec-gd                error feedback, full gradients: stalls where workers differ
+  ec-gd-star           the same, the workers' gradients at the optimum given
+  ec-gd-diana          the same, their differences learned
+  ec-sgd               error feedback, minibatches
+  ecq-sgd              a stochastic quantiser with damped feedback, minibatches
+  ec-lsvrg             variance reduction: stalls where workers differ
+  ec-lsvrg-diana       variance reduction, differences learned
+  ec-lsvrg-shifted     the same by Qian et al (2021)
+  loopless-katyusha    acceleration, uncompressed
+  eclk                 acceleration with error feedback (Qian et al, 2021)
+
+The settings are those of Gorbunov et al (2020): 20 workers with random shares of the
+data, l2 = L / 10^4, rate 1 / (L + l2), start at x* + 1, Top-1. Data: any file in LIBSVM
+format with two classes, .bz2 and .gz accepted; default: scikit-learn's breast cancer
+set, standardised. `jax.vmap` simulates the workers, or `jax.shard_map` runs them where
+there are as many devices (`JAX_NUM_CPU_DEVICES=8 ... --workers 8`).
+
+f* comes from SciPy's trust region and Newton's method, with a proof of its error: f(x)
+- f* <= |gradient|^2 / (2 l2). All rounds of a method are one compiled program.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("NPROC", "32")  # see the README: virtual devices
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import scipy.optimize
+import scipy.sparse
+from jax.sharding import PartitionSpec as P
+
+import efopt
+
+AXIS = "workers"
+CHUNK = 32  # non-zeros of a column that are summed together
+SPARSE_BELOW = 0.05  # share of non-zeros
+
+
+# ------------------------------------------------------------------------- data
+
+
+def load(path):
+    """Features as CSR and labels of -1 and 1."""
+    from sklearn.datasets import load_breast_cancer, load_svmlight_file
+
+    if path is not None:
+        features, labels = load_svmlight_file(str(path))
+    else:
+        features, labels = load_breast_cancer(return_X_y=True)
+        features = (features - features.mean(axis=0)) / features.std(axis=0)
+    kinds = np.unique(labels)
+    if len(kinds) != 2:
+        raise ValueError(f"two classes are needed, {path} has {len(kinds)}")
+    features = scipy.sparse.csr_matrix(features, dtype=np.float64)
+    return features, np.where(labels == kinds[1], 1.0, -1.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Rows of features times labels."""
+
+    rows: Any
+
+    def margins(self, x):
+        return self.rows @ x
+
+    def combine(self, weights):
+        return weights @ self.rows
+
+    def pick(self, index):
+        return Dense(self.rows[index])
+
+    @classmethod
+    def stack(cls, shares):
+        return cls(np.stack([share.toarray() for share in shares]))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """The same without the zeros, twice: by row, and by column in short chunks.
+
+    Both products then only read from scattered places, which a CPU does several times
+    faster than it adds to them.
+    """
+
+    columns: Any  # (rows, most non-zeros of a row), padded by values of zero
+    values: Any
+    members: Any  # (chunks, CHUNK): the rows of some non-zeros of one column
+    parts: Any  # (chunks, CHUNK): their values
+    owner: Any  # (chunks,): their column, ascending
+    size: int = dataclasses.field(metadata={"static": True})
+
+    def margins(self, x):
+        return (self.values * x[self.columns]).sum(axis=-1)
+
+    def combine(self, weights):
+        chunks = (self.parts * weights[self.members]).sum(axis=-1)
+        return jax.ops.segment_sum(
+            chunks, self.owner, self.size, indices_are_sorted=True
+        )
+
+    def pick(self, index):
+        return Few(self.columns[index], self.values[index], self.size)
+
+    @classmethod
+    def stack(cls, shares):
+        """One such object with a leading worker axis."""
+        by_row = [_padded(s, max(np.diff(s.indptr).max() for s in shares)) for s in shares]
+        by_column = [_chunks(share.tocsc()) for share in shares]
+        most = max(len(owner) for *_, owner in by_column)
+        last = shares[0].shape[1] - 1
+        filled = [
+            (
+                np.pad(members, ((0, most - len(owner)), (0, 0))),
+                np.pad(parts, ((0, most - len(owner)), (0, 0))),
+                np.pad(owner, (0, most - len(owner)), constant_values=last),
+            )
+            for members, parts, owner in by_column
+        ]
+        arrays = [np.stack(x) for x in zip(*by_row, strict=True)]
+        arrays += [np.stack(x) for x in zip(*filled, strict=True)]
+        return cls(*arrays, last + 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Few:
+    """A minibatch of sparse rows."""
+
+    columns: Any
+    values: Any
+    size: int = dataclasses.field(metadata={"static": True})
+
+    def margins(self, x):
+        return (self.values * x[self.columns]).sum(axis=-1)
+
+    def combine(self, weights):
+        spread = weights[:, None] * self.values
+        return jnp.zeros(self.size, spread.dtype).at[self.columns].add(spread)
+
+
+def _padded(share, width):
+    """Column numbers and values of each row, `(rows, width)`."""
+    lengths = np.diff(share.indptr)
+    place = np.arange(width) < lengths[:, None]
+    columns, values = np.zeros(place.shape, np.int32), np.zeros(place.shape)
+    columns[place], values[place] = share.indices, share.data
+    return columns, values
+
+
+def _chunks(share):
+    """Row numbers and values of each column, cut and padded to CHUNK of them."""
+    lengths = np.diff(share.indptr)
+    counts = -(-lengths // CHUNK)
+    owner = np.repeat(np.arange(len(lengths), dtype=np.int32), counts)
+    first = np.cumsum(counts) - counts  # of each column
+    number = np.arange(share.nnz) - np.repeat(share.indptr[:-1], lengths)
+    chunk = np.repeat(first, lengths) + number // CHUNK
+    members = np.zeros((len(owner), CHUNK), np.int32)
+    parts = np.zeros((len(owner), CHUNK))
+    members[chunk, number % CHUNK] = share.indices
+    parts[chunk, number % CHUNK] = share.data
+    return members, parts, owner
+
+
+def gradient(x, data, count, l2):
+    """Of the mean loss of `count` rows."""
+    return l2 * x - data.combine(jax.nn.sigmoid(-data.margins(x))) / count
+
+
+# ---------------------------------------------------------------------- problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is minimised, and its solution.
+
+    Attributes:
+      data: The workers' rows, with a leading worker axis.
+      workers: How many there are.
+      rows: Of each worker.
+      l2: Strong convexity.
+      smoothness: Of the whole objective.
+      optimum: Where it is least, float64.
+      value: How much that is.
+      error: What `value` is too large by, at most.
+      optimum_grads: Each worker's gradient there.
+    """
+
+    data: Any
+    workers: int
+    rows: int
+    l2: float
+    smoothness: float
+    optimum: np.ndarray
+    value: float
+    error: float
+    optimum_grads: np.ndarray
+
+
+def make_problem(features, labels, workers, condition=1e4, layout="auto", seed=0):
+    """Shares the rows out, at random and equally, and solves the whole."""
+    rows = len(labels) // workers
+    if rows == 0:
+        raise ValueError(f"{len(labels)} rows are too few for {workers} workers")
+    signed = scipy.sparse.diags(labels) @ features
+    signed = scipy.sparse.csr_matrix(signed[: rows * workers])
+    signed.eliminate_zeros()
+    order = np.random.default_rng(seed).permutation(rows * workers)
+    signed = signed[order]
+    curvature = largest_eigenvalue(signed) / 4
+    l2 = curvature / condition
+    x, value, error = solve(signed, l2)
+    shares = [signed[i * rows : (i + 1) * rows] for i in range(workers)]
+    density = signed.nnz / math.prod(signed.shape)
+    if layout == "auto":
+        layout = "sparse" if density < SPARSE_BELOW else "dense"
+    grads = [l2 * x - share.T @ _sigmoid(-(share @ x)) / rows for share in shares]
+    return Problem(
+        data=(Sparse if layout == "sparse" else Dense).stack(shares),
+        workers=workers,
+        rows=rows,
+        l2=l2,
+        smoothness=curvature + l2,
+        optimum=x,
+        value=value,
+        error=error,
+        optimum_grads=np.stack(grads),
+    )
+
+
+def largest_eigenvalue(a):
+    """Of A'A / rows."""
+    if min(a.shape) <= 2000:
+        small = a.T @ a if a.shape[1] <= a.shape[0] else a @ a.T
+        return float(np.linalg.eigvalsh(small.toarray())[-1]) / a.shape[0]
+    top = scipy.sparse.linalg.svds(a, k=1, return_singular_vectors=False)
+    return float(top[0]) ** 2 / a.shape[0]
+
+
+def _sigmoid(t):
+    return 0.5 + 0.5 * np.tanh(t / 2)
+
+
+def solve(a, l2):
+    """The optimum, its value and the most by which that is too large."""
+    n, d = a.shape
+
+    def f(x):
+        return np.logaddexp(0, -(a @ x)).mean() + l2 / 2 * x @ x
+
+    def grad(x):
+        return l2 * x - a.T @ _sigmoid(-(a @ x)) / n
+
+    def curve(x):
+        s = _sigmoid(a @ x)
+        weights = s * (1 - s) / n
+        return lambda v: a.T @ (weights * (a @ v)) + l2 * v
+
+    found = scipy.optimize.minimize(
+        f,
+        np.zeros(d),
+        jac=grad,
+        hessp=lambda x, v: curve(x)(v),
+        method="trust-krylov",
+        options={"gtol": 1e-7},
+    )
+    x = found.x
+    for _ in range(5):  # Newton steps, to the last digit
+        operator = scipy.sparse.linalg.LinearOperator((d, d), curve(x), dtype=float)
+        step, _ = scipy.sparse.linalg.cg(operator, grad(x), rtol=1e-10)
+        if np.linalg.norm(grad(x - step)) >= np.linalg.norm(grad(x)):
+            break
+        x = x - step
+    error = float(grad(x) @ grad(x)) / (2 * l2)
+    if error > 1e-15:
+        raise RuntimeError(f"f* is known to {error:.1e} only, 1e-15 is needed")
+    return x, float(f(x)), error
+
+
+# ---------------------------------------------------------------------- methods
+
+COMPRESSORS = {
+    "top-1": lambda d: efopt.top_k(k=1),
+    "top-10%": lambda d: efopt.top_k(fraction=0.1),
+    "random-1": lambda d: efopt.random_k(k=1),
+    "scaled-sign": lambda d: efopt.scaled_sign(),
+    "natural": lambda d: efopt.natural(),
+    "dithering": lambda d: efopt.qsgd(min(127, math.ceil(d**0.5)), block_size=None),
+    "identity": lambda d: efopt.identity(),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method by name.
+
+    Attributes:
+      make: (problem, compressor, options) to an Optax transformation.
+      batch: Whether gradients are of minibatches.
+      messages: What is sent in each round: names of `compressor`, `shift`, `dense`.
+      refresh: Whether it sends a dense gradient when the reference point moves.
+      reference: Whether it has a reference point.
+      compressed: Whether it has a compressor.
+    """
+
+    make: Any
+    batch: bool = False
+    messages: tuple[str, ...] = ("compressor",)
+    refresh: bool = False
+    reference: bool = False
+    compressed: bool = True
+
+
+def shift(problem):
+    """Unbiased, one coordinate a round, drawn by all alike."""
+    del problem
+    return efopt.random_k(k=1, unbiased=True, seed=1)
+
+
+def rate(problem, options):
+    return options.rate / problem.smoothness
+
+
+def reference_probability(problem, options):
+    return min(1.0, options.batch / problem.rows)
+
+
+def gd(problem, compressor, options):
+    del compressor
+    return efopt.ec_sgd(efopt.identity(), rate(problem, options), AXIS)
+
+
+def ec_sgd(problem, compressor, options):
+    return efopt.ec_sgd(compressor, rate(problem, options), AXIS)
+
+
+def ec_gd_star(problem, compressor, options):
+    grads = jnp.asarray(problem.optimum_grads)
+    return efopt.ec_gd_star(compressor, rate(problem, options), grads, AXIS)
+
+
+def ec_sgd_diana(problem, compressor, options):
+    return efopt.ec_sgd_diana(
+        compressor, rate(problem, options), shift(problem), axis_name=AXIS
+    )
+
+
+def ecq_sgd(problem, compressor, options):
+    del compressor
+    return efopt.ecq_sgd(rate(problem, options), axis_name=AXIS)
+
+
+def ec_lsvrg(problem, compressor, options):
+    # A coin of all workers: under `vmap` full gradients are then evaluated only when it
+    # falls.
+    p = reference_probability(problem, options)
+    return efopt.ec_lsvrg(
+        compressor, rate(problem, options), p, axis_name=AXIS, coin="shared"
+    )
+
+
+def ec_lsvrg_diana(problem, compressor, options):
+    return efopt.ec_lsvrg_diana(
+        compressor,
+        rate(problem, options),
+        reference_probability(problem, options),
+        shift(problem),
+        axis_name=AXIS,
+        coin="shared",
+    )
+
+
+def ec_lsvrg_shifted(problem, compressor, options):
+    return efopt.ec_lsvrg_shifted(
+        compressor,
+        rate(problem, options),
+        reference_probability(problem, options),
+        axis_name=AXIS,
+    )
+
+
+def eclk(problem, compressor, options):
+    return efopt.eclk(
+        compressor,
+        problem.smoothness,
+        problem.l2,
+        probability=options.probability,
+        axis_name=AXIS,
+    )
+
+
+def loopless_katyusha(problem, compressor, options):
+    del compressor
+    p = options.probability or 1.0
+    return efopt.loopless_katyusha(
+        problem.smoothness, problem.l2, p, axis_name=AXIS
+    )
+
+
+DIANA = ("compressor", "shift")
+METHODS = {
+    "gd": Method(gd, messages=("dense",), compressed=False),
+    "ec-gd": Method(ec_sgd),
+    "ec-gd-star": Method(ec_gd_star),
+    "ec-gd-diana": Method(ec_sgd_diana, messages=DIANA),
+    "ec-sgd": Method(ec_sgd, batch=True),
+    "ecq-sgd": Method(ecq_sgd, batch=True, messages=("quantiser",), compressed=False),
+    "ec-lsvrg": Method(ec_lsvrg, batch=True, reference=True),
+    "ec-lsvrg-diana": Method(
+        ec_lsvrg_diana, batch=True, messages=DIANA, reference=True
+    ),
+    "ec-lsvrg-shifted": Method(
+        ec_lsvrg_shifted,
+        batch=True,
+        messages=("compressor", "compressor"),
+        reference=True,
+    ),
+    "loopless-katyusha": Method(
+        loopless_katyusha,
+        messages=("dense",),
+        refresh=True,
+        reference=True,
+        compressed=False,
+    ),
+    "eclk": Method(eclk, refresh=True, reference=True),
+}
+DEFAULT = "ec-gd", "ec-gd-star", "ec-gd-diana", "loopless-katyusha", "eclk"
