@@ -23,13 +23,15 @@ class EclkState(NamedTuple):
     """State of :func:`eclk`; the parameters themselves are the iterate ``x``.
 
     Attributes:
-      count: Steps taken. shape=(), int32. Equal on all workers, as all the rest but the
-        residual.
+      count: Steps taken. shape=(), int32. Equal on all workers, as all the rest but
+        ``own`` and the residual.
       y: The iterate behind ``x``, shaped like the parameters, at least float32.
       z: The iterate of long steps.
       w: The reference point.
-      gradient: The workers' mean gradient at the reference point; out of date from the
-        step that moves the point to the next, which evaluates it.
+      own: The gradient of this worker's whole data at the reference point; out of date
+        from the step that moves the point to the next, which evaluates it. A
+        :class:`efopt.PerWorker` if there is an axis.
+      gradient: The workers' mean of it.
       feedback: The state of the error feedback: an :class:`efopt.ErrorFeedbackState`.
     """
 
@@ -37,6 +39,7 @@ class EclkState(NamedTuple):
     y: Any
     z: Any
     w: Any
+    own: Any
     gradient: Any
     feedback: Any
 
@@ -69,11 +72,11 @@ def eclk(
 
       tx.update(grads, state, params, grad_fn=grad_fn, full_grad_fn=full_grad_fn)
 
-    with ``grads = grad_fn(params)`` on the current minibatch (or on all data, if that
-    is what ``grad_fn`` uses too). When the reference point moves, for which all workers
-    toss the same coin, the workers' gradients of their whole data there are averaged
-    uncompressed, in the next step. Apply the updates as they are: there is no learning
-    rate.
+    with ``grads = grad_fn(params)`` on the current minibatch. For full gradients pass
+    the same function twice: the gradient at the reference point is then remembered, not
+    evaluated again. When that point moves, for which all workers toss the same coin,
+    the workers' gradients of their whole data there are averaged uncompressed, in the
+    next step. Apply the updates as they are: there is no learning rate.
 
     What it accelerates is problems with ``smoothness`` far above ``strong_convexity``.
     ``smoothness`` is a step size in disguise: with coarse compressors theory asks for a
@@ -87,7 +90,8 @@ def eclk(
     Properties: ``z`` minus the mean residual over ``1 + eta sigma`` follows the
     uncompressed recursion exactly, if ``prox`` is ``None``; with the identity it is
     loopless Katyusha.
-    Placement: the residual per worker, all else replicated.
+    Placement: the residual and the gradient at the reference point per worker, all else
+    replicated.
 
     Args:
       compressor: A contractive :class:`efopt.Compressor`.
@@ -163,6 +167,7 @@ def eclk(
             y=wide,
             z=wide,
             w=wide,
+            own=parts.wrap(jax.tree.map(jnp.zeros_like, wide), axis_name),
             gradient=jax.tree.map(jnp.zeros_like, wide),
             feedback=feedback.init(wide),
         )
@@ -178,17 +183,19 @@ def eclk(
         at = jax.tree.map(lambda w, p: w.astype(p.dtype), state.w, params)
 
         def refresh(old):
-            own = parts.gradient(full_grad_fn, at, old, axis_name)
-            return own if axis_name is None else base.mean(own, axis_name)
+            own = parts.gradient(full_grad_fn, at, old[0], axis_name)
+            return own, own if axis_name is None else base.mean(own, axis_name)
 
         # The coin of this step fell at the end of the last one, and moved the point.
-        gradient = lax.cond(
+        own, gradient = lax.cond(
             (state.count == 0) | parts.coin(p, seed, state.count),
             refresh,
             lambda old: old,
-            state.gradient,
+            (parts.unwrap("eclk", state.own), state.gradient),
         )
-        there = parts.gradient(grad_fn, at, state.w, axis_name)
+        there = own
+        if grad_fn is not full_grad_fn:
+            there = parts.gradient(grad_fn, at, own, axis_name)
         change = jax.tree.map(
             lambda g, r: step * (g.astype(r.dtype) - r), updates, there
         )
@@ -220,7 +227,9 @@ def eclk(
             w,
             params,
         )
-        return out, EclkState(count, y, z, w, gradient, owed)
+        return out, EclkState(
+            count, y, z, w, parts.wrap(own, axis_name), gradient, owed
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
