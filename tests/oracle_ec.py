@@ -112,27 +112,21 @@ def eclk(
     grads,
     full,
     moves,
-    smoothness,
+    l_1,
     mu,
     theta_1,
     theta_2,
     compress,
     prox=None,
 ):
-    """ECLK of 2010.00091 as in papers.md, section 3a; L1 is the smoothness.
-
-    Also returns, for each step, what the invariant of the shifted z needs: lists of
-    (x, z, mean residual, mean of the g_i plus grad f(w)), the last entry without it.
-    """
-    eta, sigma = 1 / (3 * theta_1), mu / (2 * smoothness)
+    """ECLK (2010.00091, Algorithm 1)."""
+    eta, sigma, step = 1 / (3 * theta_1), mu / (2 * l_1), 1 / (3 * theta_1 * l_1)
     y = z = w = x
-    e, path, told = np.zeros((n, len(x))), [x], []
+    e, path = np.zeros((n, len(x))), [x]
     for t in range(rounds):
         g = np.stack([grads(t, x, i) - grads(t, w, i) for i in range(n)])
         at_w = np.mean([full(w, i) for i in range(n)], axis=0)
-        step = eta / smoothness
         q = np.stack([compress(step * g[i] + e[i], t) for i in range(n)])
-        told.append((x, z, e.mean(axis=0), g.mean(axis=0) + at_w))
         e = step * g + e - q
         after = eta * sigma * x + z - q.mean(axis=0) - step * at_w
         after = after / (1 + eta * sigma)
@@ -143,5 +137,4 @@ def eclk(
         x = theta_1 * after + theta_2 * w + (1 - theta_1 - theta_2) * new_y
         y, z = new_y, after
         path.append(x)
-    told.append((x, z, e.mean(axis=0), None))
-    return np.stack(path), told
+    return np.stack(path)

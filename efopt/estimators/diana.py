@@ -73,8 +73,8 @@ def diana(
       An :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      TypeError: If ``compressor`` is not one, ``alpha`` no number, ``force`` no bool, or
-        a leaf is not floating-point.
+      TypeError: If ``compressor`` is not one, ``alpha`` no number, ``force`` no bool,
+        or a leaf is not floating-point.
       ValueError: If the compressor is biased or ``alpha`` not positive; from ``init``,
         if ``alpha`` is too large for a leaf; at trace time, if the axis is not bound,
         updates are already averaged or differ from what ``init`` saw, or the state was

@@ -26,21 +26,17 @@ f* comes from SciPy's L-BFGS-B and a few steps of Newton's method, and with a pr
 error: f(x) - f* <= |gradient|^2 / (2 l2). All rounds of a method are one compiled program.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
 import math
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("NPROC", "32")  # see the README: virtual devices
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import scipy.optimize
@@ -127,7 +123,9 @@ class Sparse:
     @classmethod
     def stack(cls, shares):
         """One such object with a leading worker axis."""
-        by_row = [_padded(s, max(np.diff(s.indptr).max() for s in shares)) for s in shares]
+        by_row = [
+            _padded(s, max(np.diff(s.indptr).max() for s in shares)) for s in shares
+        ]
         by_column = [_chunks(share.tocsc()) for share in shares]
         most = max(len(owner) for *_, owner in by_column)
         last = shares[0].shape[1] - 1
@@ -414,9 +412,7 @@ def eclk(problem, compressor, options):
 def loopless_katyusha(problem, compressor, options):
     del compressor
     p = options.probability or 1.0
-    return efopt.loopless_katyusha(
-        problem.smoothness, problem.l2, p, axis_name=AXIS
-    )
+    return efopt.loopless_katyusha(problem.smoothness, problem.l2, p, axis_name=AXIS)
 
 
 DIANA = ("compressor", "shift")
@@ -457,9 +453,7 @@ def make_step(tx, problem, batch, seed):
 
     def step(carry, data, round_number):
         x, state = carry
-        full = functools.partial(
-            gradient, data=data, count=problem.rows, l2=problem.l2
-        )
+        full = functools.partial(gradient, data=data, count=problem.rows, l2=problem.l2)
         grad_fn = full
         if batch is not None:
             worker = jax.lax.axis_index(AXIS)
@@ -468,9 +462,7 @@ def make_step(tx, problem, batch, seed):
             rows = data.pick(jax.random.randint(key, (batch,), 0, problem.rows))
             grad_fn = functools.partial(gradient, data=rows, count=batch, l2=problem.l2)
         grads = grad_fn(efopt.local_params(x, AXIS))
-        updates, state = tx.update(
-            grads, state, x, grad_fn=grad_fn, full_grad_fn=full
-        )
+        updates, state = tx.update(grads, state, x, grad_fn=grad_fn, full_grad_fn=full)
         return optax.apply_updates(x, updates), state
 
     return step
