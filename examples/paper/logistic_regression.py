@@ -22,15 +22,20 @@ format with two classes, .bz2 and .gz accepted; default: scikit-learn's breast c
 set, standardised. `jax.vmap` simulates the workers, or `jax.shard_map` runs them where
 there are as many devices (`JAX_NUM_CPU_DEVICES=8 ... --workers 8`).
 
-f* comes from SciPy's L-BFGS-B and a few steps of Newton's method, and with a proof of its
-error: f(x) - f* <= |gradient|^2 / (2 l2). All rounds of a method are one compiled program.
+f* comes from SciPy's L-BFGS-B and a few steps of Newton's method, and with a proof of
+its error: f(x) - f* <= |gradient|^2 / (2 l2). All rounds of a method are one compiled
+program. Bits are what each worker sends, in the mean over coins, the uncompressed
+gradients at reference points included.
 """
 
+import argparse
 import dataclasses
 import functools
+import json
 import math
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("NPROC", "32")  # see the README: virtual devices
@@ -42,6 +47,7 @@ import optax
 import scipy.optimize
 import scipy.sparse
 from jax.sharding import PartitionSpec as P
+from matplotlib.figure import Figure
 
 import efopt
 
@@ -331,9 +337,8 @@ class Method:
     compressed: bool = True
 
 
-def shift(problem):
+def shift():
     """Unbiased, one coordinate a round, drawn by all alike."""
-    del problem
     return efopt.random_k(k=1, unbiased=True, seed=1)
 
 
@@ -341,8 +346,17 @@ def rate(problem, options):
     return options.rate / problem.smoothness
 
 
-def reference_probability(problem, options):
-    return min(1.0, options.batch / problem.rows)
+def moves(problem, name, compressor, options):
+    """The probability of the reference point to move."""
+    if METHODS[name].batch:
+        return options.batch / problem.rows
+    if options.probability is not None:
+        return options.probability
+    if name == "loopless-katyusha":
+        return 0.3  # the fewest bits to 1e-8 on mushrooms, of 0.02, 0.1, 0.3 and 1
+    shape, dtype = problem.optimum.shape, jnp.zeros(()).dtype
+    payload = compressor.payload_bits(shape, dtype)
+    return min(1.0, 2 * payload / efopt.identity().payload_bits(shape, dtype))
 
 
 def gd(problem, compressor, options):
@@ -361,7 +375,7 @@ def ec_gd_star(problem, compressor, options):
 
 def ec_sgd_diana(problem, compressor, options):
     return efopt.ec_sgd_diana(
-        compressor, rate(problem, options), shift(problem), axis_name=AXIS
+        compressor, rate(problem, options), shift(), axis_name=AXIS
     )
 
 
@@ -373,7 +387,7 @@ def ecq_sgd(problem, compressor, options):
 def ec_lsvrg(problem, compressor, options):
     # A coin of all workers: under `vmap` full gradients are then evaluated only when it
     # falls.
-    p = reference_probability(problem, options)
+    p = moves(problem, "ec-lsvrg", compressor, options)
     return efopt.ec_lsvrg(
         compressor, rate(problem, options), p, axis_name=AXIS, coin="shared"
     )
@@ -383,8 +397,8 @@ def ec_lsvrg_diana(problem, compressor, options):
     return efopt.ec_lsvrg_diana(
         compressor,
         rate(problem, options),
-        reference_probability(problem, options),
-        shift(problem),
+        moves(problem, "ec-lsvrg-diana", compressor, options),
+        shift(),
         axis_name=AXIS,
         coin="shared",
     )
@@ -394,7 +408,7 @@ def ec_lsvrg_shifted(problem, compressor, options):
     return efopt.ec_lsvrg_shifted(
         compressor,
         rate(problem, options),
-        reference_probability(problem, options),
+        moves(problem, "ec-lsvrg-shifted", compressor, options),
         axis_name=AXIS,
     )
 
@@ -404,14 +418,13 @@ def eclk(problem, compressor, options):
         compressor,
         problem.smoothness,
         problem.l2,
-        probability=options.probability,
+        probability=moves(problem, "eclk", compressor, options),
         axis_name=AXIS,
     )
 
 
 def loopless_katyusha(problem, compressor, options):
-    del compressor
-    p = options.probability or 1.0
+    p = moves(problem, "loopless-katyusha", compressor, options)
     return efopt.loopless_katyusha(problem.smoothness, problem.l2, p, axis_name=AXIS)
 
 
@@ -442,7 +455,7 @@ METHODS = {
     ),
     "eclk": Method(eclk, refresh=True, reference=True),
 }
-DEFAULT = "ec-gd", "ec-gd-star", "ec-gd-diana", "loopless-katyusha", "eclk"
+DEFAULT = ["ec-gd", "ec-gd-star", "ec-gd-diana", "loopless-katyusha", "eclk"]
 
 
 # -------------------------------------------------------------------------- run
@@ -501,10 +514,11 @@ def map_step(step, carry, workers):
     return mapped, carry
 
 
-def run(problem, name, compressor, options):
+def run(problem, name, compressor_name, options):
     """The curves of one method: a dict of lists and numbers."""
-    method = METHODS[name]
     check_tolerance(options.tolerance)
+    method = METHODS[name]
+    compressor = COMPRESSORS[compressor_name](len(problem.optimum))
     tx = method.make(problem, compressor, options)
     data = jax.tree.map(jnp.asarray, problem.data)
     optimum = jnp.asarray(problem.optimum)
@@ -544,7 +558,7 @@ def run(problem, name, compressor, options):
     number = np.arange(0, options.rounds + 1, options.every)
     return {
         "method": name,
-        "compressor": repr(compressor) if method.compressed else None,
+        "compressor": compressor_name if method.compressed else None,
         "seconds": seconds,
         "bits_per_round": bits,
         "passes_per_round": passes,
@@ -561,28 +575,178 @@ def costs(problem, method, name, compressor, options):
     dense = efopt.identity().payload_bits(shape, dtype)
     each = {
         "compressor": compressor.payload_bits(shape, dtype),
-        "shift": shift(problem).payload_bits(shape, dtype),
+        "shift": shift().payload_bits(shape, dtype),
         "quantiser": efopt.quantize(4).payload_bits(shape, dtype),
         "dense": dense,
     }
     bits = sum(each[message] for message in method.messages)
-    if name == "eclk":
-        moves = options.probability or min(1.0, bits / dense)
-    elif name == "loopless-katyusha":
-        moves = options.probability or 1.0
-    else:
-        moves = reference_probability(problem, options) if method.reference else 0.0
     share = options.batch / problem.rows if method.batch else 1.0
-    passes = share * (2 if method.batch and method.reference else 1) + moves
-    start = dense if method.refresh else 0
-    return bits + (moves * dense if method.refresh else 0), start, passes
+    if not method.reference:
+        return bits, 0, share
+    p = moves(problem, name, compressor, options)
+    # Of full gradients the one at the reference point is remembered.
+    passes = p + share * (2 if method.batch else 1)
+    return (bits + p * dense, dense, passes) if method.refresh else (bits, 0, passes)
 
 
 def check_tolerance(tolerance):
     """Raises if float32 cannot resolve it."""
     if tolerance < 1e-7 and not jax.config.jax_enable_x64:
         raise ValueError(
-            f"a tolerance of {tolerance} needs float64: below 1e-7 float32 has no digits "
-            "left. Set `jax.config.update('jax_enable_x64', True)`, or leave out "
-            "`--float32`."
+            f"a tolerance of {tolerance} needs float64: below 1e-7 float32 has no "
+            "digits left. Leave out `--float32`, or set "
+            "`jax.config.update('jax_enable_x64', True)`."
         )
+
+
+# ----------------------------------------------------------------------- report
+
+
+def first_below(curve, tolerance):
+    """The first recorded point of a curve below a tolerance, or nothing."""
+    for i, gap in enumerate(curve["gap"]):
+        if gap <= tolerance:
+            return {key: curve[key][i] for key in ("rounds", "bits", "passes")}
+    return None
+
+
+def label(curve):
+    return " ".join(filter(None, (curve["method"], curve["compressor"])))
+
+
+def report(curves, tolerance):
+    head = f"f - f* <= {tolerance:g} after"
+    print(f"\n{'':36}{'':>10}  {head}")
+    print(f"{'method':36}{'last gap':>10}{'rounds':>9}{'Mbit':>9}{'passes':>9}{'s':>8}")
+    for curve in curves:
+        found = first_below(curve, tolerance)
+        cells = f"{'-':>9}{'-':>9}{'-':>9}"
+        if found is not None:
+            bits, passes = found["bits"] / 1e6, found["passes"]
+            cells = f"{found['rounds']:9,}{bits:9.3f}{passes:9.0f}"
+        last = f"{curve['gap'][-1]:10.1e}"
+        print(f"{label(curve):36}{last}{cells}{curve['seconds']:8.1f}")
+
+
+def draw(curves, title, path):
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    for axis, key in zip(axes, ("rounds", "bits", "passes"), strict=True):
+        for curve in curves:
+            # What is below rounding is drawn at rounding.
+            gap = np.maximum(curve["gap"], 1e-16)
+            axis.semilogy(curve[key], gap, label=label(curve))
+        axis.set(xlabel=key)
+        axis.grid(alpha=0.3)
+    axes[1].set(xscale="log", xlabel="bits sent by each worker")
+    axes[2].set(xlabel="passes over the data")
+    axes[0].set(ylabel="f - f*")
+    figure.suptitle(title)
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=110)
+
+
+# ------------------------------------------------------------------ command line
+
+
+def number_from(least, kind=float, strict=False):
+    def convert(text):
+        value = kind(text)
+        if not (value > least if strict else value >= least):
+            how = "above" if strict else "at least"
+            raise argparse.ArgumentTypeError(f"must be {how} {least}, got {text}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def parse_args():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    count, positive = number_from(1, int), number_from(0, strict=True)
+    add("--data", type=Path, help="a file in LIBSVM format; default: breast cancer")
+    add("--limit", type=count, help="rows to use, the first of the file; default: all")
+    add("--workers", type=count, default=20, help="default: 20")
+    add("--methods", nargs="+", choices=METHODS, default=DEFAULT, metavar="METHOD")
+    add(
+        "--compressors",
+        nargs="+",
+        choices=COMPRESSORS,
+        default=["top-1"],
+        metavar="COMPRESSOR",
+        help=f"of {', '.join(COMPRESSORS)}; default: top-1".replace("%", "%%"),
+    )
+    add("--rounds", type=count, default=10_000, help="default: 10000")
+    add("--points", type=count, default=200, help="of every curve, default: 200")
+    add("--tolerance", type=positive, default=1e-8, help="f - f*, default: 1e-8")
+    add("--condition", type=positive, default=1e4, help="L / l2, default: 1e4")
+    add("--rate", type=positive, default=1.0, help="times 1 / (L + l2), default: 1")
+    add("--batch", type=count, default=1, help="rows of a minibatch, default: 1")
+    add("--probability", type=positive, help="of eclk and loopless-katyusha")
+    add("--shift", type=float, default=1.0, help="start at x* plus this, default: 1")
+    add("--layout", choices=["auto", "dense", "sparse"], default="auto")
+    add("--float32", action="store_true", help="instead of float64")
+    add("--seed", type=number_from(0, int), default=0, help="default: 0")
+    add("--output", default="logistic_regression", help="PATH.json and PATH.png")
+    args = parser.parse_args()
+    jax.config.update("jax_enable_x64", not args.float32)
+    try:
+        check_tolerance(args.tolerance)
+    except ValueError as error:
+        parser.error(f"argument --tolerance: {error}")
+    if not Path(args.output).absolute().parent.is_dir():
+        parser.error(f"argument --output: no folder for {args.output}")
+    args.every = max(1, args.rounds // args.points)
+    args.rounds = args.every * -(-args.rounds // args.every)
+    return args, parser
+
+
+def main():
+    args, parser = parse_args()
+    try:
+        features, labels = load(args.data)
+        problem = make_problem(
+            features[: args.limit],
+            labels[: args.limit],
+            args.workers,
+            args.condition,
+            args.layout,
+            args.seed,
+        )
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --data: {error}")
+    name = args.data.name.partition(".")[0] if args.data else "breast cancer"
+    layout = type(problem.data).__name__.lower()
+    how = "shard_map" if jax.device_count() == args.workers > 1 else "vmap"
+    print(
+        f"{name}: {problem.workers} workers with {problem.rows} {layout} rows each, "
+        f"{len(problem.optimum)} features, by {how}\n"
+        f"L + l2 = {problem.smoothness:.6g}, l2 = {problem.l2:.6g}, "
+        f"f* = {problem.value:.16g}, too large by at most {problem.error:.0e}"
+    )
+    curves = []
+    for method in args.methods:
+        chosen = args.compressors if METHODS[method].compressed else ["identity"]
+        for compressor in chosen:
+            curve = run(problem, method, compressor, args)
+            curves.append(curve)
+            print(f"{label(curve)}: {curve['seconds']:.1f} s", flush=True)
+    report(curves, args.tolerance)
+    about = {
+        "data": name,
+        "workers": problem.workers,
+        "rows_per_worker": problem.rows,
+        "smoothness": problem.smoothness,
+        "l2": problem.l2,
+        "optimal_value": problem.value,
+        "optimal_value_error": problem.error,
+    }
+    Path(f"{args.output}.json").write_text(json.dumps({**about, "curves": curves}))
+    draw(curves, f"{name}, {problem.workers} workers", f"{args.output}.png")
+    print(f"\nwrote {args.output}.json and {args.output}.png")
+
+
+if __name__ == "__main__":
+    main()
