@@ -80,10 +80,10 @@ def eclk(
 
     What it accelerates is problems with ``smoothness`` far above ``strong_convexity``.
     ``L_1`` is a third of ``smoothness``, so that ``y`` makes steps of gradient descent,
-    ``1 / smoothness``. The paper's are three times as short, and its theory asks for
-    shorter ones with coarse compressors; on real data these converge in half the
-    rounds. Should it diverge, as it may for minibatches on few workers, pass three
-    times the smoothness.
+    ``1 / smoothness``. The paper's are a third as long, and its theory wants shorter
+    ones with coarse compressors; but on real data these need half the rounds. Should it
+    diverge, as error feedback with long steps may where coordinates hardly interact or
+    minibatches are small, pass three times the smoothness, or more.
 
     Shapes: any tree of floating-point leaves -> the same, dtypes kept.
     Cost: in bits per worker and step, ``compressor.payload_bits`` and, in the mean,
