@@ -137,9 +137,9 @@ def diana(
         shift = parts.unwrap("diana", state.shift)
         inbound = channel.receive(updates, state.count, shift)
         new = jax.tree.map(lambda g, h: g.astype(h.dtype) - h, updates, shift)
-        averages, sent, memory, _ = channel.average(
-            inbound, inbound.join(jax.tree.leaves(new)), state.memory, ()
-        )
+        told = inbound.join(jax.tree.leaves(new))
+        averages, rests, memory, _ = channel.average(inbound, told, state.memory, ())
+        sent = [x - rest for x, rest in zip(told, rests, strict=True)]
         out = jax.tree.map(
             lambda d, m, g: (d + m).astype(g.dtype), new, state.mean, updates
         )

@@ -110,8 +110,9 @@ def damped_error_feedback(
         inbound = channel.receive(updates, state.count, error)
         given, old = inbound.join(inbound.arrays), inbound.join(jax.tree.leaves(error))
         full = [g + alpha * h for g, h in zip(given, old, strict=True)]
-        averages, sent, memory, _ = channel.average(inbound, full, state.memory, ())
-        new = [beta * h + g - q for h, g, q in zip(old, given, sent, strict=True)]
+        averages, rests, memory, _ = channel.average(inbound, full, state.memory, ())
+        # beta h + g - q, of which g + alpha h - q is what is left
+        new = [rest + (beta - alpha) * h for rest, h in zip(rests, old, strict=True)]
         new = inbound.part(new, jax.tree.leaves(error))
         if axis_name is not None:
             new = PerWorker.wrap(new, axis_name)

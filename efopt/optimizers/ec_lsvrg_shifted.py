@@ -140,13 +140,13 @@ def ec_lsvrg_shifted(
         target = unwrap(api, inner.gradient)
         inbound = channel.receive(target, state.estimator.count, shift)
         new = jax.tree.map(lambda f, h: f.astype(h.dtype) - h, target, shift)
-        averages, sent, memory, _ = channel.average(
-            inbound, inbound.join(jax.tree.leaves(new)), state.memory, ()
-        )
+        told = inbound.join(jax.tree.leaves(new))
+        averages, rests, memory, _ = channel.average(inbound, told, state.memory, ())
+        sent = [x - rest for x, rest in zip(told, rests, strict=True)]
         like = jax.tree.leaves(shift)
 
-        def learn(h, told):
-            return jax.tree.map(jnp.add, h, inbound.part(told, like))
+        def learn(h, heard):
+            return jax.tree.map(jnp.add, h, inbound.part(heard, like))
 
         return out, EcLsvrgShiftedState(
             estimator=inner,
