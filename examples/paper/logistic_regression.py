@@ -669,7 +669,7 @@ def parse_args():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    count, positive = number_from(1, int), number_from(0, strict=True)
+    count, positive = number_from(1, int), number_from(0.0, strict=True)
     add("--data", type=Path, help="a file in LIBSVM format; default: breast cancer")
     add("--limit", type=count, help="rows to use, the first of the file; default: all")
     add("--workers", type=count, default=20, help="default: 20")

@@ -1,6 +1,8 @@
 """The driver of examples/paper/logistic_regression.py, and the papers' figures."""
 
+import bz2
 import importlib.util
+import json
 import sys
 import types
 from pathlib import Path
@@ -85,6 +87,69 @@ def test_eclk_reaches_twelve_digits_at_a_fifth_of_the_bits(driver):
     assert eclk["bits"][0] == 30 * 64
     assert dense["bits_per_round"] == pytest.approx(1.3 * 30 * 64)
     assert eclk["passes_per_round"] == pytest.approx(1 + 2 * 72 / (30 * 64))
+
+
+@pytest.mark.slow
+def test_workers_on_devices_do_as_simulated_ones(driver, monkeypatch):
+    problem = driver.make_problem(*driver.load(None), jax.device_count())
+    curves = {}
+    for devices in (jax.device_count(), 1):
+        monkeypatch.setattr(jax, "device_count", lambda n=devices: n)
+        curves[devices] = driver.run(problem, "eclk", "top-1", options(40, 10))["gap"]
+    real, simulated = curves.values()
+    np.testing.assert_allclose(real, simulated, rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def command(driver, monkeypatch, tmp_path):
+    """Runs the script's `main` with options, in a folder of its own."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["logistic_regression.py", *map(str, words)])
+        driver.main()
+
+    monkeypatch.chdir(tmp_path)
+    yield run
+    jax.config.update("jax_enable_x64", True)
+
+
+def test_a_compressed_libsvm_file_becomes_curves(command, tmp_path, capsys):
+    lines = [f"{1 + i % 2} {1 + i % 7}:1 {9 + i % 5}:{0.5 + i % 3}" for i in range(42)]
+    text = "\n".join(lines) + "\n"
+    data = tmp_path / "tiny.bz2"
+    data.write_bytes(bz2.compress(text.encode()))
+    names = "--methods", "gd", "eclk", "--compressors", "top-10%"
+    command("--data", data, "--workers", 4, "--rounds", 400, "--points", 4, *names)
+    told = capsys.readouterr().out
+    assert "tiny: 4 workers with 10" in told and "by vmap" in told
+    written = json.loads((tmp_path / "logistic_regression.json").read_text())
+    assert written["optimal_value_error"] < 1e-15
+    curves = [(c["method"], c["compressor"]) for c in written["curves"]]
+    assert curves == [("gd", None), ("eclk", "top-10%")]
+    for curve in written["curves"]:
+        assert curve["rounds"] == [0, 100, 200, 300, 400]
+        assert curve["gap"][-1] < curve["gap"][0]
+    assert (tmp_path / "logistic_regression.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--float32 --tolerance 1e-9", "a tolerance of 1e-09 needs float64"),
+        ("--methods adam", "invalid choice: 'adam'"),
+        ("--compressors zip", "invalid choice: 'zip'"),
+        ("--workers 0", "must be at least 1, got 0"),
+        ("--workers 600", "569 rows are too few for 600 workers"),
+        ("--condition 0", "must be above 0.0, got 0"),
+        ("--data no_such_file", "no_such_file"),
+        ("--output no_such_folder/curves", "no folder for no_such_folder/curves"),
+    ],
+)
+def test_the_command_refuses(command, capsys, words, reason):
+    with pytest.raises(SystemExit) as stop:
+        command(*words.split())
+    assert stop.value.code == 2
+    assert reason in capsys.readouterr().err
 
 
 @pytest.mark.slow
