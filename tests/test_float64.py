@@ -22,5 +22,6 @@ def test_float64():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_float64_slow():
     run("-m", "slow")
