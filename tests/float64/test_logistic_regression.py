@@ -41,14 +41,15 @@ def below(driver, curve, tolerance):
 
 
 def test_sparse_and_dense_rows_give_the_same_gradients(driver):
-    dense = scipy.sparse.random(120, 50, 0.1, random_state=0).toarray()
+    # Columns of about 60 non-zeros on each worker, longer than a chunk.
+    dense = scipy.sparse.random(1200, 50, 0.3, random_state=0).toarray()
     dense[:, 7] = 0  # a feature that nobody has
     features = scipy.sparse.csr_matrix(dense)
-    labels = np.sign(np.random.default_rng(0).standard_normal(120))
+    labels = np.sign(np.random.default_rng(0).standard_normal(1200))
     x, few = jnp.linspace(-1, 1, 50), jnp.array([3, 3, 17])
 
     def gradients(data):
-        whole = driver.gradient(x, data, 20, 0.1)
+        whole = driver.gradient(x, data, 200, 0.1)
         return whole, driver.gradient(x, data.pick(few), 3, 0.1)
 
     found = {}
@@ -56,7 +57,7 @@ def test_sparse_and_dense_rows_give_the_same_gradients(driver):
         problem = driver.make_problem(features, labels, 6, layout=layout)
         assert type(problem.data).__name__.lower() == layout
         found[layout] = jax.vmap(gradients)(jax.tree.map(jnp.asarray, problem.data))
-    assert problem.rows == 20
+    assert problem.rows == 200
     for a, b in zip(found["dense"], found["sparse"], strict=True):
         assert a.shape == (6, 50)
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-14)
