@@ -2,5 +2,11 @@
 
 from efopt.feedback.compress import CompressState as CompressState
 from efopt.feedback.compress import compress as compress
+from efopt.feedback.damped_error_feedback import (
+    DampedErrorFeedbackState as DampedErrorFeedbackState,
+)
+from efopt.feedback.damped_error_feedback import (
+    damped_error_feedback as damped_error_feedback,
+)
 from efopt.feedback.error_feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback.error_feedback import error_feedback as error_feedback
