@@ -27,11 +27,19 @@ from efopt.estimators import diana as diana
 from efopt.estimators import lsvrg as lsvrg
 from efopt.estimators import star as star
 from efopt.feedback import CompressState as CompressState
+from efopt.feedback import (
+    ContractiveErrorFeedbackState as ContractiveErrorFeedbackState,
+)
 from efopt.feedback import DampedErrorFeedbackState as DampedErrorFeedbackState
 from efopt.feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback import compress as compress
+from efopt.feedback import contractive_error_feedback as contractive_error_feedback
 from efopt.feedback import damped_error_feedback as damped_error_feedback
 from efopt.feedback import error_feedback as error_feedback
+from efopt.feedback import warm_up as warm_up
+from efopt.memory import MemoryPart as MemoryPart
+from efopt.memory import MemoryReport as MemoryReport
+from efopt.memory import memory_report as memory_report
 from efopt.optimizers import EclkState as EclkState
 from efopt.optimizers import EcLsvrgShiftedState as EcLsvrgShiftedState
 from efopt.optimizers import dist_ef_sgd as dist_ef_sgd
@@ -68,17 +76,21 @@ __all__ = [
     "CompressState",
     "Compressor",
     "CompressorState",
+    "ContractiveErrorFeedbackState",
     "DampedErrorFeedbackState",
     "DianaState",
     "EcLsvrgShiftedState",
     "EclkState",
     "ErrorFeedbackState",
     "LsvrgState",
+    "MemoryPart",
+    "MemoryReport",
     "PerWorker",
     "accumulate",
     "cast",
     "compose",
     "compress",
+    "contractive_error_feedback",
     "count_sketch",
     "damped_error_feedback",
     "diana",
@@ -99,6 +111,7 @@ __all__ = [
     "local_params",
     "loopless_katyusha",
     "lsvrg",
+    "memory_report",
     "natural",
     "partition",
     "partition_specs",
@@ -119,5 +132,6 @@ __all__ = [
     "threshold",
     "top_k",
     "virtual_params",
+    "warm_up",
     "wire",
 ]

@@ -225,6 +225,15 @@ ROWS = (
         random=True,
         largest=1e38,
     ),
+    Row(
+        "count_sketch_random",
+        efopt.count_sketch,
+        {"fraction": 0.4, "hash": "random"},
+        ("all_reduce", "all_gather"),
+        static_args=("width", "fraction", "rows", "block_size", "seed"),
+        random=True,
+        largest=1e38,
+    ),
     _power_sgd("power_sgd", rank=1),
     _power_sgd("power_sgd_cold", rank=2, warm_start=False),
     _composed("top_k_of_8_bits", efopt.top_k(fraction=0.2), efopt.quantize(8)),
@@ -255,6 +264,7 @@ SLOW = {
     "quantize_3_l2",
     "cast_float16",
     "cast_float8_e5m2",
+    "count_sketch_random",
     "power_sgd_cold",
     "power_sgd_of_bfloat16",
 }

@@ -22,6 +22,11 @@ def feedback(*args, **kwargs):
     return efopt.error_feedback(*args, **kwargs)
 
 
+def conef(memory=None, **kwargs):
+    memory = efopt.quantize(8) if memory is None else memory
+    return efopt.contractive_error_feedback(efopt.scaled_sign(), memory, **kwargs)
+
+
 def over_workers(compressor=None, **kwargs):
     compressor = efopt.scaled_sign() if compressor is None else compressor
     return efopt.error_feedback(compressor, axis_name=AXIS, **kwargs)
@@ -50,6 +55,110 @@ def own(grads):
 RANGE = "must lie in (0, 1]"
 STATIC = "must be a Python int, because it fixes an array shape"
 OPTIONS = {
+    "warm-up-of-no-steps": (
+        lambda: efopt.warm_up(feedback(efopt.sign()), 0),
+        ValueError,
+        ["`warm_up(steps=...)`", "must be at least 1", "got 0"],
+    ),
+    "warm-up-negative": (
+        lambda: efopt.warm_up(feedback(efopt.sign()), -3),
+        ValueError,
+        ["`warm_up(steps=...)`", "must be at least 1", "got -3"],
+    ),
+    "warm-up-of-a-chain": (
+        lambda: efopt.warm_up(optax.chain(feedback(efopt.sign())), 1).init(PARAMS),
+        TypeError,
+        ["`warm_up(scheme)`", "`efopt.error_feedback`", "no chain"],
+    ),
+    "warm-up-over-another-axis": (
+        lambda: efopt.warm_up(over_workers(), 1, "model").init(PARAMS),
+        ValueError,
+        ["`warm_up(axis_name='model')`", "'data'"],
+    ),
+    "memory-no-compressor": (
+        lambda: conef(optax.trace(0.9)),
+        TypeError,
+        ["`contractive_error_feedback(compressor, memory)`", "`efopt.Compressor`"],
+    ),
+    "memory-rebuilt-sketch": (
+        lambda: conef(efopt.count_sketch(fraction=0.2), form="rewrite"),
+        ValueError,
+        ["memory=count_sketch", "its own noise", "multiplied", 'form="increment"'],
+    ),
+    "memory-not-linear": (
+        lambda: conef(efopt.quantize(8), form="increment"),
+        ValueError,
+        ["not linear", 'form="rewrite"'],
+    ),
+    "memory-form": (
+        lambda: conef(form="sideways"),
+        ValueError,
+        ["`contractive_error_feedback(form=...)`", "'increment'", "got 'sideways'"],
+    ),
+    "memory-four-bits-to-the-nearest": (
+        lambda: conef(efopt.quantize(4, stochastic=False)),
+        ValueError,
+        ["rounded to the nearest", "4 bits", "`stochastic=True`"],
+    ),
+    "memory-in-a-partition": (
+        lambda: conef(
+            efopt.partition(
+                {"a": efopt.identity(), "b": efopt.quantize(2, stochastic=False)}, "a"
+            )
+        ),
+        ValueError,
+        ["rounded to the nearest", "2 bits"],
+    ),
+    "memory-of-signs": (
+        lambda: conef(efopt.sign()),
+        ValueError,
+        ["memory=sign()", "forgets all magnitudes"],
+    ),
+    "memory-with-rounds": (
+        lambda: conef(efopt.power_sgd(1)),
+        ValueError,
+        ["memory=power_sgd", "one message a step"],
+    ),
+    "damping-above-one": (
+        lambda: conef(damping=1.5),
+        ValueError,
+        ["`contractive_error_feedback(damping=...)`", "in [0, 1]", "got 1.5"],
+    ),
+    "damping-negative": (
+        lambda: conef(damping=-0.1),
+        ValueError,
+        ["`contractive_error_feedback(damping=...)`", "in [0, 1]", "got -0.1"],
+    ),
+    "damping-nan": (
+        lambda: conef(damping=float("nan")),
+        ValueError,
+        ["`contractive_error_feedback(damping=...)`", "got nan"],
+    ),
+    "damping-traced": (
+        lambda: conef(damping=jnp.float32(0.9)),
+        TypeError,
+        ["Python number", "static_args=('damping',)"],
+    ),
+    "memory-dtype": (
+        lambda: conef(memory_dtype="int8"),
+        TypeError,
+        ["`contractive_error_feedback(memory_dtype=...)`", "floating-point", "'int8'"],
+    ),
+    "sketch-without-a-bucket": (
+        lambda: efopt.count_sketch(width=0),
+        ValueError,
+        ["`count_sketch(width=...)`", "at least 1", "got 0"],
+    ),
+    "sketch-of-nothing": (
+        lambda: efopt.count_sketch(fraction=0.0),
+        ValueError,
+        ["`count_sketch(fraction=...)`", "(0, 1]"],
+    ),
+    "sketch-hash": (
+        lambda: efopt.count_sketch(width=2, hash="murmur"),
+        ValueError,
+        ["`count_sketch(hash=...)`", "'structured', 'random'", "'murmur'"],
+    ),
     "bits-one": (
         lambda: efopt.quantize(1),
         ValueError,

@@ -13,14 +13,16 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from efopt.compressors import bits
 from efopt.compressors.fence import fence
 
 # Coordinates from which a wall around a payload is worth the time to compile it.
 LARGE = 1 << 16
 
 Payload = Any
-Rounds = Generator["Message", jax.Array, tuple[jax.Array, jax.Array, Any]]
+Rounds = Generator["Message", "Message", tuple["Message", jax.Array, Any]]
 
 
 class Turn(NamedTuple):
@@ -118,6 +120,11 @@ class Message:
         """The blocks that the payload stands for, ``(n, *shape)``, padding zero."""
         return self.blocks.mask(self.codec.decode(self.payload, self.blocks, self.turn))
 
+    def decode_in(self, zeros: jax.Array) -> jax.Array:
+        """The same, in the place of zeros ``(n, *shape)`` where that saves memory."""
+        decoded = self.codec.decode_in(zeros, self.payload, self.blocks, self.turn)
+        return self.blocks.mask(decoded)
+
     def rest(self, x: jax.Array) -> jax.Array:
         """What the payload does not say of ``x``: ``x - decode()``, padding zero."""
         rest = self.codec.rest(x, self.payload, self.blocks, self.turn)
@@ -131,7 +138,8 @@ class Codec:
     A codec for one message implements :meth:`encode` and :meth:`decode`. One that needs
     several rounds, like PowerSGD, implements :meth:`rounds` instead and asks through
     other codecs. One that leaves some leaves to another codec says so in
-    :meth:`assign`. What must hold:
+    :meth:`assign`. One that can do with less memory says how in :meth:`decode_in`,
+    :meth:`rest` or :meth:`increment`. What must hold:
 
     * arrays of a payload have the block axis first, and each block decodes on its own;
     * padding is zero on entry and may decode to anything (it is masked for all);
@@ -193,17 +201,55 @@ class Codec:
         """A payload to blocks ``(n, *block)`` in the compute dtype."""
         raise TypeError(f"`{self}` speaks in rounds, it has no single payload.")
 
+    def decode_in(
+        self, zeros: jax.Array, payload: Payload, blocks: Blocks, turn: Turn
+    ) -> jax.Array:
+        """:meth:`decode`, which may overwrite an array of zeros."""
+        del zeros
+        return self.decode(payload, blocks, turn)
+
     def rest(
         self, x: jax.Array, payload: Payload, blocks: Blocks, turn: Turn
     ) -> jax.Array:
         """``x - decode(payload)``, without decoding where there is a shorter way."""
         return x - self.decode(payload, blocks, turn)
 
+    def increment(
+        self,
+        payload: Payload,
+        x: jax.Array,
+        recalled: float,
+        ratio: jax.Array | None,
+        blocks: Blocks,
+        turn: Turn,
+    ) -> Payload:
+        """``payload + encode(x - recalled * decode(payload))``, of a linear codec.
+
+        Args:
+          payload: What was written before.
+          x: Blocks ``(n, *block)``.
+          recalled: The share of it that ``x`` contains.
+          ratio: Factor on ``payload`` first, or ``None``.
+          blocks: The blocks.
+          turn: The same as when it was written.
+        """
+        wide = dataclasses.replace(blocks, dtype=blocks.compute_dtype)
+        again = blocks.mask(self.decode(payload, blocks, turn))
+        again = self.encode(again, wide, turn)
+
+        def add(old, again, new):
+            rest = old.astype(new.dtype) - again * recalled
+            rest = rest if ratio is None else rest * ratio.astype(rest.dtype)
+            return bits.cast(rest + new, old.dtype)
+
+        fresh = self.encode(x, wide, turn)
+        return jax.tree.map(add, payload, again, fresh)
+
     def rounds(self, x: jax.Array, blocks: Blocks, state: Any, turn: Turn) -> Rounds:
         """The conversation about ``x``, blocks ``(n, *block)``.
 
-        Yields messages; is sent the mean over workers of each decoded message; returns
-        (average, what this worker's own messages do not say of ``x``, new state).
+        Yields messages; is sent a message of the mean over workers of each; returns
+        (that of ``x``, what this worker's own do not say of ``x``, new state).
         """
         message = self.write(x, blocks, turn)
         mean = yield message
@@ -222,6 +268,11 @@ class Codec:
         """Variance factor for a leaf: ``E C(x) = x, E|C(x) - x|^2 <= omega |x|^2``."""
         del shape
         return None
+
+
+def rows(tree: Any, start: Any, number: int) -> Any:
+    """Some blocks of a tree of arrays with the block axis first."""
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, number), tree)
 
 
 def compute_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:

@@ -117,7 +117,7 @@ class Compressor(optax.GradientTransformationExtraArgs):
         def talk(x, step):
             memory = layout.join_memory([codec.init(shape, dtype)])
             xs = layout.join([x], step)
-            return converse(layout, xs, memory, _turn(step), count)
+            converse(layout, xs, memory, _turn(step), count)
 
         x = jax.ShapeDtypeStruct(shape, compute_dtype(dtype))
         jax.eval_shape(talk, x, jax.ShapeDtypeStruct((), jnp.uint32))
@@ -237,8 +237,9 @@ def _update(codec, updates, state, params=None, **extra_args):
     turn = _turn(state.count)
     xs = [x.astype(compute_dtype(x.dtype)) for x in layout.join(arrays, turn.step)]
     memory = open_memory(layout, treedef, state.memory)
-    averages, _, memory = converse(layout, xs, memory, turn, alone)
+    means, _, memory = converse(layout, xs, memory, turn, alone)
     memory = close_memory(layout, treedef, memory, state.memory)
-    out = [bits.cast(x, b.dtype) for x, b in zip(averages, layout.buckets, strict=True)]
+    pairs = zip(means, layout.buckets, strict=True)
+    out = [bits.cast(mean.decode(), b.dtype) for mean, b in pairs]
     out = treedef.unflatten(layout.part(out, turn.step, arrays))
     return out, CompressorState(optax.safe_increment(state.count), memory)

@@ -12,7 +12,7 @@ import jax
 from efopt.compressors.base import Message, Turn
 from efopt.compressors.layout import Layout
 
-Meet = Callable[[dict[int, Message]], dict[int, jax.Array]]
+Meet = Callable[[dict[int, Message]], dict[int, Message]]
 
 
 def converse(
@@ -21,7 +21,7 @@ def converse(
     states: Sequence[Any],
     turn: Turn,
     meet: Meet,
-) -> tuple[list[jax.Array], list[jax.Array], list[Any]]:
+) -> tuple[list[Message], list[jax.Array], list[Any]]:
     """Holds the conversations about all buckets at once.
 
     Args:
@@ -29,8 +29,8 @@ def converse(
       xs: One array per bucket, ``(n, *block)``, in the compute dtype.
       states: Its codec's state for each bucket.
       turn: The current step and worker.
-      meet: Maps the messages of one round, by number of the bucket, to the mean over
-        workers of each one's decoded blocks; called once a round.
+      meet: Maps the messages of one round, by number of the bucket, to messages of the
+        means over workers; called once a round.
 
     Returns:
       For each bucket the average, what this worker's own messages do not say of its
@@ -59,6 +59,6 @@ def converse(
     return averages, rests, memories
 
 
-def alone(messages: dict[int, Message]) -> dict[int, jax.Array]:
-    """A meeting of one worker: every message comes back as it decodes."""
-    return {i: message.decode() for i, message in messages.items()}
+def alone(messages: dict[int, Message]) -> dict[int, Message]:
+    """A meeting of one worker: every message comes back."""
+    return messages

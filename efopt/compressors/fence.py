@@ -41,3 +41,24 @@ def fence(
         )
 
     return lax.platform_dependent(tree, cpu=branch, default=barrier)
+
+
+def zeros_after(done: jax.Array, like: jax.Array) -> jax.Array:
+    """Zeros shaped like an array, made no sooner than ``done`` has been computed.
+
+    A program has no order but what its values need from one another, and a compiler
+    that makes zeros at once needs room for them beside everything else. These can take
+    the place of an array that nobody reads once ``done`` is there. They are zero on all
+    workers, whatever ``done`` is on each, and are typed so.
+
+    Args:
+      done: An array of numbers that comes out of a loop or a fence.
+      like: An array of the shape and dtype.
+    """
+    word = done.reshape(-1)[0]
+    if not jnp.issubdtype(word.dtype, jnp.unsignedinteger):
+        word = lax.bitcast_convert_type(word, f"uint{8 * word.dtype.itemsize}")
+    # Thirty-two bits, shifted out one half at a time: no compiler looks that far.
+    never = (word.astype(jnp.uint32) >> np.uint32(16)) >> np.uint32(16) != 0
+    one, zero = jnp.ones((), like.dtype), jnp.zeros((), like.dtype)
+    return jnp.broadcast_to(lax.cond(never, lambda: one, lambda: zero), like.shape)

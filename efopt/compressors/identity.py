@@ -3,8 +3,10 @@
 import dataclasses
 from typing import ClassVar
 
+import jax
+
 from efopt.compressors import bits
-from efopt.compressors.base import Codec
+from efopt.compressors.base import Blocks, Codec, Message, Turn
 from efopt.compressors.compressor import Compressor, make
 
 
@@ -36,6 +38,11 @@ class Identity(Codec):
 
     def omega(self, shape):
         return 0.0
+
+
+def plain(x: jax.Array, blocks: Blocks, turn: Turn) -> Message:
+    """A message that holds blocks as they are, in the compute dtype."""
+    return Message(Identity(), {"values": x}, blocks, turn)
 
 
 def identity() -> Compressor:

@@ -138,10 +138,9 @@ class Layout:
 def _join(b: Bucket, arrays: Sequence[jax.Array]) -> jax.Array:
     parts = []
     for i, n, size in zip(b.leaves, b.num_blocks, b.sizes, strict=True):
-        parts.append(arrays[i].reshape(-1))
+        # Not a concatenation with zeros, which would be one more copy.
         padding = n * math.prod(b.block) - size
-        if padding:
-            parts.append(jnp.zeros(padding, arrays[i].dtype))
+        parts.append(jnp.pad(arrays[i].reshape(-1), (0, padding)))
     return _concatenate(*parts).reshape(b.shape)
 
 

@@ -12,7 +12,7 @@ from jax import lax
 from efopt.compressors import bits, nested, options
 from efopt.compressors.base import Blocks, Codec, Turn
 from efopt.compressors.compressor import Compressor, make
-from efopt.compressors.identity import Identity
+from efopt.compressors.identity import Identity, plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,7 @@ class PowerSGD(Codec):
         back = p * (1 / scale)
         average = matmul("bnr,bmr->bnm", back, mean)
         rest = x - matmul("bnr,bmr->bnm", back, own)
+        average = plain(average, blocks, turn)
         return average, rest, mean if self.warm_start else ()
 
     def _start(self, blocks, step):
@@ -128,7 +129,7 @@ class PowerSGD(Codec):
         mean = yield message
         shape = factor.shape[1:]
         own = nested.merge(message.decode(), shape, blocks)
-        return nested.merge(mean, shape, blocks), own
+        return nested.merge(mean.decode(), shape, blocks), own
 
     def delta(self, shape):
         """Of a random start: rank over the smaller side, in expectation."""

@@ -45,7 +45,7 @@ class _Uniform(Codec):
         # In units of a power of two near the largest, nothing overflows or vanishes.
         unit = power_of_two(most)
         x = x * (1 / unit)[:, None]
-        scale = norm(x) if self.scale == "l2" else jnp.max(jnp.abs(x), axis=1)
+        scale = norm(x) if self.scale == "l2" else most * (1 / unit)
         step = bits.round_up(scale * (1 / levels))
         inverse = jnp.where(step == 0, 0, 1 / jnp.where(step == 0, 1, step))
         fixed = (x * inverse[:, None] * 2.0**FRACTION).astype(jnp.int32)

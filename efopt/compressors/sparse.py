@@ -52,17 +52,28 @@ class Sparse(Codec):
         return {"values": nested.write(self.values, values, blocks, turn), **found}
 
     def decode(self, payload, blocks, turn):
+        zeros = jnp.zeros((len(blocks.index), blocks.size), blocks.compute_dtype)
+        return self.decode_in(zeros, payload, blocks, turn)
+
+    def decode_in(self, zeros, payload, blocks, turn):
         values = self.read(payload, blocks, turn)
         if values.shape[1] == blocks.size:
             return values
-        zeros = jnp.zeros((values.shape[0], blocks.size), values.dtype)
-        return add_at(zeros, self.places(payload, blocks, turn), values)
+        return self.add(zeros, values, payload, blocks, turn)
 
     def rest(self, x, payload, blocks, turn):
         values = self.read(payload, blocks, turn)
         if values.shape[1] == blocks.size:
             return x - values
-        return add_at(x, self.places(payload, blocks, turn), -values)
+        return self.add(x, -values, payload, blocks, turn)
+
+    def add(
+        self, x: jax.Array, values: jax.Array, payload: Any, blocks: Blocks, turn: Turn
+    ) -> jax.Array:
+        """Blocks ``x (n, size)`` with values ``(n, k)`` added in their places."""
+        row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+        at = x.at[row, self.places(payload, blocks, turn)]
+        return at.add(values, unique_indices=True, mode="promise_in_bounds")
 
     def read(self, payload: Any, blocks: Blocks, turn: Turn) -> jax.Array:
         """The values ``(n, k)`` of a payload."""
@@ -190,6 +201,29 @@ class RandomBlock(_Shared):
     def __repr__(self):
         return options.composed(f"random_block({self.options()})", self.values)
 
+    def add(self, x, values, payload, blocks, turn):
+        """A single block takes them as two slices: from the start, and from zero on.
+
+        In a loop, whose array the compiler changes in its place.
+        """
+        if len(x) > 1:
+            return super().add(x, values, payload, blocks, turn)
+        size, k = x.shape[1], values.shape[1]
+        start = (self.key(blocks, turn)[0] % np.uint32(size)).astype(jnp.int32)
+        values = values.reshape(-1)
+
+        def add(wraps, x):
+            first = jnp.where(wraps == 1, 0, jnp.minimum(start, size - k))
+            place = jnp.arange(k, dtype=jnp.int32) + first
+            which = place - start + size * wraps
+            mine = (which < k) & ((place < start) == (wraps == 1))
+            which = jnp.clip(which, 0, k - 1)
+            new = jnp.where(mine, values.at[which].get(mode="promise_in_bounds"), 0)
+            old = lax.dynamic_slice(x, (first,), (k,))
+            return lax.dynamic_update_slice(x, old + new, (first,))
+
+        return lax.fori_loop(0, 2, add, x.reshape(-1)).reshape(x.shape)
+
     def places(self, payload, blocks, turn):
         del payload
         start = self.key(blocks, turn) % np.uint32(blocks.size)
@@ -197,12 +231,6 @@ class RandomBlock(_Shared):
         place = start[:, None] + place[None, :]
         size = np.uint32(blocks.size)
         return jnp.where(place < size, place, place - size).astype(jnp.int32)
-
-
-def add_at(x, index, values):
-    """Blocks ``x (n, size)`` with ``values`` added at ``index``, both ``(n, k)``."""
-    row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
-    return x.at[row, index].add(values, unique_indices=True, mode="promise_in_bounds")
 
 
 def top_k(

@@ -138,7 +138,8 @@ def diana(
         inbound = channel.receive(updates, state.count, shift)
         new = jax.tree.map(lambda g, h: g.astype(h.dtype) - h, updates, shift)
         told = inbound.join(jax.tree.leaves(new))
-        averages, rests, memory, _ = channel.average(inbound, told, state.memory, ())
+        means, rests, memory, _ = channel.average(inbound, told, state.memory, ())
+        averages = [mean.decode() for mean in means]
         sent = [x - rest for x, rest in zip(told, rests, strict=True)]
         out = jax.tree.map(
             lambda d, m, g: (d + m).astype(g.dtype), new, state.mean, updates

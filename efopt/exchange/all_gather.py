@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+from efopt.compressors.identity import plain
 from efopt.exchange import base, buffers
 from efopt.exchange.base import Exchange
 
@@ -25,4 +26,6 @@ class AllGather(Exchange):
             pairs = zip(messages, payloads, strict=True)
             return [m.with_payload(payload).once().decode() for m, payload in pairs]
 
-        return base.decode_mean(carriers, payloads, decode), server
+        means = base.decode_mean(carriers, payloads, decode)
+        pairs = zip(messages, means, strict=True)
+        return [plain(mean, m.blocks, m.turn) for m, mean in pairs], server

@@ -25,4 +25,4 @@ class AllReduce(Exchange):
     def meet(self, messages, axis_name, server):
         payloads = lax.pmean(tuple(m.payload for m in messages), axis_name)
         pairs = zip(messages, payloads, strict=True)
-        return [m.with_payload(payload).decode() for m, payload in pairs], server
+        return [m.with_payload(payload) for m, payload in pairs], server

@@ -39,8 +39,8 @@ class Exchange:
 
     def meet(
         self, messages: Sequence[Message], axis_name: str, server: Any
-    ) -> tuple[list[jax.Array], Any]:
-        """The mean over workers of each decoded message, and the new server residual.
+    ) -> tuple[list[Message], Any]:
+        """A message of the mean over workers of each, and the new server residual.
 
         ``server`` is what this worker, as an owner, still owes: one array per group of
         messages (see :mod:`efopt.exchange.groups`), or ``()``.

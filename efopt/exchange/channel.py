@@ -110,7 +110,7 @@ class Channel:
         memory: Any,
         server: Any,
         ratio: jax.Array | None = None,
-    ) -> tuple[list[jax.Array], list[jax.Array], Any, Any]:
+    ) -> tuple[list[Message], list[jax.Array], Any, Any]:
         """Averages one array per bucket over the workers.
 
         Args:
@@ -121,8 +121,8 @@ class Channel:
           ratio: Factor on the server residual before it is added, or ``None``.
 
         Returns:
-          The averages (equal on all workers), what this worker has not yet paid of its
-          arrays, the new memory, and the new server residual.
+          Messages of the averages (equal on all workers), what this worker has not yet
+          paid of its arrays, the new memory, and the new server residual.
         """
         layout, treedef, name = inbound.layout, inbound.treedef, self.axis_name
         memories = open_memory(layout, treedef, memory)
@@ -135,7 +135,7 @@ class Channel:
         routes = [self.route(b.codec) for b in layout.buckets]
         owed = self._owed(layout, server, lax.axis_size(name), ratio)
 
-        def meet(messages: dict[int, Message]) -> dict[int, jax.Array]:
+        def meet(messages: dict[int, Message]) -> dict[int, Message]:
             nonlocal owed
             ways: dict[Exchange, list[int]] = {}
             for i, message in messages.items():
@@ -155,7 +155,7 @@ class Channel:
         averages, rests, memories = converse(layout, xs, memories, inbound.turn, meet)
         memory = close_memory(layout, treedef, memories, memory)
         rests = [
-            x - average if way.pays_average else rest
+            x - average.decode() if way.pays_average else rest
             for way, x, average, rest in zip(routes, xs, averages, rests, strict=True)
         ]
         if owed:

@@ -76,7 +76,7 @@ class TwoPhase(Exchange):
             for g, ps in zip(groups, parts, strict=True)
             for m, p in zip(g.messages, ps, strict=True)
         }
-        return [by_message[id(m)].once().decode() for m in messages], server
+        return [by_message[id(m)].once() for m in messages], server
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.compressors import bits
 from efopt.compressors.compressor import Compressor
 from efopt.exchange.channel import open_channel
+from efopt.feedback.parts import applied
 
 
 class CompressState(NamedTuple):
@@ -87,13 +87,11 @@ def compress(
     ) -> Any:
         del params, extra_args
         inbound = channel.receive(updates, state.count)
-        averages, _, memory, server = channel.average(
+        means, _, memory, server = channel.average(
             inbound, inbound.join(inbound.arrays), state.memory, state.server
         )
-        buckets = inbound.layout.buckets
-        out = [bits.cast(x, b.dtype) for x, b in zip(averages, buckets, strict=True)]
+        updates = applied(inbound, [mean.decode() for mean in means])
         count = optax.safe_increment(state.count)
-        updates = inbound.part(out, inbound.arrays)
         return updates, CompressState(count, memory, server)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -110,7 +110,8 @@ def damped_error_feedback(
         inbound = channel.receive(updates, state.count, error)
         given, old = inbound.join(inbound.arrays), inbound.join(jax.tree.leaves(error))
         full = [g + alpha * h for g, h in zip(given, old, strict=True)]
-        averages, rests, memory, _ = channel.average(inbound, full, state.memory, ())
+        means, rests, memory, _ = channel.average(inbound, full, state.memory, ())
+        averages = [mean.decode() for mean in means]
         # beta h + g - q, of which g + alpha h - q is what is left
         new = [rest + (beta - alpha) * h for rest, h in zip(rests, old, strict=True)]
         new = inbound.part(new, jax.tree.leaves(error))

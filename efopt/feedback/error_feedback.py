@@ -8,9 +8,17 @@ import optax
 
 from efopt.compressors import bits
 from efopt.compressors.base import compute_dtype
-from efopt.compressors.compressor import FLOATS, Compressor
-from efopt.exchange.channel import Channel, open_channel
-from efopt.workers.node import PerWorker
+from efopt.compressors.compressor import Compressor
+from efopt.exchange.channel import open_channel
+from efopt.feedback.parts import (
+    applied,
+    check_float_dtype,
+    hold,
+    rates,
+    unpaid,
+    unwrap,
+    wrap,
+)
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -126,11 +134,7 @@ def error_feedback(
       ratio)
     """
     channel = open_channel("error_feedback", compressor, axis_name, exchange)
-    if residual_dtype is not None and not _is_float(residual_dtype):
-        raise TypeError(
-            "`error_feedback(residual_dtype=...)` must be a floating-point dtype "
-            f"({', '.join(FLOATS)}), got {residual_dtype!r}."
-        )
+    check_float_dtype("error_feedback", "residual_dtype", residual_dtype)
 
     def init_fn(params: Any) -> Any:
         memory, server = channel.init(params)
@@ -141,7 +145,7 @@ def error_feedback(
 
         return ErrorFeedbackState(
             count=jnp.zeros([], jnp.int32),
-            residual=_wrap(channel, jax.tree.map(zeros, params)),
+            residual=wrap(channel, jax.tree.map(zeros, params)),
             memory=memory,
             server=server,
             learning_rate=() if learning_rate is None else jnp.zeros([], jnp.float32),
@@ -151,42 +155,33 @@ def error_feedback(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         del params, extra_args
-        residual = _unwrap(channel, state.residual)
+        residual = unwrap(channel, state.residual)
         inbound = channel.receive(updates, state.count, residual)
         old = jax.tree.leaves(residual)
-        rate, last, ratio = _rates(learning_rate, state)
+        rate, last, ratio = rates(learning_rate, state)
 
         # p = g + (rate of last step / rate of this step) e, 1905.10936 Algorithm 2
         full = inbound.join(
             [_owed(g, e, ratio) for g, e in zip(inbound.arrays, old, strict=True)]
         )
-        averages, rests, memory, server = channel.average(
+        means, rests, memory, server = channel.average(
             inbound, full, state.memory, state.server, ratio
         )
-        dtypes = [b.dtype for b in inbound.layout.buckets]
-        # The average is applied in the leaf's dtype; every worker owes the rounding.
-        applied = [bits.round_to(a, d) for a, d in zip(averages, dtypes, strict=True)]
-        new = [
-            rest if a.dtype == d else rest + (a - r)
-            for rest, a, r, d in zip(rests, averages, applied, dtypes, strict=True)
-        ]
-        out = inbound.part(
-            [r.astype(d) for r, d in zip(applied, dtypes, strict=True)], inbound.arrays
-        )
+        new = unpaid(inbound, means, rests)
+        out = applied(inbound, [mean.decode() for mean in means])
         if residual_dtype is not None:
             new = [bits.cast(e, residual_dtype) for e in new]
         new = inbound.part(new, old)
         if rate is not None:
-            held = rate == 0
-            out = jax.tree.map(lambda u: jnp.where(held, jnp.zeros_like(u), u), out)
-            new, memory, server = jax.tree.map(
-                lambda n, o: jnp.where(held, o, n),
+            out, (new, memory, server) = hold(
+                rate,
+                out,
                 (new, memory, server),
                 (residual, state.memory, state.server),
             )
         return out, ErrorFeedbackState(
             count=optax.safe_increment(state.count),
-            residual=_wrap(channel, new),
+            residual=wrap(channel, new),
             memory=memory,
             server=server,
             learning_rate=last,
@@ -195,39 +190,8 @@ def error_feedback(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _is_float(dtype: Any) -> bool:
-    try:
-        return jnp.dtype(dtype).name in FLOATS
-    except TypeError:
-        return False
-
-
-def _rates(learning_rate: Any, state: ErrorFeedbackState) -> tuple[Any, Any, Any]:
-    """This step's rate, the last one that was not zero, and the residual's factor."""
-    if learning_rate is None:
-        return None, (), None
-    rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-    rate = jnp.asarray(rate).astype(jnp.float32)
-    previous = state.learning_rate
-    usable = (rate != 0) & (previous != 0)
-    ratio = jnp.where(usable, previous / jnp.where(usable, rate, 1), 1)
-    return rate, jnp.where(rate == 0, previous, rate), ratio
-
-
 def _owed(g: jax.Array, e: jax.Array, ratio: Any) -> jax.Array:
     """A leaf of the updates and what is owed of it, rescaled, in the compute dtype."""
     wide = compute_dtype(g.dtype)
     e = e if ratio is None else e * ratio.astype(e.dtype)
     return g.astype(wide) + e.astype(wide)
-
-
-def _wrap(channel: Channel, tree: Any) -> Any:
-    if channel.axis_name is None:
-        return tree
-    return PerWorker.wrap(tree, channel.axis_name)
-
-
-def _unwrap(channel: Channel, residual: Any) -> Any:
-    if channel.axis_name is None:
-        return residual
-    return residual.local(channel.api)

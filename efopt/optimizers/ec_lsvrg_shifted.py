@@ -141,7 +141,8 @@ def ec_lsvrg_shifted(
         inbound = channel.receive(target, state.estimator.count, shift)
         new = jax.tree.map(lambda f, h: f.astype(h.dtype) - h, target, shift)
         told = inbound.join(jax.tree.leaves(new))
-        averages, rests, memory, _ = channel.average(inbound, told, state.memory, ())
+        means, rests, memory, _ = channel.average(inbound, told, state.memory, ())
+        averages = [mean.decode() for mean in means]
         sent = [x - rest for x, rest in zip(told, rests, strict=True)]
         like = jax.tree.leaves(shift)
 

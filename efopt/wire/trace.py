@@ -48,7 +48,8 @@ def exchanged(
         memory, server = channel.init(tree)
         inbound = channel.receive(tree, jnp.int32(0))
         xs = inbound.join(inbound.arrays)
-        return channel.average(inbound, xs, memory, server)[0]
+        means = channel.average(inbound, xs, memory, server)[0]
+        return [mean.decode() for mean in means]
 
     return traced(step, tree, num_workers, sums or {})
 
