@@ -21,21 +21,39 @@ from efopt.compressors import sign as sign
 from efopt.compressors import terngrad as terngrad
 from efopt.compressors import threshold as threshold
 from efopt.compressors import top_k as top_k
+from efopt.estimators import DianaState as DianaState
+from efopt.estimators import LsvrgState as LsvrgState
+from efopt.estimators import diana as diana
+from efopt.estimators import lsvrg as lsvrg
+from efopt.estimators import star as star
 from efopt.feedback import CompressState as CompressState
 from efopt.feedback import (
     ContractiveErrorFeedbackState as ContractiveErrorFeedbackState,
 )
+from efopt.feedback import DampedErrorFeedbackState as DampedErrorFeedbackState
 from efopt.feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback import compress as compress
 from efopt.feedback import contractive_error_feedback as contractive_error_feedback
+from efopt.feedback import damped_error_feedback as damped_error_feedback
 from efopt.feedback import error_feedback as error_feedback
 from efopt.feedback import warm_up as warm_up
 from efopt.memory import MemoryPart as MemoryPart
 from efopt.memory import MemoryReport as MemoryReport
 from efopt.memory import memory_report as memory_report
+from efopt.optimizers import EclkState as EclkState
+from efopt.optimizers import EcLsvrgShiftedState as EcLsvrgShiftedState
 from efopt.optimizers import dist_ef_sgd as dist_ef_sgd
+from efopt.optimizers import ec_gd_star as ec_gd_star
+from efopt.optimizers import ec_lsvrg as ec_lsvrg
+from efopt.optimizers import ec_lsvrg_diana as ec_lsvrg_diana
+from efopt.optimizers import ec_lsvrg_shifted as ec_lsvrg_shifted
+from efopt.optimizers import ec_sgd as ec_sgd
+from efopt.optimizers import ec_sgd_diana as ec_sgd_diana
+from efopt.optimizers import eclk as eclk
+from efopt.optimizers import ecq_sgd as ecq_sgd
 from efopt.optimizers import ef_sgd as ef_sgd
 from efopt.optimizers import ef_signsgd as ef_signsgd
+from efopt.optimizers import loopless_katyusha as loopless_katyusha
 from efopt.optimizers import power_sgd_momentum as power_sgd_momentum
 from efopt.optimizers import signsgd as signsgd
 from efopt.optimizers import signum as signum
@@ -59,7 +77,12 @@ __all__ = [
     "Compressor",
     "CompressorState",
     "ContractiveErrorFeedbackState",
+    "DampedErrorFeedbackState",
+    "DianaState",
+    "EcLsvrgShiftedState",
+    "EclkState",
     "ErrorFeedbackState",
+    "LsvrgState",
     "MemoryPart",
     "MemoryReport",
     "PerWorker",
@@ -69,13 +92,25 @@ __all__ = [
     "compress",
     "contractive_error_feedback",
     "count_sketch",
+    "damped_error_feedback",
+    "diana",
     "dist_ef_sgd",
     "distribute",
+    "ec_gd_star",
+    "ec_lsvrg",
+    "ec_lsvrg_diana",
+    "ec_lsvrg_shifted",
+    "ec_sgd",
+    "ec_sgd_diana",
+    "eclk",
+    "ecq_sgd",
     "ef_sgd",
     "ef_signsgd",
     "error_feedback",
     "identity",
     "local_params",
+    "loopless_katyusha",
+    "lsvrg",
     "memory_report",
     "natural",
     "partition",
@@ -92,6 +127,7 @@ __all__ = [
     "signsgd",
     "signum",
     "stack_workers",
+    "star",
     "terngrad",
     "threshold",
     "top_k",

@@ -59,7 +59,9 @@ COMPRESSORS = {
 SCHEMES = {
     name
     for name, f in FUNCTIONS.items()
-    if f.__module__.startswith(("efopt.feedback.", "efopt.optimizers."))
+    if f.__module__.startswith(
+        ("efopt.estimators.", "efopt.feedback.", "efopt.optimizers.")
+    )
     and inspect.signature(f).return_annotation is not Any
 }
 each_name = pytest.mark.parametrize("name", efopt.__all__)
@@ -242,6 +244,7 @@ FLOORS = {
     "workers": 1,
     "exchange": 2,
     "feedback": 3,
+    "estimators": 3,
     "wire": 3,
     "optimizers": 4,
 }

@@ -8,6 +8,12 @@ from efopt.feedback.contractive import (
 from efopt.feedback.contractive import (
     contractive_error_feedback as contractive_error_feedback,
 )
+from efopt.feedback.damped_error_feedback import (
+    DampedErrorFeedbackState as DampedErrorFeedbackState,
+)
+from efopt.feedback.damped_error_feedback import (
+    damped_error_feedback as damped_error_feedback,
+)
 from efopt.feedback.error_feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback.error_feedback import error_feedback as error_feedback
 from efopt.feedback.warm_up import warm_up as warm_up
