@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from workers_under_test import AXIS, run
 
 import efopt
+from efopt.compressors import layout
 from efopt.feedback import store
 
 SKETCH = efopt.count_sketch(fraction=0.2)
@@ -253,10 +254,10 @@ def test_four_bits_to_the_nearest_are_refused_for_a_reason():
     kept = store.Store("", nearest.codec, None, None, None)
     x = jnp.ones((40, 25))
     turn = store.Turn(jnp.uint32(0), jnp.uint32(0))
-    layout = kept.layout(x)
+    plan = kept.layout(x)
     small = jnp.full((40, 25), 0.05).at[0, 0].set(1.0)
-    written = kept.write(layout, [kept.init(x)], [small], turn, None)
-    (read,) = kept.recall(layout, written, [jnp.zeros_like(x)], turn, None)
+    written = kept.write(plan, [kept.init(x)], [small], turn, None)
+    (read,) = kept.recall(plan, written, [jnp.zeros_like(x)], turn, None)
     assert (read.reshape(-1)[1:256] == 0).all()  # forgotten, at every step
 
 
@@ -321,7 +322,8 @@ def test_a_large_leaf_is_stored_as_a_small_one_is(name, monkeypatch):
     memory, rng = MEMORIES[name], np.random.default_rng(4)
     grads = [tree(rng, shapes={"w": (41, 67), "v": (64, 64)}) for _ in range(4)]
     expected, expected_state = steps(scheme(memory), grads)
-    monkeypatch.setattr(store, "BUCKET_SIZE", 1000)
+    for module in (store, layout):
+        monkeypatch.setattr(module, "BUCKET_SIZE", 1000)
     monkeypatch.setattr(store, "PIECES", 5)
     got, state = steps(scheme(memory), grads)
     tolerance = {} if name in EXACT else {"rtol": 0, "atol": 1e-5}

@@ -150,3 +150,19 @@ def test_ef_sgd_images_tells_its_options_and_refuses_what_does_not_divide(tmp_pa
     assert told.returncode == 0 and "--workers" in told.stdout
     done = run(script, "--batch", "10", "--workers", "3", folder=tmp_path)
     assert done.returncode == 2 and "multiple of --workers" in done.stderr
+
+
+def test_conef_text_tells_its_options_and_writes_what_it_found(tmp_path):
+    script, text = "paper/conef_text.py", tmp_path / "text.txt"
+    done = run(script, "--batch", "10", folder=tmp_path)
+    assert done.returncode == 2 and "multiple of --workers" in done.stderr
+    text.write_text("to be or not to be, that is the question; " * 50)
+    options = "--steps 3 --every 2 --width 32 --batch 16 --methods none ef conef-int8"
+    done = run(script, "--data", text, *options.split(), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(none|ef|conef-int8) +([\d.]+) +([\d,]+)", done.stdout, re.M)
+    sizes = {name: int(size.replace(",", "")) for name, _, size in rows}
+    assert sizes["none"] == 0 < sizes["conef-int8"] < sizes["ef"] / 3
+    assert all(float(loss) > 0 for _, loss, _ in rows)
+    assert (tmp_path / "conef_text.png").is_file()
+    assert "conef-int8" in (tmp_path / "conef_text.json").read_text()

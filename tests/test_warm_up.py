@@ -19,6 +19,7 @@ SCHEMES = {
     "conef": lambda axis: efopt.contractive_error_feedback(
         BLOCK, efopt.quantize(4), axis
     ),
+    "damped": lambda axis: efopt.damped_error_feedback(BLOCK, 1.0, 0.9, axis),
 }
 
 
@@ -40,6 +41,7 @@ def trees(seed, number, lead=()):
         ("compress", "vmap"),
         ("error_feedback", "auto"),
         ("conef", "auto"),
+        pytest.param("damped", "auto", marks=pytest.mark.slow),
         pytest.param("conef", "vmap", marks=pytest.mark.slow),
         pytest.param("conef", "pmap", marks=pytest.mark.slow),
         pytest.param("error_feedback", "explicit", marks=pytest.mark.slow),

@@ -11,11 +11,17 @@ from efopt.compressors import options
 from efopt.exchange.base import mean
 from efopt.feedback.compress import CompressState
 from efopt.feedback.contractive import ContractiveErrorFeedbackState
+from efopt.feedback.damped_error_feedback import DampedErrorFeedbackState
 from efopt.feedback.error_feedback import ErrorFeedbackState
 from efopt.workers import axis
 from efopt.workers.node import PerWorker, is_node
 
-SCHEMES = (CompressState, ErrorFeedbackState, ContractiveErrorFeedbackState)
+SCHEMES = (
+    CompressState,
+    ErrorFeedbackState,
+    ContractiveErrorFeedbackState,
+    DampedErrorFeedbackState,
+)
 
 
 def warm_up(
@@ -44,8 +50,9 @@ def warm_up(
     Placement: that of the scheme.
 
     Args:
-      scheme: :func:`efopt.compress`, :func:`efopt.error_feedback` or
-        :func:`efopt.contractive_error_feedback` over the same axis.
+      scheme: :func:`efopt.compress`, :func:`efopt.error_feedback`,
+        :func:`efopt.contractive_error_feedback` or
+        :func:`efopt.damped_error_feedback` over the same axis.
       steps: Updates that are averaged uncompressed, at least 1. Static.
       axis_name: The mapped axis to average over; ``None`` for one worker.
 
@@ -54,8 +61,7 @@ def warm_up(
 
     Raises:
       TypeError: If ``steps`` is not a Python int (for example traced by
-        ``optax.inject_hyperparams``); from ``init``, if ``scheme`` is none of the
-        three.
+        ``optax.inject_hyperparams``); from ``init``, if ``scheme`` is none of these.
       ValueError: If ``steps < 1``; from ``init``, if the scheme works over another
         axis; at trace time as the scheme.
 
@@ -82,7 +88,7 @@ def warm_up(
         if not isinstance(state, SCHEMES):
             raise TypeError(
                 "`warm_up(scheme)` takes `efopt.compress`, `efopt.error_feedback` or "
-                "`efopt.contractive_error_feedback`, and no chain that holds one; got "
+                "another scheme of efopt's itself, and no chain that holds one; got "
                 f"a transformation with the state {type(state).__name__}."
             )
         nodes = [x for x in jax.tree.leaves(state, is_leaf=is_node) if is_node(x)]
