@@ -39,7 +39,7 @@ import cluster_network
 import matplotlib.pyplot as plt
 from cluster_network import RATES, ClusterError
 from cluster_task import WARM_UP
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 SCRIPTS = dict.fromkeys(cluster_jax.METHODS, "cluster_jax.py")  # of each method
 TORCH = util.find_spec("torch") is not None
@@ -174,6 +174,7 @@ def draw(results, title, path):
         axes.set(title=rate, xscale="log", xlabel="median seconds of a step")
         axes.set_xlim(min(seconds) / 2, 5 * max(seconds))
         axes.xaxis.set_major_formatter(EngFormatter(unit="s"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     panels[0, 0].invert_yaxis()
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
