@@ -81,6 +81,7 @@ def test_train_digits_saves_a_small_png(trained):
     assert "picture.png" in done.stdout
 
 
+@pytest.mark.slow
 def test_train_digits_is_the_same_on_one_device(train_digits, mesh):
     """What a single accelerator does, which no machine with 8 devices would run."""
     draws = np.random.default_rng(0)
@@ -152,6 +153,7 @@ def test_ef_sgd_images_tells_its_options_and_refuses_what_does_not_divide(tmp_pa
     assert done.returncode == 2 and "multiple of --workers" in done.stderr
 
 
+@pytest.mark.slow
 def test_conef_text_tells_its_options_and_writes_what_it_found(tmp_path):
     script, text = "paper/conef_text.py", tmp_path / "text.txt"
     done = run(script, "--batch", "10", folder=tmp_path)
