@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -168,3 +169,23 @@ def test_conef_text_tells_its_options_and_writes_what_it_found(tmp_path):
     assert all(float(loss) > 0 for _, loss, _ in rows)
     assert (tmp_path / "conef_text.png").is_file()
     assert "conef-int8" in (tmp_path / "conef_text.json").read_text()
+
+
+@pytest.mark.slow
+def test_error_feedback_trains_through_wrong_labels_at_batch_eight(monkeypatch):
+    """Mean of five seeds, at the rates that `noisy_labels.py` chooses by itself."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "paper"))
+    noisy_labels = importlib.import_module("noisy_labels")
+    keys = jax.random.split(jax.random.key(0), 5)
+
+    def mean(method, rate):
+        scores = []
+        for seed in range(5):
+            data = [a[None] for a in noisy_labels.digits(0.3, seed)]
+            key, small = keys[seed : seed + 1], rate * 8 / 128
+            scores += list(noisy_labels.accuracy(method, small, 8, 1000, data, key))
+        return 100 * sum(map(float, scores)) / 5
+
+    feedback = mean("ef-signsgd", 0.3)
+    assert feedback >= mean("scaled-sign", 0.3) + 1
+    assert feedback >= mean("sgdm", 0.1) - 1

@@ -7,9 +7,11 @@ and with a share of the training labels replaced by random ones. All seeds train
 side, under `jax.vmap`. Prints the mean test accuracy; a minute or two on a GPU, long on
 a CPU.
 
-How long one trains decides the picture. After 1000 steps scaled sign is behind SGD with
-momentum, with right labels and with wrong ones. After 6000 SGD has learnt the wrong
-labels by heart, error feedback follows it there, and the signs do not.
+How long one trains decides the picture. With 30 % of the labels replaced, after 1000
+steps, SGD with momentum has 94.2 % of the test images right, EF-signSGD 94.1 and scaled
+sign 87.2 (five seeds). After 6000 SGD has learnt the wrong labels by heart, 78.4, error
+feedback follows it there, 88.6, and scaled sign does not, 95.7. With the right labels
+all four then end between 97.6 and 98.9.
 
     python examples/paper/noisy_labels.py --seeds 5 --steps 1000
 """
