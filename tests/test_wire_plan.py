@@ -42,8 +42,8 @@ CASES = {
 }
 
 
-def compiled(compressor, exchange, n, tree=TREE):
-    """The step that averages `tree` over `n` devices, compiled for shapes alone."""
+def lowered(compressor, exchange, n, tree=TREE):
+    """The step that averages `tree` over `n` devices, lowered for shapes alone."""
     mesh = make_mesh("auto", n)
     tx = efopt.compress(compressor, AXIS, exchange)
     state = efopt.distribute(jax.eval_shape(tx.init, tree), mesh)
@@ -64,7 +64,7 @@ def compiled(compressor, exchange, n, tree=TREE):
 def agree(compressor, exchange, n):
     """Bytes to 1 %, padding included, and the same collectives of the same types."""
     planned = wire.plan(compressor, TREE, n, exchange, platform="cpu")
-    measured = wire.measure(compiled(compressor, exchange, n))
+    measured = wire.measure(lowered(compressor, exchange, n))
     sizes = measured.operand_bytes, measured.bytes_sent_per_worker
     assert planned.operand_bytes == pytest.approx(sizes[0], rel=0.01)
     assert planned.bytes_sent_per_worker == pytest.approx(sizes[1], rel=0.01)
@@ -76,6 +76,13 @@ def agree(compressor, exchange, n):
         )
 
     assert kinds(planned.report) == kinds(measured)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_exchange_of_every_row_lowers(row):
+    """With the types of ``shard_map`` checked; `pytest -m slow` compiles them all."""
+    for exchange in row.exchanges:
+        lowered(row.make(), exchange, 4)
 
 
 @pytest.mark.parametrize(("compressor", "exchange", "n"), CASES.values(), ids=CASES)

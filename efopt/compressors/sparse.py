@@ -52,11 +52,18 @@ class Sparse(Codec):
         return {"values": nested.write(self.values, values, blocks, turn), **found}
 
     def decode(self, payload, blocks, turn):
-        zeros = jnp.zeros((len(blocks.index), blocks.size), blocks.compute_dtype)
-        return self.decode_in(zeros, payload, blocks, turn)
+        values = self.read(payload, blocks, turn)
+        shape = len(blocks.index), blocks.size
+        # Like the values: a loop's start has to vary over the workers as they do.
+        zeros = jnp.zeros_like(values, shape=shape, dtype=blocks.compute_dtype)
+        return self.filled(zeros, values, payload, blocks, turn)
 
     def decode_in(self, zeros, payload, blocks, turn):
         values = self.read(payload, blocks, turn)
+        return self.filled(zeros, values, payload, blocks, turn)
+
+    def filled(self, zeros, values, payload, blocks, turn):
+        """Zeros with the values in their places; all the values, if none was left out."""
         if values.shape[1] == blocks.size:
             return values
         return self.add(zeros, values, payload, blocks, turn)

@@ -646,7 +646,8 @@ def draw(curves, title, path):
     axes[2].set(xlabel="passes over the data")
     axes[0].set(ylabel="f - f*")
     figure.suptitle(title)
-    figure.legend(loc="outside lower center", ncols=3)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
