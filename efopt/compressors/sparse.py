@@ -63,7 +63,7 @@ class Sparse(Codec):
         return self.filled(zeros, values, payload, blocks, turn)
 
     def filled(self, zeros, values, payload, blocks, turn):
-        """Zeros with the values in their places; all the values, if none was left out."""
+        """Zeros with the values in their places; all of them, if none was left out."""
         if values.shape[1] == blocks.size:
             return values
         return self.add(zeros, values, payload, blocks, turn)

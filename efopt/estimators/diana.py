@@ -11,8 +11,8 @@ import optax
 from efopt.compressors import options
 from efopt.compressors.base import Codec, compute_dtype
 from efopt.compressors.compressor import Compressor
-from efopt.estimators import parts
 from efopt.exchange.channel import open_channel
+from efopt.workers.node import unwrap, wrap
 
 
 class DianaState(NamedTuple):
@@ -127,14 +127,14 @@ def diana(
             lambda p: jnp.zeros(jnp.shape(p), compute_dtype(jnp.result_type(p))), params
         )
         return DianaState(
-            jnp.zeros([], jnp.int32), parts.wrap(zeros, axis_name), zeros, memory
+            jnp.zeros([], jnp.int32), wrap(zeros, axis_name), zeros, memory
         )
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         del params, extra_args
-        shift = parts.unwrap("diana", state.shift)
+        shift = unwrap("`diana`", state.shift)
         inbound = channel.receive(updates, state.count, shift)
         new = jax.tree.map(lambda g, h: g.astype(h.dtype) - h, updates, shift)
         told = inbound.join(jax.tree.leaves(new))
@@ -155,7 +155,7 @@ def diana(
 
         return out, DianaState(
             count=optax.safe_increment(state.count),
-            shift=parts.wrap(
+            shift=wrap(
                 jax.tree.map(learn, shift, inbound.part(sent, like), rates), axis_name
             ),
             mean=jax.tree.map(learn, state.mean, inbound.part(averages, like), rates),

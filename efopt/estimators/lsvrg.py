@@ -10,6 +10,7 @@ from jax import lax
 from efopt.compressors import options
 from efopt.estimators import parts
 from efopt.workers import axis
+from efopt.workers.node import unwrap, wrap
 
 
 class LsvrgState(NamedTuple):
@@ -112,8 +113,8 @@ def lsvrg(
     def init_fn(params: Any) -> Any:
         return LsvrgState(
             count=jnp.zeros([], jnp.int32),
-            reference=parts.wrap(jax.tree.map(jnp.asarray, params), point_axis),
-            gradient=parts.wrap(jax.tree.map(jnp.zeros_like, params), axis_name),
+            reference=wrap(jax.tree.map(jnp.asarray, params), point_axis),
+            gradient=wrap(jax.tree.map(jnp.zeros_like, params), axis_name),
         )
 
     def update_fn(
@@ -121,8 +122,8 @@ def lsvrg(
     ) -> Any:
         grad_fn, full_grad_fn = parts.functions("lsvrg", params, extra_args)
         parts.receive("lsvrg", axis_name, updates)
-        point = parts.unwrap("lsvrg", state.reference)
-        gradient = parts.unwrap("lsvrg", state.gradient)
+        point = unwrap("`lsvrg`", state.reference)
+        gradient = unwrap("`lsvrg`", state.gradient)
 
         # The coin of this step fell at the end of the last one, and moved the point.
         gradient = lax.cond(
@@ -139,7 +140,7 @@ def lsvrg(
         moves = toss(count)
         point = jax.tree.map(lambda w, x: jnp.where(moves, x, w), point, params)
         return updates, LsvrgState(
-            count, parts.wrap(point, point_axis), parts.wrap(gradient, axis_name)
+            count, wrap(point, point_axis), wrap(gradient, axis_name)
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -10,7 +10,6 @@ from jax import lax
 
 from efopt.compressors import bits, options
 from efopt.workers import axis
-from efopt.workers.node import PerWorker
 
 GradFn = Callable[[Any], Any]  # from parameters to gradients
 NOBODY = np.uint32(2**32 - 1)
@@ -39,16 +38,6 @@ def coin(probability: float, seed: int, step: Any, worker: Any = NOBODY) -> jax.
 def this_worker(axis_name: str | None) -> Any:
     """The number of this worker, 0 if there is one only."""
     return 0 if axis_name is None else lax.axis_index(axis_name)
-
-
-def wrap(tree: Any, axis_name: str | None) -> Any:
-    """Marks what is this worker's own."""
-    return tree if axis_name is None else PerWorker.wrap(tree, axis_name)
-
-
-def unwrap(api: str, tree: Any) -> Any:
-    """Inverse of :func:`wrap`."""
-    return tree.local(f"`{api}`") if isinstance(tree, PerWorker) else tree
 
 
 def receive(api: str, axis_name: str | None, updates: Any) -> None:

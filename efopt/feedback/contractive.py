@@ -11,16 +11,9 @@ from efopt.compressors.base import Message
 from efopt.compressors.compressor import Compressor
 from efopt.compressors.fence import zeros_after
 from efopt.exchange.channel import Inbound, open_channel
-from efopt.feedback.parts import (
-    applied,
-    check_float_dtype,
-    hold,
-    rates,
-    unpaid,
-    unwrap,
-    wrap,
-)
+from efopt.feedback.parts import applied, check_float_dtype, hold, rates, unpaid
 from efopt.feedback.store import open_store
+from efopt.workers.node import unwrap, wrap
 
 API = "contractive_error_feedback"
 
@@ -169,7 +162,7 @@ def contractive_error_feedback(
         own, server = channel.init(params)
         return ContractiveErrorFeedbackState(
             count=jnp.zeros([], jnp.int32),
-            residual=wrap(channel, store.init(params)),
+            residual=wrap(store.init(params), axis_name),
             memory=own,
             server=server,
             learning_rate=() if learning_rate is None else jnp.zeros([], jnp.float32),
@@ -180,7 +173,7 @@ def contractive_error_feedback(
     ) -> Any:
         del params, extra_args
         inbound = channel.receive(updates, state.count)
-        residual = unwrap(channel, state.residual)
+        residual = unwrap(channel.api, state.residual)
         store.check(residual, updates)
         layout, turn = store.layout(updates), inbound.turn
         old = inbound.treedef.flatten_up_to(residual)
@@ -202,7 +195,7 @@ def contractive_error_feedback(
             )
         return out, ContractiveErrorFeedbackState(
             count=optax.safe_increment(state.count),
-            residual=wrap(channel, new),
+            residual=wrap(new, axis_name),
             memory=own,
             server=server,
             learning_rate=last,

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.compressors import bits, options
+from efopt.compressors import options
 from efopt.compressors.base import compute_dtype
 from efopt.compressors.compressor import Compressor
 from efopt.exchange.channel import open_channel
-from efopt.workers.node import PerWorker
+from efopt.feedback.parts import applied
+from efopt.workers.node import unwrap, wrap
 
 
 class DampedErrorFeedbackState(NamedTuple):
@@ -96,17 +97,14 @@ def damped_error_feedback(
         zeros = jax.tree.map(
             lambda p: jnp.zeros(jnp.shape(p), compute_dtype(jnp.result_type(p))), params
         )
-        if axis_name is not None:
-            zeros = PerWorker.wrap(zeros, axis_name)
-        return DampedErrorFeedbackState(jnp.zeros([], jnp.int32), zeros, memory)
+        count = jnp.zeros([], jnp.int32)
+        return DampedErrorFeedbackState(count, wrap(zeros, axis_name), memory)
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         del params, extra_args
-        error = state.error
-        if axis_name is not None:
-            error = error.local(channel.api)
+        error = unwrap(channel.api, state.error)
         inbound = channel.receive(updates, state.count, error)
         given, old = inbound.join(inbound.arrays), inbound.join(jax.tree.leaves(error))
         full = [g + alpha * h for g, h in zip(given, old, strict=True)]
@@ -115,12 +113,8 @@ def damped_error_feedback(
         # beta h + g - q, of which g + alpha h - q is what is left
         new = [rest + (beta - alpha) * h for rest, h in zip(rests, old, strict=True)]
         new = inbound.part(new, jax.tree.leaves(error))
-        if axis_name is not None:
-            new = PerWorker.wrap(new, axis_name)
-        buckets = inbound.layout.buckets
-        out = [bits.cast(x, b.dtype) for x, b in zip(averages, buckets, strict=True)]
-        return inbound.part(out, inbound.arrays), DampedErrorFeedbackState(
-            optax.safe_increment(state.count), new, memory
-        )
+        count = optax.safe_increment(state.count)
+        state = DampedErrorFeedbackState(count, wrap(new, axis_name), memory)
+        return applied(inbound, averages), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

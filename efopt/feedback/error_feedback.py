@@ -10,15 +10,8 @@ from efopt.compressors import bits
 from efopt.compressors.base import compute_dtype
 from efopt.compressors.compressor import Compressor
 from efopt.exchange.channel import open_channel
-from efopt.feedback.parts import (
-    applied,
-    check_float_dtype,
-    hold,
-    rates,
-    unpaid,
-    unwrap,
-    wrap,
-)
+from efopt.feedback.parts import applied, check_float_dtype, hold, rates, unpaid
+from efopt.workers.node import unwrap, wrap
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -145,7 +138,7 @@ def error_feedback(
 
         return ErrorFeedbackState(
             count=jnp.zeros([], jnp.int32),
-            residual=wrap(channel, jax.tree.map(zeros, params)),
+            residual=wrap(jax.tree.map(zeros, params), axis_name),
             memory=memory,
             server=server,
             learning_rate=() if learning_rate is None else jnp.zeros([], jnp.float32),
@@ -155,7 +148,7 @@ def error_feedback(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         del params, extra_args
-        residual = unwrap(channel, state.residual)
+        residual = unwrap(channel.api, state.residual)
         inbound = channel.receive(updates, state.count, residual)
         old = jax.tree.leaves(residual)
         rate, last, ratio = rates(learning_rate, state)
@@ -181,7 +174,7 @@ def error_feedback(
             )
         return out, ErrorFeedbackState(
             count=optax.safe_increment(state.count),
-            residual=wrap(channel, new),
+            residual=wrap(new, axis_name),
             memory=memory,
             server=server,
             learning_rate=last,

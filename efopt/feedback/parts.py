@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from efopt.compressors import bits
 from efopt.compressors.base import Message
 from efopt.compressors.compressor import FLOATS
-from efopt.exchange.channel import Channel, Inbound
-from efopt.workers.node import PerWorker
+from efopt.exchange.channel import Inbound
 
 
 def check_float_dtype(api: str, name: str, dtype: Any) -> None:
@@ -65,17 +64,3 @@ def hold(rate: jax.Array, out: Any, new: Any, old: Any) -> tuple[Any, Any]:
     held = rate == 0
     out = jax.tree.map(lambda u: jnp.where(held, jnp.zeros_like(u), u), out)
     return out, jax.tree.map(lambda n, o: jnp.where(held, o, n), new, old)
-
-
-def wrap(channel: Channel, tree: Any) -> Any:
-    """Marks what differs from worker to worker, if there are several."""
-    if channel.axis_name is None:
-        return tree
-    return PerWorker.wrap(tree, channel.axis_name)
-
-
-def unwrap(channel: Channel, residual: Any) -> Any:
-    """Inverse of :func:`wrap`, inside the mapped function."""
-    if channel.axis_name is None:
-        return residual
-    return residual.local(channel.api)

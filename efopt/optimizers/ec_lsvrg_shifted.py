@@ -9,10 +9,10 @@ import optax
 from efopt.compressors import Compressor
 from efopt.compressors.base import compute_dtype
 from efopt.estimators import lsvrg
-from efopt.estimators.parts import unwrap, wrap
 from efopt.exchange.channel import open_channel
 from efopt.feedback import error_feedback
 from efopt.optimizers import parts
+from efopt.workers.node import unwrap, wrap
 
 
 class EcLsvrgShiftedState(NamedTuple):
@@ -128,7 +128,7 @@ def ec_lsvrg_shifted(
         estimate, inner = estimator.update(
             updates, state.estimator, params, **extra_args
         )
-        shift = unwrap(api, state.shift)
+        shift = unwrap(f"`{api}`", state.shift)
         fresh = jax.tree.map(lambda g, h: g - h.astype(g.dtype), estimate, shift)
         scaled: Any
         scaled, rate_state = rate.update((fresh, state.mean), state.rate)
@@ -137,7 +137,7 @@ def ec_lsvrg_shifted(
         out = jax.tree.map(lambda q, h: q + h.astype(q.dtype), average, drift)
 
         # The shifts follow the gradients at the reference point, as of this step.
-        target = unwrap(api, inner.gradient)
+        target = unwrap(f"`{api}`", inner.gradient)
         inbound = channel.receive(target, state.estimator.count, shift)
         new = jax.tree.map(lambda f, h: f.astype(h.dtype) - h, target, shift)
         told = inbound.join(jax.tree.leaves(new))

@@ -15,6 +15,7 @@ from efopt.estimators import parts
 from efopt.exchange import base
 from efopt.feedback import error_feedback
 from efopt.optimizers.parts import check_contractive
+from efopt.workers.node import unwrap, wrap
 
 Prox = Callable[[Any, float], Any]  # of a tree of parameters and a step size
 
@@ -173,7 +174,7 @@ def eclk(
             y=wide,
             z=wide,
             w=wide,
-            own=parts.wrap(jax.tree.map(jnp.zeros_like, wide), axis_name),
+            own=wrap(jax.tree.map(jnp.zeros_like, wide), axis_name),
             gradient=jax.tree.map(jnp.zeros_like, wide),
             feedback=feedback.init(wide),
         )
@@ -197,7 +198,7 @@ def eclk(
             (state.count == 0) | parts.coin(p, seed, state.count),
             refresh,
             lambda old: old,
-            (parts.unwrap("eclk", state.own), state.gradient),
+            (unwrap("`eclk`", state.own), state.gradient),
         )
         there = own
         if grad_fn is not full_grad_fn:
@@ -233,9 +234,7 @@ def eclk(
             w,
             params,
         )
-        return out, EclkState(
-            count, y, z, w, parts.wrap(own, axis_name), gradient, owed
-        )
+        return out, EclkState(count, y, z, w, wrap(own, axis_name), gradient, owed)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -67,6 +67,16 @@ class PerWorker:
         return cls(jax.tree.map(lambda x: x[None], value), axis_name, split)
 
 
+def wrap(value: Any, axis_name: str | None) -> Any:
+    """Marks what is each worker's own, if there are several workers."""
+    return value if axis_name is None else PerWorker.wrap(value, axis_name)
+
+
+def unwrap(api: str, value: Any) -> Any:
+    """Inverse of :func:`wrap`, inside the mapped function."""
+    return value.local(api) if is_node(value) else value
+
+
 def is_node(x: Any) -> bool:
     """Whether ``x`` is a :class:`PerWorker`; for ``is_leaf``."""
     return isinstance(x, PerWorker)
