@@ -36,13 +36,13 @@ def task(example):
 def prepared(example, task, name, mesh):
     model, params, images, labels = task
     feedback = example.METHODS[name]
-    return example.prepare(model.apply, params, feedback, optax.adam(1e-3), mesh)
+    return example.prepare(model.apply, params, feedback, optax.adagrad(0.01), mesh)
 
 
 def unsharded(example, task, name):
     """The same training, every worker with all parameters and moments, by vmap."""
     model, params, images, labels = task
-    tx = optax.chain(example.METHODS[name], optax.adam(1e-3))
+    tx = optax.chain(example.METHODS[name], optax.adagrad(0.01))
 
     def step(state, batch):
         params, opt_state = state
@@ -75,7 +75,7 @@ def test_sharded_training_is_the_same_as_unsharded(example, task, mesh):
     expected = unsharded(example, task, "conef")
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
-    for x in jax.tree.leaves((state.params, state.moments[0].mu)):
+    for x in jax.tree.leaves((state.params, state.moments[0].sum_of_squares)):
         assert x.addressable_shards[0].data.shape[0] == 1  # a range a worker
 
 
@@ -106,5 +106,5 @@ def test_peak_memory_is_less_by_most_of_a_residual(example, task, mesh):
         memory = compiled.memory_analysis()
         peaks[name] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         ranges = example.held((state.params, state.moments))
-        assert ranges <= 3 * gradient / WORKERS + 1000
+        assert ranges <= 2 * gradient / WORKERS + 1000
     assert peaks["ef"] - peaks["conef-4"] > 0.6 * gradient, (peaks, gradient)
