@@ -13,8 +13,7 @@ import efopt
 from efopt import wire
 
 SHAPES = [(4096, 2048), (1024, 1600), (777, 2)]  # 10 M
-# Without it this compiler makes the all-gather an all-reduce of zero-padded buffers.
-OPTIONS = {"xla_tpu_prefer_async_allgather_to_allreduce": "true"}
+TOPOLOGY = "v5e:8x8"
 
 
 @pytest.mark.parametrize(
@@ -23,7 +22,7 @@ OPTIONS = {"xla_tpu_prefer_async_allgather_to_allreduce": "true"}
     ids=["majority_vote", "dist_ef_sgd"],
 )
 def test_one_bit_a_coordinate_each_way(tx):
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:8x8")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY)
     devices = np.array(topology.devices).reshape(-1)
     mesh, n = Mesh(devices, ("data",), axis_types=(AxisType.Auto,)), devices.size
     params = [jax.ShapeDtypeStruct(s, jnp.float32) for s in SHAPES]
@@ -39,7 +38,11 @@ def test_one_bit_a_coordinate_each_way(tx):
 
     fn = jax.shard_map(step, mesh=mesh, in_specs=(specs, P("data")), out_specs=specs)
     report = wire.measure(
-        jax.jit(fn, donate_argnums=0, compiler_options=OPTIONS), state, grads
+        jax.jit(
+            fn, donate_argnums=0, compiler_options=wire.tpu_compiler_options(TOPOLOGY)
+        ),
+        state,
+        grads,
     )
     size = sum(np.prod(s) for s in SHAPES)
     sent = {c.operation: c.operand_bytes for c in report.collectives}
