@@ -95,6 +95,24 @@ def test_collectives_do_not_grow_with_leaves_or_dtypes(compressor, exchange):
     assert len(got.collectives) <= limit
 
 
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        efopt.power_sgd(2),
+        efopt.partition(
+            {"matrix": efopt.power_sgd(2), "vector": efopt.identity()},
+            lambda params: ["matrix" if p.ndim > 1 else "vector" for p in params],
+        ),
+    ],
+    ids=["power_sgd", "partition"],
+)
+def test_two_rounds_are_two_collectives_however_many_matrices(compressor):
+    """Of different shapes, so that no two are one batch."""
+    shapes = [(64, 64), (64,), (32, 48), (48,), (64, 65), (65,), (100, 33), (33,)]
+    got = report(compressor, None, shapes)
+    assert len(got.collectives) == 2
+
+
 def test_packed_sign_is_thirty_times_smaller_than_dense():
     """20 leaves, 1 M coordinates, blocks of 1024, padding included."""
     shapes = [(100, 500)] * 19 + [(50_000,)]

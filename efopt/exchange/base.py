@@ -38,12 +38,17 @@ class Exchange:
         return None
 
     def meet(
-        self, messages: Sequence[Message], axis_name: str, server: Any
+        self, messages: Sequence[Message], axis_name: str, server: Any, dense: bool
     ) -> tuple[list[Message], Any]:
         """A message of the mean over workers of each, and the new server residual.
 
-        ``server`` is what this worker, as an owner, still owes: one array per group of
-        messages (see :mod:`efopt.exchange.groups`), or ``()``.
+        Args:
+          messages: Those of one round.
+          axis_name: The workers' axis.
+          server: What this worker, as an owner, still owes: one array per group of
+            messages (see :mod:`efopt.exchange.groups`), or ``()``.
+          dense: Whether nothing in the tree is compressed. Then the mean of every leaf
+            is that of ``lax.pmean``, to the bit.
         """
         raise TypeError("`Exchange.meet` is for subclasses to implement.")
 

@@ -17,6 +17,7 @@ from efopt.compressors.compressor import (
     open_memory,
 )
 from efopt.compressors.conversation import alone, converse
+from efopt.compressors.identity import Identity
 from efopt.compressors.layout import Bucket, Layout, plan
 from efopt.exchange.all_gather import AllGather
 from efopt.exchange.all_reduce import AllReduce
@@ -133,6 +134,7 @@ class Channel:
             return averages, rests, close_memory(layout, treedef, memories, memory), ()
 
         routes = [self.route(b.codec) for b in layout.buckets]
+        dense = all(isinstance(b.codec, Identity) for b in layout.buckets)
         owed = self._owed(layout, server, lax.axis_size(name), ratio)
 
         def meet(messages: dict[int, Message]) -> dict[int, Message]:
@@ -147,7 +149,7 @@ class Channel:
             means = {}
             for way, numbers in ways.items():
                 asked = [messages[i] for i in numbers]
-                got, left = way.meet(asked, name, owed if way.keeps else ())
+                got, left = way.meet(asked, name, owed if way.keeps else (), dense)
                 means.update(zip(numbers, got, strict=True))
                 owed = left if way.keeps else owed
             return means

@@ -39,7 +39,8 @@ class TwoPhase(Exchange):
             return f"it sends whole leaves, which cannot be split over workers; {cure}"
         return None
 
-    def meet(self, messages, axis_name, server):
+    def meet(self, messages, axis_name, server, dense):
+        del dense
         n, my = lax.axis_size(axis_name), lax.axis_index(axis_name)
         groups = group(messages, n)
         payloads = [g.whole.payload for g in groups]
