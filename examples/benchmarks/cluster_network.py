@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 RATES = {"100mbit": 100e6, "1gbit": 1e9, "10gbit": 10e9}  # name for tc -> bit/s
-QUEUE = "100ms"  # what waits at most, so that TCP rarely loses a packet
+QUEUE = 2**24  # bytes that wait at most: more than TCP sends at once, so none is lost
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 HOSTS_FILES = Path("/etc/netns")  # where `ip netns exec` looks for them
 PORT = 47000
@@ -126,7 +126,7 @@ def _namespace(name, cleanup):
 def _limit(namespace, interface, rate):
     # What may pass at once: 100 us of the link, and at least a few packets.
     burst = str(max(16_000, int(RATES[rate] / 8 * 100e-6)))
-    bucket = "tbf", "rate", rate, "burst", burst, "latency", QUEUE
+    bucket = "tbf", "rate", rate, "burst", burst, "limit", str(QUEUE)
     _run("tc", "-n", namespace, "qdisc", "add", "dev", interface, "root", *bucket)
 
 
