@@ -118,6 +118,7 @@ def test_machine_is_named_by_what_matters(cluster):
         ("--workers two", "invalid int value: 'two'"),
         ("--methods adam", "no 'adam', choose from dense, sign"),
         ("--steps 3", "must be at least 4, got 3"),
+        ("--rounds 0", "must be at least 1, got 0"),
         ("--batch 0", "must be at least 1, got 0"),
         ("--port -1", "must be 0 to 65535, got -1"),
         ("--port 65536", "must be 0 to 65535, got 65536"),
@@ -206,7 +207,7 @@ def test_a_failing_worker_is_quoted(cluster, network, tmp_path):
 
 def test_two_processes_on_localhost(tmp_path):
     methods = ["dense", "sign"]
-    options = "--steps", "5", "--batch", "1", "--methods", *methods
+    options = "--steps", "5", "--rounds", "1", "--batch", "1", "--methods", *methods
     process = start(tmp_path, "--rates", *options)
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
