@@ -17,6 +17,7 @@ import optax
 import oracle
 import pytest
 from registry import EXCHANGES, KINDS, ROWS
+from workers_under_test import slow
 
 import efopt
 
@@ -42,10 +43,7 @@ PLAIN = {"a": ((1035,), jnp.float32), "b": ((45, 23), jnp.bfloat16)}
 
 
 def each(rows):
-    params = [
-        pytest.param(r, id=r.name, marks=[pytest.mark.slow] if r.slow else [])
-        for r in rows
-    ]
+    params = [slow(r, when=r.slow, id=r.name) for r in rows]
     return pytest.mark.parametrize("row", params)
 
 

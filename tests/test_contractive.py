@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from workers_under_test import AXIS, run
+from workers_under_test import AXIS, run, slow
 
 import efopt
 from efopt.compressors import layout
@@ -69,16 +69,12 @@ def assert_equal(a, b, **tolerance):
 # ---------------------------------------------------------------- what is conserved
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize(
     "name, damping",
     [
         ("sketch", 0.0),
         ("sketch", 0.9),
-        ("sketch_random", 0.9),
+        slow("sketch_random", 0.9),
         ("sketch_rows", 0.9),
         slow("sketch", 0.5),
         slow("sketch", 1.0),
@@ -354,7 +350,7 @@ def test_a_step_is_the_same_with_and_without_jit(name):
     [
         ("sketch", "auto", 8),
         ("int4", "auto", 2),
-        ("int4", "auto", 1),
+        slow("int4", "auto", 1),
         slow("sketch", "auto", 1),
         slow("sketch", "auto", 2),
         slow("int4", "auto", 8),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from workers_under_test import AXIS, HOWS, copies, make_step, mapped, run
+from workers_under_test import AXIS, HOWS, copies, make_step, mapped, run, slow
 
 import efopt
 
@@ -45,7 +45,10 @@ def chain(name):
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("sign_gather", "top_k_two_phase", "random_k_two_phase")
+
+
+@pytest.mark.parametrize("name", [slow(n, when=n in SLOW) for n in CASES])
 def test_same_parameters_however_workers_are_mapped(name):
     grads = gradients(3)
     # Meshes of other kinds change nothing in how a compressor works: one per exchange.
@@ -66,7 +69,7 @@ def test_same_parameters_however_workers_are_mapped(name):
                     np.testing.assert_array_equal(workers, expected, err_msg=how)
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [slow(2), 3])
 @pytest.mark.parametrize("name", ["scaled_two_phase", "sign_vote", "top_k_gather"])
 def test_any_number_of_workers(name, n):
     """Workers on devices and workers by vmap agree, also where ranges do not divide."""

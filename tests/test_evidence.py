@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from workers_under_test import slow
 
 import efopt
 
@@ -427,7 +428,10 @@ MOMENTUM = {
 }
 
 
-@pytest.mark.parametrize("name", MOMENTUM)
+BY_DEFAULT = ("at_workers", "power_sgd", "at_server")
+
+
+@pytest.mark.parametrize("name", [slow(n, when=n not in BY_DEFAULT) for n in MOMENTUM])
 def test_momentum_behind_scaled_sign_does_not_train(name):
     tx, trains = MOMENTUM[name]
     accuracy, _ = train(tx)

@@ -46,6 +46,7 @@ def trained(tmp_path_factory):
     return folder, done
 
 
+@pytest.mark.slow
 def test_train_digits_prints_one_row_a_method(trained):
     _, done = trained
     lines = [re.split(r"\s{2,}", line) for line in done.stdout.splitlines()]
@@ -66,6 +67,7 @@ def test_train_digits_prints_one_row_a_method(trained):
         assert float(row[2]) == pytest.approx(operand["dense"] / operand[name], abs=0.1)
 
 
+@pytest.mark.slow
 def test_train_digits_shows_progress_with_the_loss(trained):
     _, done = trained
     assert "8 workers" in done.stdout
@@ -73,6 +75,7 @@ def test_train_digits_shows_progress_with_the_loss(trained):
         assert re.search(rf"^{name}: 100%.*loss=\d", done.stderr, re.M), name
 
 
+@pytest.mark.slow
 def test_train_digits_saves_a_small_png(trained):
     folder, done = trained
     assert [path.name for path in folder.iterdir()] == ["picture.png"]
@@ -135,6 +138,7 @@ def test_compressors_help():
     assert done.returncode == 0 and "--output" in done.stdout
 
 
+@pytest.mark.slow
 def test_train_nnx(tmp_path):
     done = run("train_nnx.py", "--steps", "30", folder=tmp_path)
     assert done.returncode == 0, done.stderr

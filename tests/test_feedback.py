@@ -7,7 +7,7 @@ import optax
 import oracle
 import pytest
 from jax.sharding import PartitionSpec as P
-from workers_under_test import AXIS, make_mesh
+from workers_under_test import AXIS, make_mesh, slow
 
 import efopt
 
@@ -195,8 +195,11 @@ def tolerance(dtype, exchange):
     return 3e-6
 
 
-DTYPES = [(c, e, d) for c, e in CASES for d in ("float32", "bfloat16")]
-DTYPES += [(c, e, "float16") for c, e in CASES[1:7:2] + CASES[8:12:2]]
+DTYPES = [
+    slow(compressor, exchange, dtype, when=i % every > 0)
+    for dtype, every in {"bfloat16": 2, "float32": 3, "float16": 6}.items()
+    for i, (compressor, exchange) in enumerate(CASES)
+]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ def run(*options, **variables):
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
 
 
+@pytest.mark.slow
 def test_float64():
     # Small programs: compiling them costs more than running them.
     run(JAX_DISABLE_MOST_OPTIMIZATIONS="1")

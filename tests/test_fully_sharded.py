@@ -66,6 +66,7 @@ def unsharded(example, task, name):
     return jax.tree.map(lambda p: p[0], state[0])
 
 
+@pytest.mark.slow
 def test_sharded_training_is_the_same_as_unsharded(example, task, mesh):
     state, step = prepared(example, task, "conef", mesh)
     for x, y in zip(*task[2:], strict=True):

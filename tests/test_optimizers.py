@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from workers_under_test import AXIS, make_mesh, make_step, run
+from workers_under_test import AXIS, make_mesh, make_step, run, slow
 
 import efopt
 from efopt import wire
@@ -47,7 +47,7 @@ def problem(seed=0, steps=STEPS):
 def some(names, *by_default):
     """All the names, of which `pytest -m slow` takes those that are not listed."""
     rest = [n for n in names if n not in by_default]
-    return [*by_default, *(pytest.param(n, marks=pytest.mark.slow) for n in rest)]
+    return [*by_default, *map(slow, rest)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
@@ -23,6 +25,7 @@ def test_program_keeps_python_blocks_and_line_numbers():
     assert program(text) == "\n\nb\n\n\n\n\n\n\ne\n\n"
 
 
+@pytest.mark.slow
 def test_readme_runs_on_eight_virtual_devices(tmp_path):
     script = tmp_path / "README.py"
     script.write_text(program(README.read_text()))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from workers_under_test import AXIS, mapped, run
+from workers_under_test import AXIS, mapped, run, slow
 
 import efopt
 
@@ -41,10 +41,10 @@ def trees(seed, number, lead=()):
         ("compress", "vmap"),
         ("error_feedback", "auto"),
         ("conef", "auto"),
-        pytest.param("damped", "auto", marks=pytest.mark.slow),
-        pytest.param("conef", "vmap", marks=pytest.mark.slow),
-        pytest.param("conef", "pmap", marks=pytest.mark.slow),
-        pytest.param("error_feedback", "explicit", marks=pytest.mark.slow),
+        slow("damped", "auto"),
+        slow("conef", "vmap"),
+        slow("conef", "pmap"),
+        slow("error_feedback", "explicit"),
     ],
 )
 def test_first_dense_and_then_compressed(name, how):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from workers_under_test import AXIS, make_mesh
+from workers_under_test import AXIS, FAST, make_mesh
 
 import efopt
 from efopt import wire
@@ -47,7 +47,7 @@ def report(compressor, exchange, shapes=SHAPES, n=8, dtypes=None):
         in_specs=(P(AXIS), specs),
         out_specs=(P(), specs),
     )
-    return wire.measure(jax.jit(fn), grads, state)
+    return wire.measure(jax.jit(fn, compiler_options=FAST), grads, state)
 
 
 @pytest.mark.parametrize(("compressor", "exchange"), CASES, ids=NAMES)

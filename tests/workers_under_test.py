@@ -9,13 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import efopt
 
 AXIS = "data"
+# For programs that are only looked at: cheaper machine code, the same collectives.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 HOWS = ("auto", "explicit", "two_d", "pmap", "vmap")
+
+
+def slow(*values, when=True, **kwargs):
+    """A case that `pytest -m slow` runs."""
+    return pytest.param(*values, marks=[pytest.mark.slow] if when else [], **kwargs)
 
 
 def make_mesh(how, n=8):
