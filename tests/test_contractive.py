@@ -72,7 +72,7 @@ def assert_equal(a, b, **tolerance):
 @pytest.mark.parametrize(
     "name, damping",
     [
-        ("sketch", 0.0),
+        slow("sketch", 0.0),
         ("sketch", 0.9),
         slow("sketch_random", 0.9),
         ("sketch_rows", 0.9),
@@ -289,7 +289,7 @@ def test_ten_million_parameters_in_a_fraction_of_the_memory(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["sketch", "int8", slow("int4"), slow("bfloat16"), slow("identity")]
+    "name", ["sketch", slow("int8"), slow("int4"), slow("bfloat16"), slow("identity")]
 )
 def test_a_large_leaf_is_stored_as_a_small_one_is(name, monkeypatch):
     """In pieces of blocks, the last of which is not full."""
@@ -328,7 +328,7 @@ def test_small_leaves_are_kept_exact():
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("sketch", "int4") else slow(n) for n in MEMORIES],
+    [slow(n, when=n != "int4") for n in MEMORIES],
 )
 def test_a_step_is_the_same_with_and_without_jit(name):
     tx, rng = scheme(MEMORIES[name]), np.random.default_rng(5)
@@ -348,7 +348,7 @@ def test_a_step_is_the_same_with_and_without_jit(name):
 @pytest.mark.parametrize(
     "name, how, workers",
     [
-        ("sketch", "auto", 8),
+        slow("sketch", "auto", 8),
         ("int4", "auto", 2),
         slow("int4", "auto", 1),
         slow("sketch", "auto", 1),

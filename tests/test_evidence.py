@@ -388,6 +388,7 @@ def train(tx, steps=200, workers=4, watch=lambda grads, state: 0.0):
     return float((guess == test_y).mean()), seen
 
 
+@pytest.mark.slow
 def test_corrected_gradients_stay_dense_while_a_network_trains():
     tx = optax.chain(efopt.error_feedback(efopt.scaled_sign(), "data"), optax.sgd(0.1))
 
@@ -428,7 +429,7 @@ MOMENTUM = {
 }
 
 
-BY_DEFAULT = ("at_workers", "power_sgd", "at_server")
+BY_DEFAULT = ("at_workers", "at_server")
 
 
 @pytest.mark.parametrize("name", [slow(n, when=n not in BY_DEFAULT) for n in MOMENTUM])

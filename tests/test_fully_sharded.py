@@ -12,6 +12,8 @@ import efopt
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "fully_sharded.py"
 WORKERS, STEPS = 8, 3
+# Whole programs on eight devices: `pytest -m slow`.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,6 @@ def unsharded(example, task, name):
     return jax.tree.map(lambda p: p[0], state[0])
 
 
-@pytest.mark.slow
 def test_sharded_training_is_the_same_as_unsharded(example, task, mesh):
     state, step = prepared(example, task, "conef", mesh)
     for x, y in zip(*task[2:], strict=True):

@@ -519,7 +519,7 @@ def test_accumulate_takes_the_mean_of_mini_steps(name):
     close(jax.tree.map(lambda x: x[1::2], twice), once, atol=1e-5)
 
 
-@some_optimizers
+@pytest.mark.parametrize("name", some(FACTORIES, "dist_ef_sgd"))
 def test_all_mappings_agree(name):
     """shard_map and pmap over three devices, against vmap on one."""
     params, grads, _, _ = problem(11, 3)
