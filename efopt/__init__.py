@@ -21,11 +21,23 @@ from efopt.compressors import sign as sign
 from efopt.compressors import terngrad as terngrad
 from efopt.compressors import threshold as threshold
 from efopt.compressors import top_k as top_k
-from efopt.estimators import DianaState as DianaState
-from efopt.estimators import LsvrgState as LsvrgState
-from efopt.estimators import diana as diana
-from efopt.estimators import lsvrg as lsvrg
-from efopt.estimators import star as star
+from efopt.convex import DianaState as DianaState
+from efopt.convex import EclkState as EclkState
+from efopt.convex import EcLsvrgShiftedState as EcLsvrgShiftedState
+from efopt.convex import LsvrgState as LsvrgState
+from efopt.convex import (
+    diana,
+    ec_lsvrg,
+    ec_lsvrg_shifted,
+    ec_sgd,
+    ec_sgd_diana,
+    eclk,
+    lsvrg,
+    star,
+)
+from efopt.convex import ec_gd_star as ec_gd_star
+from efopt.convex import ec_lsvrg_diana as ec_lsvrg_diana
+from efopt.convex import loopless_katyusha as loopless_katyusha
 from efopt.feedback import CompressState as CompressState
 from efopt.feedback import (
     ContractiveErrorFeedbackState as ContractiveErrorFeedbackState,
@@ -36,28 +48,18 @@ from efopt.feedback import compress as compress
 from efopt.feedback import contractive_error_feedback as contractive_error_feedback
 from efopt.feedback import damped_error_feedback as damped_error_feedback
 from efopt.feedback import error_feedback as error_feedback
+from efopt.feedback import virtual_params as virtual_params
 from efopt.feedback import warm_up as warm_up
 from efopt.memory import MemoryPart as MemoryPart
 from efopt.memory import MemoryReport as MemoryReport
 from efopt.memory import memory_report as memory_report
-from efopt.optimizers import EclkState as EclkState
-from efopt.optimizers import EcLsvrgShiftedState as EcLsvrgShiftedState
 from efopt.optimizers import dist_ef_sgd as dist_ef_sgd
-from efopt.optimizers import ec_gd_star as ec_gd_star
-from efopt.optimizers import ec_lsvrg as ec_lsvrg
-from efopt.optimizers import ec_lsvrg_diana as ec_lsvrg_diana
-from efopt.optimizers import ec_lsvrg_shifted as ec_lsvrg_shifted
-from efopt.optimizers import ec_sgd as ec_sgd
-from efopt.optimizers import ec_sgd_diana as ec_sgd_diana
-from efopt.optimizers import eclk as eclk
 from efopt.optimizers import ecq_sgd as ecq_sgd
 from efopt.optimizers import ef_sgd as ef_sgd
 from efopt.optimizers import ef_signsgd as ef_signsgd
-from efopt.optimizers import loopless_katyusha as loopless_katyusha
 from efopt.optimizers import power_sgd_momentum as power_sgd_momentum
 from efopt.optimizers import signsgd as signsgd
 from efopt.optimizers import signum as signum
-from efopt.optimizers import virtual_params as virtual_params
 from efopt.workers import AccumulateState as AccumulateState
 from efopt.workers import PerWorker as PerWorker
 from efopt.workers import accumulate as accumulate

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.compressors.base import compute_dtype
+from efopt.codecs.codec import compute_dtype
 from efopt.feedback.contractive import ContractiveErrorFeedbackState
-from efopt.wire.report import table
+from efopt.hlo.report import table
 from efopt.workers.node import PerWorker
 
 

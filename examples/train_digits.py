@@ -130,7 +130,7 @@ def train(name, tx, data, mesh, simulate, steps, seed):
 
     start = time.perf_counter()
     state, step = on_mesh(fresh, mesh)
-    wire = efopt.wire.measure(step, state, (images[picks[0]], labels[picks[0]]))
+    wire = efopt.hlo.measure(step, state, (images[picks[0]], labels[picks[0]]))
     if simulate:
         state, step = on_one_device(fresh, mesh.size)
     losses, first = [], start

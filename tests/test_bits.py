@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efopt.compressors import bits
-from efopt.exchange import buffers
+from efopt.ground import bits
 
 SIGMAS = 6
 
@@ -236,18 +235,18 @@ def test_carriers_bring_every_dtype_back_bit_for_bit(rows):
 
     @jax.jit
     def both(tree):
-        carrier = buffers.pack(tree, rows)
-        row = carrier[rows // 2][None]
+        packed = carrier.pack(tree, rows)
+        row = packed[rows // 2][None]
         return (
-            carrier,
-            buffers.unpack(carrier, tree, rows),
-            buffers.unpack(row, tree, rows),
+            packed,
+            carrier.unpack(packed, tree, rows),
+            carrier.unpack(row, tree, rows),
         )
 
-    carrier, whole, part = both(tree)
+    packed, whole, part = both(tree)
     # Each array of each row fills whole words of four bytes, and no more.
     words = sum(-(-x.nbytes // rows // 4) for x in jax.tree.leaves(tree))
-    assert carrier.shape == (rows, words) and carrier.dtype == jnp.uint32
+    assert packed.shape == (rows, words) and packed.dtype == jnp.uint32
     for x, y, z in zip(*map(jax.tree.leaves, (tree, whole, part)), strict=True):
         assert y.dtype == x.dtype and y.shape == x.shape
         assert np.asarray(y).tobytes() == x.tobytes()

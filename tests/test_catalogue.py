@@ -10,10 +10,10 @@ import pytest
 from workers_under_test import AXIS, slow
 
 import efopt
-from efopt.compressors import bits
-from efopt.compressors.base import Blocks, Turn
-from efopt.compressors.low_rank import orthonormalise
+from efopt.codecs.codec import Blocks, Turn
+from efopt.compressors.power_sgd import orthonormalise
 from efopt.compressors.quantize import private_bits
+from efopt.ground import bits
 
 
 def workers(tx, params, n):

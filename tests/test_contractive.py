@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from workers_under_test import AXIS, run, slow
 
 import efopt
-from efopt.compressors import layout
-from efopt.feedback import store
+from efopt.codecs import layout
+from efopt.feedback import stored as store
 
 SKETCH = efopt.count_sketch(fraction=0.2)
 MEMORIES = {

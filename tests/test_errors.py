@@ -499,7 +499,7 @@ OPTIONS = {
         ["`stack_workers(tree, num_workers)`", "Python int", "got bool"],
     ),
     "measure-of-text": (
-        lambda: efopt.wire.measure("%x = f32[8]{0} parameter(0)"),
+        lambda: efopt.hlo.measure("%x = f32[8]{0} parameter(0)"),
         TypeError,
         [
             "`measure(fn, ...)`",

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from workers_under_test import AXIS
 
 import efopt
-from efopt.estimators import parts
+from efopt.convex import coins
 
 TOP_1 = efopt.top_k(k=1)
 UNBIASED = efopt.random_k(k=1, unbiased=True)
@@ -124,14 +124,14 @@ def test_diana_and_star_keep_the_mean_and_learn_the_difference():
 def test_coins_fall_as_often_as_they_should_and_are_shared_or_not():
     n, p = 20_000, 0.3
     steps = jnp.arange(n)
-    shared = parts.coin(p, 1, steps)
-    own = [parts.coin(p, 1, steps, jnp.uint32(i)) for i in range(3)]
+    shared = coins.coin(p, 1, steps)
+    own = [coins.coin(p, 1, steps, jnp.uint32(i)) for i in range(3)]
     for coin in (shared, *own):  # five deviations: one false alarm in a million
         assert abs(coin.mean() - p) < 5 * (p * (1 - p) / n) ** 0.5
     both = jnp.mean(own[0] & own[1])
     assert abs(both - p**2) < 5 * (p**2 * (1 - p**2) / n) ** 0.5
-    assert not (parts.coin(p, 2, steps) == shared).all()
-    assert parts.coin(1.0, 0, steps).all()
+    assert not (coins.coin(p, 2, steps) == shared).all()
+    assert coins.coin(1.0, 0, steps).all()
 
 
 def test_eclk_goes_to_the_constrained_optimum():
@@ -171,8 +171,8 @@ def test_default_probability_is_twice_the_share_of_the_payload():
         return (x, state), (state.w != carry[1].w).any()
 
     _, moved = jax.jit(lambda c: jax.lax.scan(one, c, length=64))((x, state))
-    coins = parts.coin(0.125, 0, jnp.arange(1, 65))
-    assert (moved[1:] == coins[1:]).all() and coins.sum() > 3
+    fell = coins.coin(0.125, 0, jnp.arange(1, 65))
+    assert (moved[1:] == fell[1:]).all() and fell.sum() > 3
 
 
 # ------------------------------------------------------------------- bad input

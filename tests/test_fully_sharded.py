@@ -91,7 +91,7 @@ def test_what_travels_is_the_parameters_and_a_tenth_of_the_gradient(
     ranges = sum(4 * -(-p.size // WORKERS) for p in leaves)
     payload = sum(4 * -(-p.size // 10) for p in leaves)
     loss = 8
-    efopt.wire.check(
+    efopt.hlo.check(
         step,
         state,
         batch,

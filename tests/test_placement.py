@@ -432,7 +432,7 @@ def test_accumulate_takes_one_step_of_the_mean_every_k_calls(mesh, how):
 def test_accumulate_sends_nothing_outside_the_branch(mesh):
     tx = efopt.accumulate(feedback(), every=4, axis_name=AXIS)
     carry = efopt.distribute((PARAMS, tx.init(PARAMS)), mesh)
-    report = efopt.wire.measure(on_mesh(mesh, step_of(tx), carry), carry, GRADS[0])
+    report = efopt.hlo.measure(on_mesh(mesh, step_of(tx), carry), carry, GRADS[0])
     assert [c.operation for c in report.collectives] == ["all-gather"]
     assert all(c.loop for c in report.collectives)
 

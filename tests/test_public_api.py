@@ -60,7 +60,7 @@ SCHEMES = {
     name
     for name, f in FUNCTIONS.items()
     if f.__module__.startswith(
-        ("efopt.estimators.", "efopt.feedback.", "efopt.optimizers.")
+        ("efopt.convex.", "efopt.feedback.", "efopt.optimizers.")
     )
     and inspect.signature(f).return_annotation is not Any
 }

@@ -91,7 +91,7 @@ def test_the_program_shows_both_exchanges(mesh):
     (start,), (grads,) = trees(0, 1), trees(1, 1, (8,))
     tx = efopt.warm_up(SCHEMES["compress"](AXIS), STEPS, AXIS)
     fn, state, place = mapped("auto", tx, start)
-    report = efopt.wire.measure(fn, state, place(grads))
+    report = efopt.hlo.measure(fn, state, place(grads))
     sent = {c.operand_bytes for c in report.collectives}
     dense = 4 * (19 * 21 + 7)
     assert dense in sent and min(sent) < dense / 2

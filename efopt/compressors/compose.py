@@ -1,7 +1,7 @@
 """Mixtures: one compressor's values written by another."""
 
-from efopt.compressors.base import Codec
-from efopt.compressors.compressor import Compressor, make
+from efopt.codecs.codec import Codec
+from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.identity import identity
 
 

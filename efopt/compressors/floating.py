@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efopt.compressors import bits, options
-from efopt.compressors.base import Codec
-from efopt.compressors.compressor import Compressor, make
+from efopt.codecs.codec import Codec
+from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.quantize import private_bits
+from efopt.ground import bits, checks
 
 CASTS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
@@ -170,8 +170,8 @@ def cast(dtype: Any, block_size: int | None = 256) -> Compressor:
         raise TypeError(
             f"`cast(dtype)` takes a dtype, one of {', '.join(CASTS)}; got {dtype!r}."
         ) from error
-    options.choice("cast", "dtype", name, CASTS)
-    return make(Cast(dtype=name, block_size=options.block_size("cast", block_size)))
+    checks.choice("cast", "dtype", name, CASTS)
+    return make(Cast(dtype=name, block_size=checks.block_size("cast", block_size)))
 
 
 def natural(seed: int = 0) -> Compressor:
@@ -218,4 +218,4 @@ def natural(seed: int = 0) -> Compressor:
       Horvath et al, `Natural Compression for Distributed Deep Learning
       <https://arxiv.org/abs/1905.10988>`_, 2019 (Definition 1)
     """
-    return make(Natural(seed=options.seed("natural", seed)))
+    return make(Natural(seed=checks.seed("natural", seed)))

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import jax
 
-from efopt.compressors import bits
-from efopt.compressors.base import Blocks, Codec, Message, Turn
-from efopt.compressors.compressor import Compressor, make
+from efopt.codecs.codec import Blocks, Codec, Message, Turn
+from efopt.codecs.compressor import Compressor, make
+from efopt.ground import bits
 
 
 @dataclasses.dataclass(frozen=True)

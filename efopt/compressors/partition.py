@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from efopt.compressors.base import Codec
-from efopt.compressors.compressor import Compressor, make
+from efopt.codecs.codec import Codec
+from efopt.codecs.compressor import Compressor, make
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efopt.compressors import bits, options
-from efopt.compressors.base import Codec, block_sum
-from efopt.compressors.compressor import Compressor, make
+from efopt.codecs.codec import Codec, block_sum
+from efopt.codecs.compressor import Compressor, make
+from efopt.ground import bits, checks
 
 SCALES = ("absmax", "l2")
 FRACTION = 23  # binary digits after the point of a coordinate in units of its step
@@ -245,13 +245,13 @@ def quantize(
       Alistarh et al, `QSGD: Communication-Efficient SGD via Gradient Quantization and
       Encoding <https://arxiv.org/abs/1610.02132>`_, 2016 (section 3.1)
     """
-    bits = options.static_int("quantize", "bits", bits, least=2, below=9)
-    block_size = options.block_size("quantize", block_size)
-    seed = options.seed("quantize", seed)
+    bits = checks.static_int("quantize", "bits", bits, least=2, below=9)
+    block_size = checks.block_size("quantize", block_size)
+    seed = checks.seed("quantize", seed)
     if stochastic is None:
         stochastic = bits < 8
-    options.static_bool("quantize", "stochastic", stochastic)
-    options.choice("quantize", "scale", scale, SCALES)
+    checks.static_bool("quantize", "stochastic", stochastic)
+    checks.choice("quantize", "scale", scale, SCALES)
     return make(
         Quantize(
             bits=bits,
@@ -307,9 +307,9 @@ def qsgd(levels: int = 7, block_size: int | None = 512, seed: int = 0) -> Compre
       Alistarh et al, `QSGD: Communication-Efficient SGD via Gradient Quantization and
       Encoding <https://arxiv.org/abs/1610.02132>`_, 2016 (equation 4)
     """
-    levels = options.static_int("qsgd", "levels", levels, below=128)
-    block_size = options.block_size("qsgd", block_size)
-    seed = options.seed("qsgd", seed)
+    levels = checks.static_int("qsgd", "levels", levels, below=128)
+    block_size = checks.block_size("qsgd", block_size)
+    seed = checks.seed("qsgd", seed)
     return make(QSGD(levels=levels, block_size=block_size, seed=seed))
 
 
@@ -352,6 +352,6 @@ def terngrad(block_size: int | None = None, seed: int = 0) -> Compressor:
       Wen et al, `TernGrad: Ternary Gradients to Reduce Communication in Distributed
       Deep Learning <https://arxiv.org/abs/1705.07878>`_, 2017 (equation 3)
     """
-    block_size = options.block_size("terngrad", block_size)
-    seed = options.seed("terngrad", seed)
+    block_size = checks.block_size("terngrad", block_size)
+    seed = checks.seed("terngrad", seed)
     return make(TernGrad(block_size=block_size, seed=seed))

@@ -6,9 +6,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from efopt.compressors import bits, options
-from efopt.compressors.base import Codec, block_sum
-from efopt.compressors.compressor import Compressor, make
+from efopt.codecs.codec import Codec, block_sum
+from efopt.codecs.compressor import Compressor, make
+from efopt.ground import bits, checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,4 +147,4 @@ def scaled_sign(block_size: int | None = None) -> Compressor:
       Karimireddy et al, `Error Feedback Fixes SignSGD and other Gradient Compression
       Schemes <https://arxiv.org/abs/1901.09847>`_, 2019 (Algorithm 1)
     """
-    return make(ScaledSign(options.block_size("scaled_sign", block_size)))
+    return make(ScaledSign(checks.block_size("scaled_sign", block_size)))

@@ -9,10 +9,11 @@ import numpy as np
 import optax
 from jax import lax
 
-from efopt.compressors import bits, nested, options
-from efopt.compressors.base import Blocks, Codec, Turn
-from efopt.compressors.compressor import Compressor, make
+from efopt.codecs import nested
+from efopt.codecs.codec import Blocks, Codec, Turn
+from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.identity import Identity
+from efopt.ground import bits, checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Sparse(Codec):
         return f"{size}, block_size={self.block_size}"
 
     def kept(self, size: int) -> int:
-        return options.kept(self.fraction, self.k, size)
+        return checks.kept(self.fraction, self.k, size)
 
     def with_values(self, values):
         return dataclasses.replace(self, values=values)
@@ -100,7 +101,7 @@ class TopK(Sparse):
     """The coordinates of largest magnitude; ties go to the first."""
 
     def __repr__(self):
-        return options.composed(f"top_k({self.options()})", self.values)
+        return checks.composed(f"top_k({self.options()})", self.values)
 
     def select(self, x, blocks, turn):
         del turn
@@ -121,11 +122,11 @@ class TopK(Sparse):
 class Threshold(TopK):
     """Of those coordinates, the ones whose magnitude reaches a threshold."""
 
-    threshold: options.Scalar
+    threshold: checks.Scalar
 
     def __repr__(self):
         text = f"threshold({self.threshold!r}, {self.options()})"
-        return options.composed(text, self.values)
+        return checks.composed(text, self.values)
 
     def select(self, x, blocks, turn):
         values, found = super().select(x, blocks, turn)
@@ -193,7 +194,7 @@ class RandomK(_Shared):
     """One coordinate of each of ``k`` strata, which are rotated at random."""
 
     def __repr__(self):
-        return options.composed(f"random_k({self.options()})", self.values)
+        return checks.composed(f"random_k({self.options()})", self.values)
 
     def places(self, payload, blocks, turn):
         del payload
@@ -206,7 +207,7 @@ class RandomBlock(_Shared):
     """Neighbours, from a start that is drawn anew; the first follows the last."""
 
     def __repr__(self):
-        return options.composed(f"random_block({self.options()})", self.values)
+        return checks.composed(f"random_block({self.options()})", self.values)
 
     def add(self, x, values, payload, blocks, turn):
         """A single block takes them as two slices: from the start, and from zero on.
@@ -289,8 +290,8 @@ def top_k(
       Stich et al, `Sparsified SGD with Memory <https://arxiv.org/abs/1809.07599>`_,
       2018
     """
-    block_size = options.block_size("top_k", block_size)
-    options.sparsity("top_k", fraction, k, block_size)
+    block_size = checks.block_size("top_k", block_size)
+    checks.sparsity("top_k", fraction, k, block_size)
     return make(TopK(fraction=fraction, k=k, block_size=block_size))
 
 
@@ -459,9 +460,9 @@ def threshold(
       Sahu et al, `Rethinking gradient sparsification as total error minimization
       <https://arxiv.org/abs/2108.00951>`_, 2021 (hard threshold)
     """
-    scalar = options.scalar("threshold", "threshold", threshold)
-    block_size = options.block_size("threshold", block_size)
-    options.sparsity("threshold", fraction, k, block_size)
+    scalar = checks.scalar("threshold", "threshold", threshold)
+    block_size = checks.block_size("threshold", block_size)
+    checks.sparsity("threshold", fraction, k, block_size)
     return make(
         Threshold(threshold=scalar, fraction=fraction, k=k, block_size=block_size)
     )
@@ -476,12 +477,12 @@ def _shared(
     unbiased: Any,
     seed: Any,
 ) -> Codec:
-    block_size = options.block_size(api, block_size)
-    options.sparsity(api, fraction, k, block_size)
+    block_size = checks.block_size(api, block_size)
+    checks.sparsity(api, fraction, k, block_size)
     return codec(
         fraction=fraction,
         k=k,
         block_size=block_size,
-        rescaled=options.static_bool(api, "unbiased", unbiased),
-        seed=options.seed(api, seed),
+        rescaled=checks.static_bool(api, "unbiased", unbiased),
+        seed=checks.seed(api, seed),
     )

@@ -16,4 +16,5 @@ from efopt.feedback.damped_error_feedback import (
 )
 from efopt.feedback.error_feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback.error_feedback import error_feedback as error_feedback
+from efopt.feedback.virtual import virtual_params as virtual_params
 from efopt.feedback.warm_up import warm_up as warm_up

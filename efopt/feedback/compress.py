@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.compressors.compressor import Compressor
-from efopt.exchange.channel import open_channel
+from efopt.codecs.compressor import Compressor
+from efopt.exchanges.link import open_channel
 from efopt.feedback.parts import applied
 
 

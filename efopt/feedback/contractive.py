@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.compressors.base import Message
-from efopt.compressors.compressor import Compressor
-from efopt.compressors.fence import zeros_after
-from efopt.exchange.channel import Inbound, open_channel
+from efopt.codecs.codec import Message
+from efopt.codecs.compressor import Compressor
+from efopt.exchanges.link import Inbound, open_channel
 from efopt.feedback.parts import applied, check_float_dtype, hold, rates, unpaid
-from efopt.feedback.store import open_store
+from efopt.feedback.stored import open_store
+from efopt.ground.barriers import zeros_after
 from efopt.workers.node import unwrap, wrap
 
 API = "contractive_error_feedback"

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.compressors import options
-from efopt.compressors.base import compute_dtype
-from efopt.compressors.compressor import Compressor
-from efopt.exchange.channel import open_channel
+from efopt.codecs.codec import compute_dtype
+from efopt.codecs.compressor import Compressor
+from efopt.exchanges.link import open_channel
 from efopt.feedback.parts import applied
+from efopt.ground import checks
 from efopt.workers.node import unwrap, wrap
 
 
@@ -88,7 +88,7 @@ def damped_error_feedback(
     """
     api = "damped_error_feedback"
     for name, factor in (("alpha", alpha), ("beta", beta)):
-        if options.static_float(api, name, factor) > 1:
+        if checks.static_float(api, name, factor) > 1:
             raise ValueError(f"`{api}({name}=...)` must be in [0, 1], got {factor}.")
     channel = open_channel(api, compressor, axis_name, None)
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.compressors import bits
-from efopt.compressors.base import compute_dtype
-from efopt.compressors.compressor import Compressor
-from efopt.exchange.channel import open_channel
+from efopt.codecs.codec import compute_dtype
+from efopt.codecs.compressor import Compressor
+from efopt.exchanges.link import open_channel
 from efopt.feedback.parts import applied, check_float_dtype, hold, rates, unpaid
+from efopt.ground import bits
 from efopt.workers.node import unwrap, wrap
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from efopt.compressors import bits
-from efopt.compressors.base import Message
-from efopt.compressors.compressor import FLOATS
-from efopt.exchange.channel import Inbound
+from efopt.codecs.codec import Message
+from efopt.codecs.compressor import FLOATS
+from efopt.exchanges.link import Inbound
+from efopt.ground import bits
 
 
 def check_float_dtype(api: str, name: str, dtype: Any) -> None:

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from efopt.compressors import options
-from efopt.exchange.base import mean
+from efopt.exchanges.exchange import mean
 from efopt.feedback.compress import CompressState
 from efopt.feedback.contractive import ContractiveErrorFeedbackState
 from efopt.feedback.damped_error_feedback import DampedErrorFeedbackState
 from efopt.feedback.error_feedback import ErrorFeedbackState
-from efopt.workers import axis
+from efopt.ground import checks
+from efopt.workers import axes
 from efopt.workers.node import PerWorker, is_node
 
 SCHEMES = (
@@ -44,7 +44,7 @@ def warm_up(
     Shapes: those of the scheme.
     Cost: ``bits(dtype) * d`` bits per leaf of ``d`` coordinates in the first steps,
     then that of the scheme. The program holds both exchanges, each in a branch, and so
-    does what :func:`efopt.wire.measure` says of it.
+    does what :func:`efopt.hlo.measure` says of it.
     Properties: the average is bit-identical on all workers, first ``pmean``, then the
     scheme's.
     Placement: that of the scheme.
@@ -79,8 +79,8 @@ def warm_up(
       <https://arxiv.org/abs/2312.08538>`_, 2023 (the code starts to compress after
       1000 steps)
     """
-    options.static_int("warm_up", "steps", steps)
-    axis.check_axis_name("warm_up", axis_name)
+    checks.static_int("warm_up", "steps", steps)
+    axes.check_axis_name("warm_up", axis_name)
     scheme = optax.with_extra_args_support(scheme)
 
     def init_fn(params: Any) -> Any:
@@ -104,8 +104,8 @@ def warm_up(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         if axis_name is not None:
-            axis.require_bound("`warm_up`", axis_name)
-            axis.require_local("`warm_up`", axis_name, updates)
+            axes.require_bound("`warm_up`", axis_name)
+            axes.require_local("`warm_up`", axis_name, updates)
 
         def dense(updates, state):
             out = updates if axis_name is None else mean(updates, axis_name)

@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import optax
 
-from efopt.compressors import Compressor, options
+from efopt.compressors import Compressor
 from efopt.feedback import error_feedback
+from efopt.ground import checks
 from efopt.optimizers import parts
 
 
@@ -87,7 +88,7 @@ def ef_sgd(
       Karimireddy et al, `Error Feedback Fixes SignSGD and other Gradient Compression
       Schemes <https://arxiv.org/abs/1901.09847>`_, 2019 (Algorithm 2)
     """
-    options.choice("ef_sgd", "momentum_at", momentum_at, ("workers", "server"))
+    checks.choice("ef_sgd", "momentum_at", momentum_at, ("workers", "server"))
     trace = parts.momentum("ef_sgd", momentum, nesterov, accumulator_dtype)
     # The rate stands in front. What follows the feedback adds updates as they are: a
     # rate of minus one, which tells `virtual_params` in what units residuals are.

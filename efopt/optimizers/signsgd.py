@@ -3,8 +3,9 @@
 import jax
 import optax
 
-from efopt.compressors import options, sign
+from efopt.compressors import sign
 from efopt.feedback import compress
+from efopt.ground import checks
 from efopt.optimizers import parts
 
 # How signs of workers become one update, and the exchange that does it.
@@ -82,6 +83,6 @@ def signs(
     api: str, axis_name: str | None, aggregation: str
 ) -> optax.GradientTransformation:
     """The workers' signs as one update."""
-    options.choice(api, "aggregation", aggregation, tuple(AGGREGATIONS))
+    checks.choice(api, "aggregation", aggregation, tuple(AGGREGATIONS))
     exchange = None if axis_name is None else AGGREGATIONS[aggregation]
     return compress(sign(), axis_name, exchange)

@@ -19,13 +19,13 @@ if ``n = 1``), in this many messages one after the other:
 Not seen are send and recv, and what a custom kernel moves by itself.
 """
 
-from efopt.wire.check import check as check
-from efopt.wire.hlo import read_hlo as read_hlo
-from efopt.wire.links import Link as Link
-from efopt.wire.measure import measure as measure
+from efopt.hlo.check import check as check
+from efopt.hlo.links import Link as Link
+from efopt.hlo.measure import measure as measure
+from efopt.hlo.read import read_hlo as read_hlo
+from efopt.hlo.report import Collective as Collective
+from efopt.hlo.report import WireReport as WireReport
+from efopt.hlo.tpu import tpu_compiler_options as tpu_compiler_options
 from efopt.wire.plan import plan as plan
 from efopt.wire.plan_report import LeafPlan as LeafPlan
 from efopt.wire.plan_report import Plan as Plan
-from efopt.wire.report import Collective as Collective
-from efopt.wire.report import WireReport as WireReport
-from efopt.wire.tpu import tpu_compiler_options as tpu_compiler_options

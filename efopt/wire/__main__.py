@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import jax
 
-from efopt.compressors.compressor import FLOATS
-from efopt.exchange.channel import EXCHANGES
+from efopt.codecs.compressor import FLOATS
+from efopt.exchanges.link import EXCHANGES
 from efopt.wire.expression import compressor
 from efopt.wire.plan import plan
 from efopt.wire.target import PLATFORMS

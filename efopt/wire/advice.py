@@ -4,15 +4,15 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from efopt.compressors.compressor import Compressor, make
+from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.floating import cast
-from efopt.compressors.low_rank import power_sgd
+from efopt.compressors.power_sgd import power_sgd
 from efopt.compressors.sign import scaled_sign
-from efopt.exchange.channel import EXCHANGES
-from efopt.wire.links import duration
+from efopt.exchanges.link import EXCHANGES
+from efopt.hlo.links import duration
+from efopt.hlo.tpu import tpu_compiler_options
 from efopt.wire.plan_report import Plan
 from efopt.wire.target import Target
-from efopt.wire.tpu import tpu_compiler_options
 
 _Option = tuple[Compressor, str | None]
 _OTHERS: tuple[_Option, ...] = (

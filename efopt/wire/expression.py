@@ -5,7 +5,7 @@ import inspect
 from typing import Any
 
 from efopt import compressors
-from efopt.compressors.compressor import Compressor
+from efopt.codecs.compressor import Compressor
 
 FACTORIES = {
     name: thing

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efopt.compressors.base import Codec
-from efopt.compressors.compressor import Compressor, check_float, make
+from efopt.codecs.codec import Codec
+from efopt.codecs.compressor import Compressor, check_float, make
 from efopt.compressors.partition import partition
-from efopt.exchange.channel import Channel, open_channel
+from efopt.exchanges.link import Channel, open_channel
+from efopt.hlo.links import Link
+from efopt.hlo.report import WireReport
 from efopt.wire.advice import advise
-from efopt.wire.links import Link
 from efopt.wire.plan_report import LeafPlan, Plan
-from efopt.wire.report import WireReport
 from efopt.wire.target import Target
 from efopt.wire.trace import AXIS
 

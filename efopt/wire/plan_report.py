@@ -4,8 +4,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from efopt.wire.links import Link, duration, rate
-from efopt.wire.report import WireReport, table
+from efopt.hlo.links import Link, duration, rate
+from efopt.hlo.report import WireReport, table
 
 _PRINTED_LEAVES = 12
 

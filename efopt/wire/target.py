@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
-from efopt.compressors.compressor import Compressor
+from efopt.codecs.compressor import Compressor
 from efopt.compressors.identity import identity
-from efopt.wire import tpu
-from efopt.wire.report import WireReport
+from efopt.hlo import tpu
+from efopt.hlo.report import WireReport
 from efopt.wire.trace import exchanged
 
 PLATFORMS = ("cpu", "gpu", "tpu")

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
 
-from efopt.compressors.compressor import Compressor
-from efopt.exchange.channel import open_channel
-from efopt.wire import links
-from efopt.wire.report import Collective
+from efopt.codecs.compressor import Compressor
+from efopt.exchanges.link import open_channel
+from efopt.hlo import links
+from efopt.hlo.report import Collective
 
 AXIS = "workers"
 _OPERATIONS = {

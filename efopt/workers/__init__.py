@@ -1,6 +1,6 @@
 """Which state differs from worker to worker, and where it lives."""
 
-from efopt.workers.axis import local_params as local_params
+from efopt.workers.axes import local_params as local_params
 from efopt.workers.node import PerWorker as PerWorker
 from efopt.workers.placement import distribute as distribute
 from efopt.workers.placement import partition_specs as partition_specs

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from efopt.workers import axis
+from efopt.workers import axes
 
 
 @jax.tree_util.register_dataclass
@@ -46,8 +46,8 @@ class PerWorker:
             placed = x.shape[:1] == (1,)
             if placed and extent is not None:
                 placed = x.shape[1] == extent
-            if placed and axis.is_typed(self.axis_name):
-                placed = self.axis_name in axis.varying(x)
+            if placed and axes.is_typed(self.axis_name):
+                placed = self.axis_name in axes.varying(x)
             if not placed:
                 raise ValueError(
                     f"{api} got per-worker state that is not laid out over the "
@@ -63,7 +63,7 @@ class PerWorker:
     @classmethod
     def wrap(cls, value: Any, axis_name: str, split: int | None = None) -> "PerWorker":
         """The node around one worker's value, given without its worker axis."""
-        value = axis.vary(value, axis_name)
+        value = axes.vary(value, axis_name)
         return cls(jax.tree.map(lambda x: x[None], value), axis_name, split)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from efopt.workers import axis
+from efopt.workers import axes
 from efopt.workers.node import PerWorker
 
 
@@ -43,7 +43,7 @@ def per_worker(
       >>> tx.init(jnp.zeros(3)).value.trace.shape
       (1, 3)
     """
-    axis.need_axis_name("per_worker", axis_name)
+    axes.need_axis_name("per_worker", axis_name)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> Any:
@@ -52,8 +52,8 @@ def per_worker(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
-        axis.require_bound("`per_worker`", axis_name)
-        axis.require_local("`per_worker`", axis_name, updates)
+        axes.require_bound("`per_worker`", axis_name)
+        axes.require_local("`per_worker`", axis_name, updates)
         own = state.local(f"`per_worker(axis_name={axis_name!r})`")
         updates, own = inner.update(updates, own, params, **extra_args)
         return updates, PerWorker.wrap(own, axis_name)
@@ -109,7 +109,7 @@ def accumulate(
       ...     optax.sgd(0.1))
       >>> tx = efopt.accumulate(step, every=4, axis_name="data")
     """
-    axis.need_axis_name("accumulate", axis_name)
+    axes.need_axis_name("accumulate", axis_name)
     if isinstance(every, bool) or not isinstance(every, int):
         raise TypeError(
             "`accumulate(every=...)` must be a Python int, got "
@@ -131,8 +131,8 @@ def accumulate(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
-        axis.require_bound("`accumulate`", axis_name)
-        axis.require_local("`accumulate`", axis_name, updates)
+        axes.require_bound("`accumulate`", axis_name)
+        axes.require_local("`accumulate`", axis_name, updates)
         total = state.accumulator.local(f"`accumulate(axis_name={axis_name!r})`")
         total = jax.tree.map(lambda a, g: a + g.astype(a.dtype) / every, total, updates)
 
@@ -146,7 +146,7 @@ def accumulate(
 
         def skip(total, inner_state):
             out, _ = jax.eval_shape(step, total, inner_state)
-            return jax.tree.map(axis.zeros_like, out), total, inner_state
+            return jax.tree.map(axes.zeros_like, out), total, inner_state
 
         last = state.count == every - 1
         out, total, inner_state = lax.cond(last, take, skip, total, state.inner)

@@ -108,7 +108,7 @@ class Training:
         return np.asarray(loss.addressable_data(0)).item()
 
     def wire(self, batch):
-        return efopt.wire.measure(self._step, self.state, self._spread(batch))
+        return efopt.hlo.measure(self._step, self.state, self._spread(batch))
 
 
 def latency(mesh):

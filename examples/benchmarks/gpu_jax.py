@@ -151,7 +151,7 @@ class Training:
         return self.loss
 
     def wire(self):
-        return efopt.wire.measure(self.mapped, self.state, *self.batch)
+        return efopt.hlo.measure(self.mapped, self.state, *self.batch)
 
     def identical(self):
         """Whether every worker holds the same parameters, bit for bit."""

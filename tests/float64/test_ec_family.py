@@ -14,7 +14,7 @@ import pytest
 from workers_under_test import AXIS
 
 import efopt
-from efopt.estimators import parts
+from efopt.convex import coins as coin_rule
 
 from .convex import MU, Problem, run
 
@@ -52,8 +52,8 @@ def shared(compressor):
 def coins(p, n, kind="shared", seed=0, rounds=ROUNDS):
     """`[t, i]`: whether the reference point of worker i moves at the end of step t."""
     steps = jnp.arange(1, rounds + 1)[:, None]
-    workers = jnp.arange(n) if kind == "per_worker" else jnp.full(n, parts.NOBODY)
-    return np.asarray(parts.coin(p, seed, steps, workers[None].astype(jnp.uint32)))
+    workers = jnp.arange(n) if kind == "per_worker" else jnp.full(n, coin_rule.NOBODY)
+    return np.asarray(coin_rule.coin(p, seed, steps, workers[None].astype(jnp.uint32)))
 
 
 # ------------------------------------------------- every method against its oracle

@@ -1,0 +1,303 @@
+"""The contract of a compressor: a codec for blocks, and the conversation it holds.
+
+A codec is a frozen, hashable dataclass that knows how an array becomes a payload and
+back. It knows nothing of workers, residuals or collectives: it *yields* what it wants
+averaged and is *sent* the average.
+"""
+
+import dataclasses
+import math
+from collections.abc import Generator
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from efopt.ground import bits
+from efopt.ground.barriers import fence
+
+# Coordinates from which a wall around a payload is worth the time to compile it.
+LARGE = 1 << 16
+
+Payload = Any
+Rounds = Generator["Message", "Message", tuple["Message", jax.Array, Any]]
+
+
+class Turn(NamedTuple):
+    """When and where a message is made, for codecs that draw random numbers.
+
+    ``step`` is equal on all workers (shared randomness: which coordinates to send).
+    ``worker`` differs (private randomness: which way to round).
+    """
+
+    step: jax.Array  # shape=(), uint32
+    worker: jax.Array  # shape=(), uint32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """What is known of a batch of ``n`` blocks without looking at their values.
+
+    Attributes:
+      index: uint32 ``(n,)``, the block's number in the whole tree; the same on every
+        worker, so that shared randomness needs no communication.
+      count: int32 ``(n,)``, valid coordinates of each block, which come first; the rest
+        is padding. ``None``: every block is full.
+      weight: ``1 / count``, float ``(n,)``, zero for a block of padding. Ready made,
+        because a division by a constant is not the same under ``jit``. ``None`` as well
+        if every block is full.
+      shape: The shape of one block. Static.
+      dtype: The dtype of the leaf that the blocks were cut from. Static.
+    """
+
+    index: jax.Array
+    count: jax.Array | None
+    weight: jax.Array | None
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+
+    @property
+    def compute_dtype(self) -> np.dtype:
+        return compute_dtype(self.dtype)
+
+    @property
+    def size(self) -> int:
+        """Coordinates of one block, padding included."""
+        return math.prod(self.shape)
+
+    def valid(self) -> jax.Array:
+        """Valid coordinates of each block, int32 ``(n,)``."""
+        if self.count is None:
+            return jnp.full(self.index.shape, self.size, jnp.int32)
+        return self.count
+
+    def mean_weight(self) -> jax.Array:
+        """What makes a block's sum its mean: the factor, compute dtype ``(n,)``."""
+        if self.weight is None:
+            return jnp.full(self.index.shape, 1 / self.size, self.compute_dtype)
+        return self.weight.astype(self.compute_dtype)
+
+    def mask(self, x: jax.Array) -> jax.Array:
+        """Sets the padding of ``x``, shape ``(n, *shape)``, to zero."""
+        if self.count is None:
+            return x
+        place = jnp.arange(self.size, dtype=jnp.int32).reshape(1, *self.shape)
+        count = self.count.reshape(-1, *(1 for _ in self.shape))
+        return jnp.where(place < count, x, jnp.zeros((), x.dtype))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Message:
+    """A payload, and all that its receiver needs to read it.
+
+    Attributes:
+      codec: Reads the payload.
+      payload: Pytree of arrays, each with the block axis first.
+      blocks: What the payload stands for.
+      turn: When it was made. Receivers share ``turn.step``, never ``turn.worker``.
+    """
+
+    codec: "Codec"
+    payload: Payload
+    blocks: Blocks
+    turn: Turn
+
+    def with_payload(self, payload: Payload) -> "Message":
+        """The same message about another payload, such as another worker's."""
+        return dataclasses.replace(self, payload=payload)
+
+    def once(self) -> "Message":
+        """The same message; if it is large, its payload is computed only once."""
+        if self.blocks.index.size * self.blocks.size < LARGE:
+            return self
+        payload, _ = fence(self.payload, self.turn.step)
+        return self.with_payload(payload)
+
+    def decode(self) -> jax.Array:
+        """The blocks that the payload stands for, ``(n, *shape)``, padding zero."""
+        return self.blocks.mask(self.codec.decode(self.payload, self.blocks, self.turn))
+
+    def decode_in(self, zeros: jax.Array) -> jax.Array:
+        """The same, in the place of zeros ``(n, *shape)`` where that saves memory."""
+        decoded = self.codec.decode_in(zeros, self.payload, self.blocks, self.turn)
+        return self.blocks.mask(decoded)
+
+    def rest(self, x: jax.Array) -> jax.Array:
+        """What the payload does not say of ``x``: ``x - decode()``, padding zero."""
+        rest = self.codec.rest(x, self.payload, self.blocks, self.turn)
+        return self.blocks.mask(rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """Base of all codecs: the declared contract, and the one-message conversation.
+
+    A codec for one message implements :meth:`encode` and :meth:`decode`. One that needs
+    several rounds, like PowerSGD, implements :meth:`rounds` instead and asks through
+    other codecs. One that leaves some leaves to another codec says so in
+    :meth:`assign`. One that can do with less memory says how in :meth:`decode_in`,
+    :meth:`rest` or :meth:`increment`. What must hold:
+
+    * arrays of a payload have the block axis first, and each block decodes on its own;
+    * padding is zero on entry and may decode to anything (it is masked for all);
+    * ``decode`` depends on ``turn.step`` at most, never on ``turn.worker``;
+    * payloads of a ``linear`` codec may be summed: the decoded mean is the mean of the
+      decoded;
+    * state has the block axis first as well, and comes out equal on all workers when
+      it went in so: it may be computed from averages and shared randomness only.
+    """
+
+    linear: ClassVar[bool] = False
+    unbiased: ClassVar[bool] = False
+    stateful: ClassVar[bool] = False
+    one_bit: ClassVar[bool] = False  # the payload is one sign a coordinate
+    stacks: ClassVar[bool] = True  # leaves may be joined along the block axis
+    default_exchange: ClassVar[str] = "all_gather"
+    block_size: ClassVar[int | None] = None
+
+    def assign(self, tree: Any) -> list["Codec"]:
+        """The codec of every leaf of a tree of arrays."""
+        return [self.for_shape(jnp.shape(x)) for x in jax.tree.leaves(tree)]
+
+    def for_shape(self, shape: tuple[int, ...]) -> "Codec":
+        """The codec of a leaf of this shape: this one, unless it would not pay."""
+        del shape
+        return self
+
+    def members(self) -> tuple["Codec", ...]:
+        """The codecs among which users' labels choose: itself, if there are none."""
+        return (self,)
+
+    def with_values(self, values: "Codec") -> "Codec":
+        """This codec with its payload's values written by another codec."""
+        del values
+        raise TypeError(
+            f"`compose({self}, ...)` makes no sense: its payload holds no values to "
+            "compress again. Use a sparse or a low-rank compressor outside."
+        )
+
+    def block_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The view ``(num_blocks, *block)`` in which a non-empty leaf is compressed."""
+        size = math.prod(shape)
+        if self.block_size is None:
+            return (1, size)
+        # A leaf below the block size gets a smaller one: little padding, few sizes.
+        block = min(self.block_size, max(16, 4 ** (-(-(size - 1).bit_length() // 2))))
+        return (-(-size // block), block)
+
+    def init(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """The state for a leaf, block axis first. Only asked of stateful codecs."""
+        del shape, dtype
+        return ()
+
+    def encode(self, x: jax.Array, blocks: Blocks, turn: Turn) -> Payload:
+        """Blocks ``(n, *block)`` in the compute dtype to a payload."""
+        raise TypeError(f"`{self}` speaks in rounds, it has no single payload.")
+
+    def decode(self, payload: Payload, blocks: Blocks, turn: Turn) -> jax.Array:
+        """A payload to blocks ``(n, *block)`` in the compute dtype."""
+        raise TypeError(f"`{self}` speaks in rounds, it has no single payload.")
+
+    def decode_in(
+        self, zeros: jax.Array, payload: Payload, blocks: Blocks, turn: Turn
+    ) -> jax.Array:
+        """:meth:`decode`, which may overwrite an array of zeros."""
+        del zeros
+        return self.decode(payload, blocks, turn)
+
+    def rest(
+        self, x: jax.Array, payload: Payload, blocks: Blocks, turn: Turn
+    ) -> jax.Array:
+        """``x - decode(payload)``, without decoding where there is a shorter way."""
+        return x - self.decode(payload, blocks, turn)
+
+    def increment(
+        self,
+        payload: Payload,
+        x: jax.Array,
+        recalled: float,
+        ratio: jax.Array | None,
+        blocks: Blocks,
+        turn: Turn,
+    ) -> Payload:
+        """``payload + encode(x - recalled * decode(payload))``, of a linear codec.
+
+        Args:
+          payload: What was written before.
+          x: Blocks ``(n, *block)``.
+          recalled: The share of it that ``x`` contains.
+          ratio: Factor on ``payload`` first, or ``None``.
+          blocks: The blocks.
+          turn: The same as when it was written.
+        """
+        wide = dataclasses.replace(blocks, dtype=blocks.compute_dtype)
+        again = blocks.mask(self.decode(payload, blocks, turn))
+        again = self.encode(again, wide, turn)
+
+        def add(old, again, new):
+            rest = old.astype(new.dtype) - again * recalled
+            rest = rest if ratio is None else rest * ratio.astype(rest.dtype)
+            return bits.cast(rest + new, old.dtype)
+
+        fresh = self.encode(x, wide, turn)
+        return jax.tree.map(add, payload, again, fresh)
+
+    def rounds(self, x: jax.Array, blocks: Blocks, state: Any, turn: Turn) -> Rounds:
+        """The conversation about ``x``, blocks ``(n, *block)``.
+
+        Yields messages; is sent a message of the mean over workers of each; returns
+        (that of ``x``, what this worker's own do not say of ``x``, new state).
+        """
+        message = self.write(x, blocks, turn)
+        mean = yield message
+        return mean, message.rest(x), state
+
+    def write(self, x: jax.Array, blocks: Blocks, turn: Turn) -> Message:
+        """The message about ``x``; a large one's payload is computed once."""
+        return Message(self, self.encode(x, blocks, turn), blocks, turn).once()
+
+    def delta(self, shape: tuple[int, ...]) -> float | None:
+        """Contraction factor for a leaf: ``E|C(x) - x|^2 <= (1 - delta) |x|^2``."""
+        del shape
+        return None
+
+    def omega(self, shape: tuple[int, ...]) -> float | None:
+        """Variance factor for a leaf: ``E C(x) = x, E|C(x) - x|^2 <= omega |x|^2``."""
+        del shape
+        return None
+
+
+def rows(tree: Any, start: Any, number: int) -> Any:
+    """Some blocks of a tree of arrays with the block axis first."""
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, number), tree)
+
+
+def compute_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
+    """float32, or the dtype itself where it is wider: what efopt computes in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def block_sum(x: jax.Array) -> jax.Array:
+    """Sums ``(n, size)`` over the last axis: ``(n,)``.
+
+    A tree of explicit additions, eight terms at a time: the order is the same with and
+    without ``jit``, which a reduction's is not, and the error grows with the depth
+    instead of the length (a running float32 sum of ten million terms loses the third
+    digit).
+    """
+    while x.shape[1] > 1:
+        n, size = x.shape
+        terms = min(8, size)
+        width = -(-size // terms)
+        x = jnp.pad(x, ((0, 0), (0, terms * width - size))).reshape(n, terms, width)
+        parts = [x[:, j] for j in range(terms)]
+        while len(parts) > 1:
+            parts = [
+                parts[j] + parts[j + 1] if j + 1 < len(parts) else parts[j]
+                for j in range(0, len(parts), 2)
+            ]
+        x = parts[0]
+    return x[:, 0]

@@ -1,0 +1,183 @@
+"""All leaves of a tree as a few batches of blocks.
+
+Leaves with the same codec, block shape and dtype are joined along the block axis into
+buckets, so that neither the program nor its compile time grows with the number of
+leaves. A bucket is bounded in size: joining copies, and no copy of the whole tree is
+ever made.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from efopt.codecs.codec import Blocks, Codec, compute_dtype
+from efopt.ground.barriers import fence
+
+# Coordinates that may be joined in one bucket; a larger leaf has a bucket of its own.
+BUCKET_SIZE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Leaves that are encoded together, as ``(sum(num_blocks), *block)``.
+
+    Attributes:
+      codec: Writes them.
+      leaves: Positions in the list of leaves.
+      sizes: Their numbers of coordinates.
+      num_blocks: Blocks of each.
+      block: The shape of one block.
+      dtype: The leaves' dtype.
+      start: The number of the first block in the whole tree.
+    """
+
+    codec: Codec
+    leaves: tuple[int, ...]
+    sizes: tuple[int, ...]
+    num_blocks: tuple[int, ...]
+    block: tuple[int, ...]
+    dtype: np.dtype
+    start: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(self.num_blocks), *self.block)
+
+    def starts(self) -> list[int]:
+        """Where each leaf starts in the flat bucket."""
+        ends = np.cumsum(self.num_blocks) * math.prod(self.block)
+        return [0, *map(int, ends[:-1])]
+
+    def blocks(self) -> Blocks:
+        """What codecs may know of the blocks."""
+        index = np.arange(self.shape[0], dtype=np.uint32) + np.uint32(self.start)
+        size = math.prod(self.block)
+        count = np.full(self.shape[0], size, np.int32)
+        ends = np.cumsum(self.num_blocks)
+        for coordinates, n, end in zip(self.sizes, self.num_blocks, ends, strict=True):
+            count[end - 1] = coordinates - (n - 1) * size
+        if (count == size).all():
+            return Blocks(jnp.asarray(index), None, None, self.block, self.dtype)
+        weight = jnp.asarray(1 / count, compute_dtype(self.dtype))
+        return Blocks(
+            jnp.asarray(index), jnp.asarray(count), weight, self.block, self.dtype
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a list of leaves is cut into buckets.
+
+    Attributes:
+      shapes: The leaves' shapes.
+      buckets: The buckets; those of one codec, block shape and dtype are neighbours.
+        Empty leaves are in none.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    buckets: tuple[Bucket, ...]
+
+    def join(self, arrays: Sequence[jax.Array], step: jax.Array) -> list[jax.Array]:
+        """One array per leaf to one per bucket, blocks ``(n, *block)``, zero-padded."""
+        xs = [_join(b, arrays) for b in self.buckets]
+        shared = [i for i, b in enumerate(self.buckets) if len(b.leaves) > 1]
+        if not shared:
+            return xs
+        whole, _ = fence([xs[i] for i in shared], step)
+        for i, x in zip(shared, whole, strict=True):
+            xs[i] = x
+        return xs
+
+    def part(
+        self, xs: Sequence[jax.Array], step: jax.Array, like: Sequence[jax.Array]
+    ) -> list[jax.Array]:
+        """Inverse of :meth:`join`; empty leaves take their dtype from ``like``."""
+        arrays = [jnp.zeros(a.shape, a.dtype) if a.size == 0 else a for a in like]
+        shared = []
+        for b, x in zip(self.buckets, xs, strict=True):
+            if len(b.leaves) > 1:
+                shared.append((b, x))
+            else:
+                for i, size in zip(b.leaves, b.sizes, strict=True):
+                    arrays[i] = x.reshape(-1)[:size].reshape(self.shapes[i])
+        if not shared:
+            return arrays
+        starts = [s for b, _ in shared for s in b.starts()]
+        whole, starts = fence([x.reshape(-1) for _, x in shared], step, starts)
+        offsets = iter(starts)
+        for (b, _), flat in zip(shared, whole, strict=True):
+            for i, size in zip(b.leaves, b.sizes, strict=True):
+                piece = lax.dynamic_slice(flat, (next(offsets),), (size,))
+                arrays[i] = piece.reshape(self.shapes[i])
+        return arrays
+
+    def join_memory(self, memory: Sequence[Any]) -> list[Any]:
+        """The codec's state per leaf to one per bucket, along the block axis."""
+        return [
+            jax.tree.map(_concatenate, *(memory[i] for i in b.leaves))
+            for b in self.buckets
+        ]
+
+    def part_memory(self, joined: Sequence[Any], memory: Sequence[Any]) -> list[Any]:
+        """Inverse of :meth:`join_memory`; leaves in no bucket keep their state."""
+        out = list(memory)
+        for b, state in zip(self.buckets, joined, strict=True):
+            end = 0
+            for i, n in zip(b.leaves, b.num_blocks, strict=True):
+                start, end = end, end + n
+                out[i] = jax.tree.map(lambda m, s=start, e=end: m[s:e], state)
+        return out
+
+
+def _join(b: Bucket, arrays: Sequence[jax.Array]) -> jax.Array:
+    parts = []
+    for i, n, size in zip(b.leaves, b.num_blocks, b.sizes, strict=True):
+        # Not a concatenation with zeros, which would be one more copy.
+        padding = n * math.prod(b.block) - size
+        parts.append(jnp.pad(arrays[i].reshape(-1), (0, padding)))
+    return _concatenate(*parts).reshape(b.shape)
+
+
+def plan(
+    codecs: Sequence[Codec],
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[np.dtype],
+) -> Layout:
+    """Cuts leaves of these shapes and dtypes into buckets, each with its codec."""
+    groups: dict[Any, list[tuple[int, int]]] = {}
+    for i, (codec, shape, dtype) in enumerate(zip(codecs, shapes, dtypes, strict=True)):
+        if math.prod(shape) == 0:
+            continue
+        n, *block = codec.block_shape(shape)
+        groups.setdefault((codec, tuple(block), dtype), []).append((i, n))
+    buckets, start = [], 0
+    for (codec, block, dtype), members in groups.items():
+        for run in _runs(members, math.prod(block), codec.stacks):
+            leaves, counts = zip(*run, strict=True)
+            sizes = tuple(math.prod(shapes[i]) for i in leaves)
+            buckets.append(Bucket(codec, leaves, sizes, counts, block, dtype, start))
+            start += sum(counts)
+    return Layout(tuple(shapes), tuple(buckets))
+
+
+def _runs(members, block_size, stacks):
+    """Splits ``(leaf, num_blocks)`` pairs into runs of at most ``BUCKET_SIZE``."""
+    run, filled = [], 0
+    for member in members:
+        size = member[1] * block_size
+        if run and (not stacks or filled + size > BUCKET_SIZE):
+            yield run
+            run, filled = [], 0
+        run.append(member)
+        filled += size
+    yield run
+
+
+def _concatenate(*parts: jax.Array) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)

@@ -1,0 +1,259 @@
+"""Sketches: linear maps to fewer numbers, from which every coordinate is estimated."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from efopt.codecs.codec import Blocks, Codec, block_sum
+from efopt.codecs.compressor import Compressor, make
+from efopt.ground import bits, checks
+
+HASHES = ("structured", "random")
+OFFSET = 0x5BD1E995  # tells what places are hashed to from their signs
+UNROLLED = 16  # lines whose sums are one expression
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CountSketch(Codec):
+    """Sums of coordinates with random signs, ``width`` of them a row.
+
+    Under the structured hash a block stands in lines of ``width`` coordinates, and each
+    line is rotated by a random offset. Two coordinates of one line never meet, two of
+    different lines with probability ``1 / width``, and no sum has more terms than there
+    are lines. A sum finds its terms, so that it is written once, and nothing is
+    scattered. Under the random one each coordinate draws its sum.
+    """
+
+    width: int | None = None
+    fraction: float | None = None
+    rows: int = 1
+    block_size: int | None = None  # type: ignore[misc]
+    hash: str = "structured"
+    seed: int = 0
+
+    linear: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = True
+    default_exchange: ClassVar[str] = "all_reduce"
+
+    def __repr__(self):
+        size = f"fraction={self.fraction}" if self.width is None else f"{self.width}"
+        return (
+            f"count_sketch({size}, rows={self.rows}, block_size={self.block_size}, "
+            f"hash={self.hash!r}, seed={self.seed})"
+        )
+
+    def columns(self, size: int) -> int:
+        """Sums in a row for a block of ``size`` coordinates."""
+        return checks.kept(self.fraction, self.width, size)
+
+    def lines(self, size: int) -> int:
+        """The most terms that a sum has under the structured hash."""
+        return -(-size // self.columns(size))
+
+    def encode(self, x, blocks, turn):
+        add = self._gather if self.hash == "structured" else self._scatter
+        tables = [add(x, blocks, self._key(turn, row)) for row in range(self.rows)]
+        return {"sums": bits.cast(jnp.stack(tables, axis=1), blocks.dtype)}
+
+    def decode(self, payload, blocks, turn):
+        place = jnp.arange(blocks.size, dtype=jnp.uint32)
+        return self._estimate(payload, blocks, turn, place)
+
+    def increment(self, payload, x, recalled, ratio, blocks, turn):
+        """A sum is recalled as often as it has terms."""
+        if self.rows > 1 or self.hash != "structured" or blocks.count is not None:
+            return super().increment(payload, x, recalled, ratio, blocks, turn)
+        key, last = self._key(turn, 0), self.lines(blocks.size) - 1
+
+        old = payload["sums"]
+        # The last line may be short: its coordinates' sums follow one another.
+        width = self.columns(blocks.size)
+        begin = _offset(key, jnp.uint32(last), np.uint32(width))
+        end = begin + np.uint32(blocks.size - last * width)
+        bucket = jnp.arange(width, dtype=jnp.uint32)
+        wrapped = jnp.maximum(end, np.uint32(width)) - np.uint32(width)
+        full = (bucket >= begin) & (bucket < end) | (bucket < wrapped)
+        terms = (last + full).astype(x.dtype)
+        rest = old.astype(x.dtype) * (1 - recalled * terms)[None, None]
+        rest = rest if ratio is None else rest * ratio.astype(rest.dtype)
+        new = rest + self._gather(x, blocks, key)[:, None]
+        return {"sums": bits.cast(new, old.dtype)}
+
+    def _key(self, turn, row):
+        return bits.hash_words(np.uint32(self.seed), turn.step, np.uint32(row))
+
+    def _estimate(self, payload, blocks, turn, place):
+        """Coordinates of each block from their sums: ``(n, len(place))``."""
+        sums, estimates = payload["sums"], []
+        for row in range(self.rows):
+            key = self._key(turn, row)
+            bucket = self._bucket(key, place, blocks.size)
+            x = sums[:, row].at[:, bucket].get(mode="promise_in_bounds")
+            x = x.astype(blocks.compute_dtype)
+            estimates.append(jnp.where(_signs(key, blocks, place), x, -x))
+        if self.rows == 1:
+            return estimates[0]
+        stacked = jnp.stack(estimates, axis=2)
+        total = block_sum(stacked.reshape(-1, self.rows))
+        return total.reshape(stacked.shape[:2]) * (1 / self.rows)
+
+    def _bucket(self, key, place, size):
+        """The sum to which each place belongs: int32."""
+        width = np.uint32(self.columns(size))
+        if self.hash == "random":
+            word = bits.hash_words(key ^ np.uint32(OFFSET), place)
+            return (word % width).astype(jnp.int32)
+        lines = self.lines(size)
+        if lines > UNROLLED:
+            line = lax.div(place, width)
+            start, offset = line * width, _offset(key, line, width)
+        else:
+            start, offset = jnp.uint32(0), _offset(key, jnp.uint32(0), width)
+            for line in range(1, lines):
+                beyond = place >= line * width
+                start = jnp.where(beyond, line * width, start)
+                offset = jnp.where(beyond, _offset(key, line, width), offset)
+        bucket = place - start + offset
+        return jnp.where(bucket < width, bucket, bucket - width).astype(jnp.int32)
+
+    def _place(self, key, line, size):
+        """The place in a line that belongs to each sum, past the end if none does."""
+        width = np.uint32(self.columns(size))
+        bucket = jnp.arange(width, dtype=jnp.uint32)
+        offset = _offset(key, line, width)
+        column = bucket - offset  # of unsigned words, which wrap around
+        column = jnp.where(bucket < offset, column + width, column)
+        return line * width + column
+
+    def _gather(self, x, blocks, key):
+        """Sums, each of which collects its terms: ``(n, width)``."""
+
+        def add(line, total):
+            place = self._place(key, line.astype(jnp.uint32), blocks.size)
+            part = x.at[:, place.astype(jnp.int32)].get(mode="fill", fill_value=0)
+            return total + jnp.where(_signs(key, blocks, place), part, -part)
+
+        lines, total = self.lines(blocks.size), add(jnp.int32(0), 0.0)
+        if lines > UNROLLED:
+            return lax.fori_loop(1, lines, add, total)
+        for line in range(1, lines):
+            total = add(jnp.int32(line), total)
+        return total
+
+    def _scatter(self, x, blocks, key):
+        """Sums, to which each coordinate is added: ``(n, width)``."""
+        place = jnp.arange(blocks.size, dtype=jnp.uint32)
+        signed = jnp.where(_signs(key, blocks, place), x, -x)
+        zeros = jnp.zeros_like(x, shape=(len(x), self.columns(blocks.size)))
+        return zeros.at[:, self._bucket(key, place, blocks.size)].add(signed)
+
+    def omega(self, shape):
+        size = self.block_shape(shape)[1]
+        if self.hash == "random":
+            return (size - 1) / self.columns(size) / self.rows
+        return (self.lines(size) - 1) / self.rows
+
+    def delta(self, shape):
+        omega = self.omega(shape)
+        return 1 - omega if omega < 1 else None
+
+
+def _signs(key: jax.Array, blocks: Blocks, place: jax.Array) -> jax.Array:
+    """Which coordinates keep their sign: bool ``(n, len(place))``."""
+    word = bits.hash_words(key, blocks.index)
+    return bits.hash_words(word[:, None], place[None, :]) >= np.uint32(2**31)
+
+
+def _offset(key: jax.Array, line: jax.typing.ArrayLike, width: np.uint32) -> jax.Array:
+    """How far a line is rotated: uint32 in ``[0, width)``."""
+    return bits.hash_words(key ^ np.uint32(OFFSET), line) % width
+
+
+def count_sketch(
+    width: int | None = None,
+    fraction: float | None = None,
+    rows: int = 1,
+    block_size: int | None = None,
+    hash: str = "structured",
+    seed: int = 0,
+) -> Compressor:
+    r"""Sends sums of coordinates with random signs, and estimates each from its sum.
+
+    .. math::
+      S_b = \sum_{h(j) = b} s_j x_j, \quad C(x)_j = s_j \, S_{h(j)}
+
+    The hash ``h`` and the signs are the same on all workers and drawn anew each step,
+    so sketches add up. Unbiased but noisy: every estimate carries what it shares its
+    sum with. Meant for storing a residual in little memory, where the hash stands
+    still (see :func:`efopt.contractive_error_feedback`), rather than for gradients
+    under error feedback, where it can diverge.
+
+    *The hash.* ``"structured"``: a block stands in lines of ``width`` coordinates, each
+    line is rotated by a random offset. Two coordinates meet with a probability of at
+    most ``1 / width``, as under the papers' hash, but every sum has equally many terms,
+    and finds them without a scatter. ``"random"``, the papers': each coordinate draws
+    its sum; some sums have several times more terms than others, and on a CPU it takes
+    several times as long.
+
+    With several rows an estimate is the mean over rows, not the median: the mean keeps
+    the sketch linear.
+
+    Shapes: each leaf ``(...)`` -> same shape and dtype.
+    Payload: sums ``(rows, width)`` per block, in the leaf's dtype.
+    Cost: ``rows * width * bits(dtype)`` bits per block.
+    Properties: linear; unbiased over hashes, ``omega = (ceil(d / width) - 1) / rows``
+    per block of ``d`` coordinates (``"random"``: ``(d - 1) / (width * rows)``); no
+    contraction unless ``omega < 1``; random, the hash shared by all workers.
+    Placement: stateless; the step counter of the transformation selects the hash.
+
+    Args:
+      width: Sums in a row for each block, at least 1; a smaller leaf is sent whole.
+        Static.
+      fraction: The same as a share of the block, in (0, 1], rounded up. Static. Give
+        exactly one of the two.
+      rows: Independent sketches, at least 1. Static.
+      block_size: Coordinates that share a sketch; ``None``: the whole leaf. Static.
+      hash: ``"structured"`` or ``"random"``. Static.
+      seed: Selects the hashes, in [0, 2**32); the same on every worker. Static.
+
+    Returns:
+      A :class:`efopt.Compressor`.
+
+    Raises:
+      TypeError: If an option is not a Python number (for example traced by
+        ``optax.inject_hyperparams``).
+      ValueError: If not exactly one of ``width`` and ``fraction`` is given, an option
+        is out of range or unknown, or ``width`` exceeds ``block_size``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import efopt
+      >>> sketch = efopt.count_sketch(width=2)
+      >>> a, b = jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 5.0, 6.0])
+      >>> table = sketch.compress(a)["sums"] + sketch.compress(b)["sums"]
+      >>> bool((table == sketch.compress(a + b)["sums"]).all())
+      True
+
+    References:
+      Charikar et al, `Finding Frequent Items in Data Streams
+      <https://doi.org/10.1007/3-540-45465-9_59>`_, 2002
+      Li et al, `Contractive error feedback for gradient compression
+      <https://arxiv.org/abs/2312.08538>`_, 2023 (for the residual)
+    """
+    block_size = checks.block_size("count_sketch", block_size)
+    checks.sparsity("count_sketch", fraction, width, block_size, "width")
+    checks.choice("count_sketch", "hash", hash, HASHES)
+    return make(
+        CountSketch(
+            width=width,
+            fraction=fraction,
+            rows=checks.static_int("count_sketch", "rows", rows),
+            block_size=block_size,
+            hash=hash,
+            seed=checks.seed("count_sketch", seed),
+        )
+    )

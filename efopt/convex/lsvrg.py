@@ -1,0 +1,146 @@
+"""L-SVRG: minibatch gradients without their noise, by a reference point."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from efopt.convex import coins
+from efopt.ground import checks
+from efopt.workers import axes
+from efopt.workers.node import unwrap, wrap
+
+
+class LsvrgState(NamedTuple):
+    """State of :func:`lsvrg`.
+
+    Attributes:
+      count: Steps taken. shape=(), int32. Equal on all workers.
+      reference: The reference point ``w``, shaped like the parameters. A
+        :class:`efopt.PerWorker` if workers toss coins of their own.
+      gradient: The gradient of this worker's whole data at the reference point; out of
+        date from the step that moves the point to the next, which evaluates it. A
+        :class:`efopt.PerWorker` if there is an axis.
+    """
+
+    count: jax.typing.ArrayLike
+    reference: Any
+    gradient: Any
+
+
+def lsvrg(
+    probability: float,
+    axis_name: str | None = None,
+    coin: str = "shared",
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces a minibatch gradient by one of far less variance.
+
+    .. math::
+      u_i = \nabla f_{ij}(x) - \nabla f_{ij}(w_i) + \nabla f_i(w_i), \qquad
+      w_i \leftarrow x \text{ with probability } p
+
+    ``u`` has the mean of the gradient, and its variance vanishes as ``x`` and ``w``
+    reach the optimum: at a constant rate SGD then converges to the last digit. It
+    stands in front of the feedback in a chain and wants two functions at every step::
+
+      tx = optax.chain(efopt.lsvrg(1 / batches, "data"), efopt.ef_sgd(c, lr, ...))
+      tx.update(grads, state, params, grad_fn=grad_fn, full_grad_fn=full_grad_fn)
+
+    where ``grads`` is ``grad_fn(params)``, on the current minibatch, and
+    ``full_grad_fn`` takes the worker's whole data. Both see this worker's data only,
+    without collectives, and parameters that are typed as the worker's own. The second
+    is evaluated in the first step and in the step after the coin fell, in a branch of
+    ``lax.cond``. (Under ``vmap`` over a stacked step count a branch becomes a
+    selection, and the full gradient is evaluated always; keep the count unstacked.)
+
+    Shapes: any tree of floating-point leaves -> the same, dtypes kept.
+    Cost: nothing is sent. ``2 + p * batches`` minibatch gradients a step.
+    Properties: unbiased over the choice of the minibatch; coins are a hash of seed and
+    step, and of the worker under ``coin="per_worker"``.
+    Placement: the gradient per worker; the reference point too under
+    ``coin="per_worker"``; all else replicated.
+
+    Args:
+      probability: Of the reference point to move, in (0, 1]; usually one over the
+        number of minibatches.
+      axis_name: The mapped axis of the workers; ``None`` for one worker.
+      coin: ``"shared"``: all workers move at once, so there is one point.
+        ``"per_worker"``: each on its own.
+      seed: Of the coins.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      TypeError: If an option is of another type.
+      ValueError: If the probability is outside (0, 1] or the kind of coin unknown; at
+        trace time, if the parameters, ``grad_fn`` or ``full_grad_fn`` are missing, the
+        axis is not bound, updates are already averaged or the state is not placed.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import efopt
+      >>> data = jnp.array([1.0, 2.0, 6.0])
+      >>> full = jax.grad(lambda x: jnp.mean((x - data) ** 2))
+      >>> one = jax.grad(lambda x: (x - data[2]) ** 2)
+      >>> tx, x = efopt.lsvrg(0.5), jnp.array(0.0)
+      >>> update, state = tx.update(
+      ...     one(x), tx.init(x), x, grad_fn=one, full_grad_fn=full)
+      >>> print(one(x), update)
+      -12.0 -6.0
+
+    References:
+      Kovalev et al, `Don't Jump Through Hoops and Remove Those Loops
+      <https://arxiv.org/abs/1901.08689>`_, 2019 (Algorithm 1)
+      Gorbunov et al, `Linearly Converging Error Compensated SGD
+      <https://arxiv.org/abs/2010.12292>`_, 2020 (EC-LSVRG)
+    """
+    probability = coins.probability("lsvrg", probability)
+    checks.choice("lsvrg", "coin", coin, ("shared", "per_worker"))
+    checks.seed("lsvrg", seed)
+    axes.check_axis_name("lsvrg", axis_name)
+    shared = coin == "shared"
+    point_axis = None if shared else axis_name
+
+    def toss(step):
+        if shared:
+            return coins.coin(probability, seed, step)
+        return coins.coin(probability, seed, step, coins.this_worker(axis_name))
+
+    def init_fn(params: Any) -> Any:
+        return LsvrgState(
+            count=jnp.zeros([], jnp.int32),
+            reference=wrap(jax.tree.map(jnp.asarray, params), point_axis),
+            gradient=wrap(jax.tree.map(jnp.zeros_like, params), axis_name),
+        )
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> Any:
+        grad_fn, full_grad_fn = coins.functions("lsvrg", params, extra_args)
+        coins.receive("lsvrg", axis_name, updates)
+        point = unwrap("`lsvrg`", state.reference)
+        gradient = unwrap("`lsvrg`", state.gradient)
+
+        # The coin of this step fell at the end of the last one, and moved the point.
+        gradient = lax.cond(
+            (state.count == 0) | toss(state.count),
+            lambda old: coins.gradient(full_grad_fn, point, old, axis_name),
+            lambda old: old,
+            gradient,
+        )
+        there = coins.gradient(grad_fn, point, updates, axis_name)
+        updates = jax.tree.map(
+            lambda g, r, f: g - r + f.astype(g.dtype), updates, there, gradient
+        )
+        count = optax.safe_increment(state.count)
+        moves = toss(count)
+        point = jax.tree.map(lambda w, x: jnp.where(moves, x, w), point, params)
+        return updates, LsvrgState(
+            count, wrap(point, point_axis), wrap(gradient, axis_name)
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,175 @@
+"""The iterate that error feedback follows behind the scenes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from efopt.compressors import Compressor
+from efopt.exchanges import exchange
+from efopt.exchanges.link import open_channel
+from efopt.feedback import ErrorFeedbackState
+from efopt.workers import PerWorker
+from efopt.workers.axes import is_bound
+
+
+def virtual_params(
+    params: optax.Params,
+    state: Any,
+    learning_rate: jax.typing.ArrayLike | None = None,
+    compressor: Compressor | None = None,
+) -> Any:
+    r"""Parameters minus what the workers still owe: the iterate that follows SGD.
+
+    .. math::  \tilde x = x - \gamma \Big( \tilde e + \frac{1}{n} \sum_i e_i \Big)
+
+    With error feedback the parameters lag behind by the residuals, and this iterate
+    walks the path that the same gradients give without compression. Evaluate it beside
+    the parameters, above all at the end of training.
+
+    The feedback may stand anywhere in ``state``: in a chain, under ``optax.partition``,
+    ``inject_hyperparams`` or :func:`efopt.accumulate`. It may be placed on a mesh,
+    stacked for ``vmap`` or ``pmap``, or be this worker's own inside the mapped
+    function, where the residuals are averaged uncompressed: not for every step.
+
+    *Units.* A residual in units of gradients is worth the learning rate that stands
+    behind it. The state knows that rate if ``error_feedback(learning_rate=...)`` was
+    given it, as :func:`efopt.ef_sgd` and :func:`efopt.dist_ef_sgd` do. Otherwise say
+    it: the rate of the last step, or ``-1`` if the rate stands in front of the feedback
+    and nothing behind.
+
+    Args:
+      params: The parameters, placed or stacked as the state is.
+      state: An optimizer's state, or anything that holds one.
+      learning_rate: The rate of the last step; ``None``: as the state knows it.
+      compressor: The compressor of the feedback; needed under
+        ``exchange="two_phase"`` alone, where it tells which blocks of the server's
+        residual belong to which leaf. For ``dist_ef_sgd`` by default
+        ``scaled_sign(block_size=1024)``.
+
+    Returns:
+      A tree like ``params``, dtypes kept.
+
+    Raises:
+      ValueError: If the state holds no :class:`efopt.ErrorFeedbackState` or does not
+        fit the parameters; if a rate or the compressor is needed and missing; if
+        momentum stands behind the feedback: then SGD's iterate depends on all past
+        residuals, and the state does not know it.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import efopt
+      >>> tx = optax.chain(efopt.error_feedback(efopt.top_k(k=1)), optax.sgd(0.5))
+      >>> params = jnp.zeros(2)
+      >>> updates, state = tx.update(jnp.array([2.0, -3.0]), tx.init(params))
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(params, efopt.virtual_params(params, state, learning_rate=0.5))
+      [0.  1.5] [-1.   1.5]
+
+    References:
+      Karimireddy et al, `Error Feedback Fixes SignSGD and other Gradient Compression
+      Schemes <https://arxiv.org/abs/1901.09847>`_, 2019 (proof of Theorem II)
+    """
+    found = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_feedback)[0]
+    feedbacks = [(path, x) for path, x in found if _is_feedback(x)]
+    if not feedbacks:
+        raise ValueError(
+            "`virtual_params(params, state)` needs a state that holds an "
+            "`efopt.ErrorFeedbackState`, and finds none: nothing is owed."
+        )
+    for path, feedback in feedbacks:
+        _refuse_momentum(path, found, params)
+        rate = feedback.learning_rate if learning_rate is None else learning_rate
+        if isinstance(rate, tuple):
+            raise ValueError(
+                "`virtual_params(params, state)` does not know what the residual is "
+                "worth: the state has no learning rate. Pass `learning_rate=...`, the "
+                "rate of the last step if it stands behind the feedback, or -1 if it "
+                "stands in front; or make the feedback with "
+                "`error_feedback(learning_rate=...)`."
+            )
+        rate = jnp.reshape(rate, -1)[0]  # stacked: one a worker, all equal
+
+        def pay(owed, p, rate=rate):
+            return p if _is_masked(owed) else (p - rate * owed).astype(p.dtype)
+
+        owed = _owed(params, feedback, compressor)
+        params = jax.tree.map(pay, owed, params, is_leaf=_is_masked)
+    return params
+
+
+def _is_feedback(x: Any) -> bool:
+    return isinstance(x, ErrorFeedbackState)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _refuse_momentum(path: Any, found: Any, params: Any) -> None:
+    """Raises if a later part of the same chain remembers something like parameters."""
+    sizes = {jnp.size(p) for p in jax.tree.leaves(params)} - {1}
+    for other, x in found:
+        if _is_feedback(x) or not _stands_behind(other, path):
+            continue
+        if jnp.size(x) in sizes and jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise ValueError(
+                "`virtual_params(params, state)` cannot know the iterate of SGD with "
+                "momentum behind the feedback, as at "
+                f"{jax.tree_util.keystr(other)}: it depends on all past residuals. Put "
+                "momentum in front, `per_worker(optax.trace(0.9), axis_name)`."
+            )
+
+
+def _stands_behind(path: Any, other: Any) -> bool:
+    """Whether ``path`` parts from ``other`` at a later place of a chain."""
+    for mine, theirs in zip(path, other, strict=False):
+        if mine != theirs:
+            return isinstance(mine, jax.tree_util.SequenceKey) and mine.idx > theirs.idx
+    return False
+
+
+def _owed(params: Any, feedback: ErrorFeedbackState, compressor: Any) -> Any:
+    """What workers and owners owe together, averaged, without any worker axis.
+
+    Stacked parameters have one, of which a mean keeps the rest: ``(1, ...)``.
+    """
+    node = feedback.residual
+    if not isinstance(node, PerWorker):
+        return node
+    if is_bound(node.axis_name):
+        local = node.local("`virtual_params`")
+        owed = exchange.mean(local, node.axis_name)
+    else:
+        owed = jax.tree.map(lambda e: jnp.mean(e, axis=0), node.value)
+    # The parameters of this feedback alone: `optax.partition` leaves out the others.
+    own = jax.tree.map(
+        lambda e, p: e if _is_masked(e) else p, owed, params, is_leaf=_is_masked
+    )
+    for e, p in zip(jax.tree.leaves(owed), jax.tree.leaves(own), strict=True):
+        if e.ndim != p.ndim or e.shape not in (p.shape, (1, *p.shape[1:])):
+            raise ValueError(
+                "`virtual_params(params, state)` needs parameters that are placed or "
+                f"stacked as the state is, got parameters of shape {p.shape} where a "
+                f"worker's residual has shape {e.shape}."
+            )
+    if not feedback.server:
+        return owed
+    if compressor is None:
+        raise ValueError(
+            "`virtual_params(params, state)` needs `compressor=...` for a state of "
+            '`exchange="two_phase"`, to tell which part of the server\'s residual '
+            "belongs to which leaf."
+        )
+    channel = open_channel("virtual_params", compressor, node.axis_name, "two_phase")
+    unstacked = jax.tree.map(_unstacked, owed, own)
+    server = channel.owed_by_owners(unstacked, feedback.server)
+    server = jax.tree.unflatten(jax.tree.structure(owed), server)
+    return jax.tree.map(lambda e, s: e + s.reshape(e.shape), owed, server)
+
+
+def _unstacked(e: jax.Array, p: jax.Array) -> jax.ShapeDtypeStruct:
+    """One worker's copy of ``p``, as a struct."""
+    shape = e.shape if e.shape == p.shape else p.shape[1:]
+    return jax.ShapeDtypeStruct(shape, p.dtype)
