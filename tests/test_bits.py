@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efopt.exchanges import carrier
 from efopt.ground import bits
 
 SIGMAS = 6

@@ -1,11 +1,35 @@
 """Checks of the options that fix an array's shape, worded alike for every factory."""
 
 import dataclasses
+import functools
+import inspect
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def keyword_only(function: F) -> F:
+    """A factory that names the keyword where an option was passed by position."""
+    parameters = inspect.signature(function).parameters.values()
+    options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    most = len(parameters) - len(options)
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > most:
+            api, name = function.__name__, options[0]
+            raise TypeError(
+                f"`{api}` takes `{name}` by keyword, as all of its options: write "
+                f"`{api}(..., {name}={args[most]!r})`."
+            )
+        return function(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
 
 
 def static_int(
