@@ -4,7 +4,7 @@ from importlib import metadata as _metadata
 
 from efopt import wire as wire
 from efopt.compressors import Compressor as Compressor
-from efopt.compressors import CompressorState as CompressorState
+from efopt.compressors import RoundTripState as RoundTripState
 from efopt.compressors import cast as cast
 from efopt.compressors import compose as compose
 from efopt.compressors import count_sketch as count_sketch
@@ -49,7 +49,6 @@ from efopt.feedback import contractive_error_feedback as contractive_error_feedb
 from efopt.feedback import damped_error_feedback as damped_error_feedback
 from efopt.feedback import error_feedback as error_feedback
 from efopt.feedback import virtual_params as virtual_params
-from efopt.feedback import warm_up as warm_up
 from efopt.memory import MemoryPart as MemoryPart
 from efopt.memory import MemoryReport as MemoryReport
 from efopt.memory import memory_report as memory_report
@@ -77,7 +76,7 @@ __all__ = [
     "AccumulateState",
     "CompressState",
     "Compressor",
-    "CompressorState",
+    "RoundTripState",
     "ContractiveErrorFeedbackState",
     "DampedErrorFeedbackState",
     "DianaState",
@@ -134,6 +133,5 @@ __all__ = [
     "threshold",
     "top_k",
     "virtual_params",
-    "warm_up",
     "wire",
 ]
