@@ -154,9 +154,21 @@ class Codec:
     unbiased: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
     one_bit: ClassVar[bool] = False  # the payload is one sign a coordinate
-    stacks: ClassVar[bool] = True  # leaves may be joined along the block axis
-    default_exchange: ClassVar[str] = "all_gather"
+    exact: ClassVar[bool] = False  # nothing is lost
     block_size: ClassVar[int | None] = None
+
+    @property
+    def default_exchange(self) -> str:
+        """What carries it if the user names no exchange."""
+        return "all_reduce" if self.linear else "all_gather"
+
+    @property
+    def stacks(self) -> bool:
+        """Whether leaves may be joined along the block axis.
+
+        Joining would change the order of a ring's sums.
+        """
+        return not self.exact
 
     def assign(self, tree: Any) -> list["Codec"]:
         """The codec of every leaf of a tree of arrays."""
@@ -258,6 +270,13 @@ class Codec:
     def write(self, x: jax.Array, blocks: Blocks, turn: Turn) -> Message:
         """The message about ``x``; a large one's payload is computed once."""
         return Message(self, self.encode(x, blocks, turn), blocks, turn).once()
+
+    def keeps_no_residual(self) -> str | None:
+        """Why a residual cannot be stored in its payloads, or ``None`` if it can.
+
+        A reason in words, and the cure, for an error that names the codec before it.
+        """
+        return None
 
     def delta(self, shape: tuple[int, ...]) -> float | None:
         """Contraction factor for a leaf: ``E|C(x) - x|^2 <= (1 - delta) |x|^2``."""
