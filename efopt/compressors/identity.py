@@ -16,8 +16,7 @@ class Identity(Codec):
 
     linear: ClassVar[bool] = True
     unbiased: ClassVar[bool] = True
-    stacks: ClassVar[bool] = False  # joining would change the order of a ring's sums
-    default_exchange: ClassVar[str] = "all_reduce"
+    exact: ClassVar[bool] = True
 
     def __repr__(self):
         return "identity()"

@@ -16,8 +16,8 @@ from efopt.codecs.compressor import Compressor, make
 from efopt.codecs.layout import BUCKET_SIZE, Bucket, Layout, plan
 from efopt.compressors.identity import Identity
 from efopt.compressors.quantize import Quantize
-from efopt.ground import bits
 from efopt.ground.barriers import fence
+from efopt.ground.randomness import hash_words
 
 DAMPING = 0.9  # of a memory that is linear and noisy
 FORMS = ("increment", "rewrite")
@@ -306,5 +306,5 @@ def _still(turn: Turn) -> Turn:
 
     Only what is equal at every step can be read again, and added to.
     """
-    private = bits.hash_words(np.uint32(PRIVATE), turn.step, turn.worker)
+    private = hash_words(np.uint32(PRIVATE), turn.step, turn.worker)
     return Turn(jnp.uint32(0), private)
