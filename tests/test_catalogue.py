@@ -12,8 +12,7 @@ from workers_under_test import AXIS, slow
 import efopt
 from efopt.codecs.codec import Blocks, Turn
 from efopt.compressors.power_sgd import orthonormalise
-from efopt.compressors.quantize import private_bits
-from efopt.ground import bits
+from efopt.ground.randomness import private_bits, stratified_sample
 
 
 def workers(tx, params, n):
@@ -360,7 +359,7 @@ def test_partitions_keep_the_contract_of_each_leaf():
 
 def test_stratified_draws_need_no_loop_and_no_sort():
     text = (
-        jax.jit(lambda key: bits.stratified_sample(key, 100, 10_000))
+        jax.jit(lambda key: stratified_sample(key, 100, 10_000))
         .lower(jnp.zeros(1, jnp.uint32))
         .as_text()
     )

@@ -60,16 +60,15 @@ class Bucket:
         """What codecs may know of the blocks."""
         index = np.arange(self.shape[0], dtype=np.uint32) + np.uint32(self.start)
         size = math.prod(self.block)
-        count = np.full(self.shape[0], size, np.int32)
+        count = np.full(self.shape[0], size, np.int64)  # a block may be a whole leaf
         ends = np.cumsum(self.num_blocks)
         for coordinates, n, end in zip(self.sizes, self.num_blocks, ends, strict=True):
             count[end - 1] = coordinates - (n - 1) * size
         if (count == size).all():
             return Blocks(jnp.asarray(index), None, None, self.block, self.dtype)
         weight = jnp.asarray(1 / count, compute_dtype(self.dtype))
-        return Blocks(
-            jnp.asarray(index), jnp.asarray(count), weight, self.block, self.dtype
-        )
+        count = jnp.asarray(count.astype(np.int32))
+        return Blocks(jnp.asarray(index), count, weight, self.block, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
