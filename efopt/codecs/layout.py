@@ -99,7 +99,7 @@ class Layout:
         return [x.astype(compute_dtype(b.dtype)) for x, b in pairs]
 
     def part(
-        self, xs: Sequence[jax.Array], like: Sequence[jax.Array]
+        self, xs: Sequence[jax.Array], like: Sequence[Any]
     ) -> list[jax.Array]:
         """Inverse of :meth:`join`; empty leaves take their dtype from ``like``."""
         arrays = [jnp.zeros(a.shape, a.dtype) if a.size == 0 else a for a in like]

@@ -81,7 +81,7 @@ def static_float(api: str, name: str, value: Any) -> float:
     return value
 
 
-def choice(api: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
+def choice(api: str, name: str, value: Any, choices: tuple[Any, ...]) -> str:
     """``value`` if it is one of ``choices``, or a reasoned error."""
     if value not in choices:
         raise ValueError(
