@@ -8,7 +8,7 @@ ever made.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ class Bucket:
       num_blocks: Blocks of each.
       block: The shape of one block.
       dtype: The leaves' dtype.
+      kind: What else they have in common.
       start: The number of the first block in the whole tree.
     """
 
@@ -45,6 +46,7 @@ class Bucket:
     num_blocks: tuple[int, ...]
     block: tuple[int, ...]
     dtype: np.dtype
+    kind: Hashable
     start: int
 
     @property
@@ -98,9 +100,7 @@ class Layout:
         pairs = zip(xs, self.buckets, strict=True)
         return [x.astype(compute_dtype(b.dtype)) for x, b in pairs]
 
-    def part(
-        self, xs: Sequence[jax.Array], like: Sequence[Any]
-    ) -> list[jax.Array]:
+    def part(self, xs: Sequence[jax.Array], like: Sequence[Any]) -> list[jax.Array]:
         """Inverse of :meth:`join`; empty leaves take their dtype from ``like``."""
         arrays = [jnp.zeros(a.shape, a.dtype) if a.size == 0 else a for a in like]
         shared = []
@@ -152,20 +152,26 @@ def lay_out(
     codecs: Sequence[Codec],
     shapes: Sequence[tuple[int, ...]],
     dtypes: Sequence[np.dtype],
+    kinds: Sequence[Hashable] | None = None,
 ) -> Layout:
-    """Cuts leaves of these shapes and dtypes into buckets, each with its codec."""
+    """Cuts leaves of these shapes and dtypes into buckets, each with its codec.
+
+    Leaves of different ``kinds`` are never joined.
+    """
+    kinds = [None] * len(shapes) if kinds is None else kinds
     groups: dict[Any, list[tuple[int, int]]] = {}
     for i, (codec, shape, dtype) in enumerate(zip(codecs, shapes, dtypes, strict=True)):
         if math.prod(shape) == 0:
             continue
         n, *block = codec.block_shape(shape)
-        groups.setdefault((codec, tuple(block), dtype), []).append((i, n))
+        groups.setdefault((codec, tuple(block), dtype, kinds[i]), []).append((i, n))
     buckets, start = [], 0
-    for (codec, block, dtype), members in groups.items():
+    for (codec, block, dtype, kind), members in groups.items():
         for run in _runs(members, math.prod(block), codec.exact):
             leaves, counts = zip(*run, strict=True)
             sizes = tuple(math.prod(shapes[i]) for i in leaves)
-            buckets.append(Bucket(codec, leaves, sizes, counts, block, dtype, start))
+            bucket = Bucket(codec, leaves, sizes, counts, block, dtype, kind, start)
+            buckets.append(bucket)
             start += sum(counts)
     return Layout(tuple(shapes), tuple(buckets))
 
