@@ -4,10 +4,13 @@ import optax
 
 from efopt.compressors import Compressor, quantize
 from efopt.feedback import damped_error_feedback
+from efopt.ground import checks
 
 
+@checks.keyword_only
 def ecq_sgd(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     compressor: Compressor | None = None,
     alpha: float = 0.2,
     beta: float = 0.9,
@@ -48,7 +51,7 @@ def ecq_sgd(
 
     Examples:
       >>> import efopt
-      >>> tx = efopt.ecq_sgd(0.1, alpha=0.5, axis_name="data")
+      >>> tx = efopt.optimizers.ecq_sgd(0.1, alpha=0.5, axis_name="data")
 
     References:
       Wu et al, `Error Compensated Quantized SGD and its Applications to Large-scale
@@ -56,11 +59,16 @@ def ecq_sgd(
     """
     if compressor is None:
         compressor = quantize(4, stochastic=True)
-    feedback = damped_error_feedback(compressor, alpha, beta, axis_name)
+    feedback = damped_error_feedback(
+        compressor, alpha=alpha, beta=beta, axis_name=axis_name
+    )
     if not compressor.unbiased:
         raise ValueError(
             f"`ecq_sgd(compressor={compressor!r})` needs an unbiased quantiser, such "
             "as `efopt.quantize(4, stochastic=True)`. For biased compressors take "
-            "`efopt.ec_sgd`."
+            "`efopt.convex.ec_sgd`."
         )
-    return optax.chain(feedback, optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(  # 1806.08054:
+        feedback,  # q = Q(g + alpha h), h = beta h + g - q
+        optax.scale_by_learning_rate(learning_rate),  # x = x - gamma mean q
+    )
