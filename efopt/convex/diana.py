@@ -76,9 +76,10 @@ def diana(
       TypeError: If ``compressor`` is not one, ``alpha`` no number, ``force`` no bool,
         or a leaf is not floating-point.
       ValueError: If the compressor is biased, ``alpha`` not positive or the exchange
-        unknown; from ``init``, if ``alpha`` is too large for a leaf; at trace time, if
-        the axis is not bound, updates are already averaged or differ from what ``init``
-        saw, or the state was not placed.
+        unknown; from ``init``, if ``alpha`` is too large for a leaf or the exchange
+        keeps a residual of its own (``"two_phase"``); at trace time, if the axis is not
+        bound, updates are already averaged or differ from what ``init`` saw, or the
+        state was not placed.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -121,6 +122,12 @@ def diana(
         ]
 
     def init_fn(params: Any) -> Any:
+        if any(route.keeps for route in link.routes(params)):
+            raise ValueError(
+                f"`diana(exchange={exchange!r})` cannot work: a residual stays with "
+                "the owners of ranges, so that what all hear is not the mean of what "
+                'the shifts learn. Take `None` or `"all_gather"`.'
+            )
         state = link.init(params)
         bound = min(most(params), default=1.0)
         if alpha is not None and alpha > bound * (1 + 1e-6):

@@ -64,13 +64,15 @@ def eclk(
     r"""Error-compensated loopless Katyusha, for convex problems and high precision.
 
     .. math::
-      p_i &= \tfrac{\eta}{L_1} (\nabla f_{ij}(x) - \nabla f_{ij}(w)) + e_i, \quad
+      1.\quad g_i &= \nabla f_{ij}(x) - \nabla f_{ij}(w) \\
+      2.\quad p_i &= \tfrac{\eta}{L_1} g_i + e_i, \quad
       e_i \leftarrow p_i - C(p_i) \\
-      z^+ &= \mathrm{prox}\Big( \frac{\eta\sigma x + z - \frac{1}{n} \sum_i C(p_i)
-      - \frac{\eta}{L_1} \nabla f(w)}{1 + \eta\sigma} \Big), \quad
-      y^+ = x + \theta_1 (z^+ - z) \\
-      w^+ &= y \text{ with probability } p, \quad
-      x^+ = \theta_1 z^+ + \theta_2 w^+ + (1 - \theta_1 - \theta_2) y^+
+      3.\quad z^+ &= \mathrm{prox}\Big( \frac{\eta\sigma x + z
+      - \frac{1}{n} \sum_i C(p_i) - \frac{\eta}{L_1} \nabla f(w)}
+      {1 + \eta\sigma} \Big) \\
+      4.\quad y^+ &= x + \theta_1 (z^+ - z) \\
+      5.\quad w^+ &= y \text{ with probability } p \\
+      6.\quad x^+ &= \theta_1 z^+ + \theta_2 w^+ + (1 - \theta_1 - \theta_2) y^+
 
     with ``eta = 1 / (3 theta_1)`` and ``sigma = mu / (2 L_1)``. It wants two functions
     at every step, both of this worker's data only and without collectives, as
@@ -90,6 +92,12 @@ def eclk(
     ones with coarse compressors; but on real data these need half the rounds. Should it
     diverge, as error feedback with long steps may where coordinates hardly interact or
     minibatches are small, pass three times the smoothness, or more.
+
+    Acceleration and a coarse compressor bear one another only while the reference point
+    moves no more often than residuals are paid. Where ``probability`` is ``r > 1``
+    times its default, or times ``compressor.delta`` if that is more, ``L_1`` is
+    therefore ``r`` times ``smoothness``: calm, and no faster than at the default, which
+    is the probability to use. For more speed send more, by a finer compressor.
 
     Shapes: any tree of floating-point leaves -> the same, dtypes kept.
     Cost: in bits per worker and step, ``compressor.payload_bits`` and, in the mean,
@@ -159,7 +167,8 @@ def eclk(
     @functools.cache  # bits are counted by tracing the compressor
     def plan_for(kinds: tuple[Any, ...]) -> "_Plan":
         share = _share_of_payload(compressor, kinds)
-        return _plan(smoothness, mu, *thetas, probability, share)
+        delta = min((compressor.delta(shape) or 0.0 for shape, _ in kinds), default=1.0)
+        return _plan(smoothness, mu, *thetas, probability, share, delta)
 
     def plan(params: Any) -> "_Plan":
         leaves = [x for x in jax.tree.leaves(params) if jnp.size(x)]
@@ -188,7 +197,7 @@ def eclk(
         reference.check_own("eclk", axis_name, updates)
         theta_1, theta_2, p, step, pull = plan(params)
         shrink = 1 / (1 + pull)
-        anchor = reference.Reference(p, seed)
+        anchor = reference.Reference(p, seed, axis_name)
         w = jax.tree.map(lambda w, p: w.astype(p.dtype), state.w, params)
 
         # Line 5, its second half: where w was moved, all learn grad f(w), uncompressed.
@@ -334,10 +343,16 @@ def _plan(
     theta_2: float | None,
     probability: float | None,
     share: float,
+    delta: float,
 ) -> _Plan:
-    l_1 = smoothness / 3
-    calm = min(1.0, 2 * share)
-    p = calm if probability is None else probability
+    default = min(1.0, 2 * share)
+    p = default if probability is None else probability
+    # Residuals lag, by at most about 1 / delta steps. Linearised, the compressed part
+    # of the gradient, late by t steps, no longer damps a mode of curvature l but drives
+    # it once sqrt(p l / L_1) t exceeds a constant. So L_1 has to grow like p: from the
+    # paper's own where p is the default, up to which a third of that is seen to do.
+    excess = p / max(default, delta)
+    l_1 = smoothness / 3 if excess < 1 + 1e-9 else smoothness * excess
     if theta_2 is None:
         theta_2 = 0.5
     if theta_1 is None:

@@ -103,8 +103,9 @@ def lsvrg(
     checks.choice("lsvrg", "coin", coin, ("shared", "per_worker"))
     checks.seed("lsvrg", seed)
     axes.check_axis_name("lsvrg", axis_name)
-    point_axis = axis_name if coin == "per_worker" else None
-    anchor = reference.Reference(probability, seed, point_axis)
+    shared = coin == "shared"
+    point_axis = None if shared else axis_name
+    anchor = reference.Reference(probability, seed, axis_name, shared)
 
     def init_fn(params: Any) -> Any:
         return LsvrgState(

@@ -21,16 +21,18 @@ class Reference:
     Attributes:
       probability: Of a move.
       seed: Of the coins.
-      own_coin: The axis whose workers toss one each; ``None``: all see the same.
+      axis_name: The mapped axis of the workers; ``None`` for one worker.
+      shared: Whether all workers see the same coin.
     """
 
     probability: float
     seed: int
-    own_coin: str | None = None
+    axis_name: str | None
+    shared: bool = True
 
     def moves(self, step: Any) -> jax.Array:
         """Whether the point moves at the end of the step before ``step``."""
-        worker = coins.NOBODY if self.own_coin is None else this_worker(self.own_coin)
+        worker = coins.NOBODY if self.shared else this_worker(self.axis_name)
         return coins.coin(self.probability, self.seed, step, worker)
 
     def refresh(self, count: Any, evaluate: Callable[[Any], Any], known: Any) -> Any:

@@ -41,6 +41,9 @@ class Link:
     def codecs(self, tree: Any) -> list[Any]:
         return self.channel.codec.assign(tree)
 
+    def routes(self, tree: Any) -> list[Any]:
+        return [self.channel.route(codec) for codec in self.codecs(tree)]
+
     def receive(self, updates: Any, like: Any = None) -> Any:
         self.channel.receive(updates, jnp.zeros([], jnp.int32), like)
         return jax.tree.map(jnp.asarray, updates)
