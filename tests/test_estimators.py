@@ -218,6 +218,21 @@ def test_no_field_of_a_state_is_named_like_an_option(name):
     assert options.isdisjoint(getattr(efopt.convex, name)._fields)
 
 
+def test_default_probability_of_a_partition_is_that_of_its_payloads():
+    """Of 20 coordinates 4 travel whole and of 16 one: 4 * 32 + 40 bits of 640."""
+    both = {"a": efopt.top_k(k=1), "b": efopt.identity()}
+    compressor = efopt.partition(both, {"a": "a", "b": "b"})
+    tx, x = eclk(compressor), {"a": jnp.zeros(16), "b": jnp.zeros(4)}
+
+    def one(carry, _):
+        x, state = advance(tx, *carry)
+        return (x, state), (state.w["a"] != carry[1].w["a"]).any()
+
+    _, moved = jax.jit(lambda c: jax.lax.scan(one, c, length=32))((x, tx.init(x)))
+    fell = coins.coin(2 * 168 / 640, 0, jnp.arange(1, 33))
+    assert (moved[1:] == fell[1:]).all() and 3 < fell.sum() < 29
+
+
 # ------------------------------------------------------------------- bad input
 
 OPTIONS = {

@@ -128,6 +128,7 @@ def ec_lsvrg_shifted(
     ) -> Any:
         shift = link.unwrap(state.shift)
         # 2109.10049, EC-LSVRG: g_i = grad f_ij(x) - grad f_ij(w) + grad f_i(w) - h_i
+        point: Any
         estimate, point = estimator.update(
             updates, state.estimator, params, **extra_args
         )

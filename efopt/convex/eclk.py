@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.codecs.codec import compute_dtype
+from efopt.codecs.codec import Codec, compute_dtype
+from efopt.codecs.compressor import make
 from efopt.compressors import Compressor, identity
 from efopt.convex import coins, reference
 from efopt.convex.ec_sgd import check_contractive
@@ -19,6 +20,7 @@ from efopt.ground import checks
 from efopt.workers.node import unwrap, wrap
 
 Prox = Callable[[Any, float], Any]  # of a tree of parameters and a step size
+_Leaf = tuple[Codec, tuple[int, ...], Any]  # how it is written, its shape and dtype
 
 
 class EclkState(NamedTuple):
@@ -158,22 +160,27 @@ def eclk(
       <https://arxiv.org/abs/2010.00091>`_, 2021 (Algorithm 1)
     """
     smoothness, mu = _check_constants("eclk", smoothness, strong_convexity)
-    thetas = _check_thetas("eclk", theta_1, theta_2)
+    _check_thetas("eclk", theta_1, theta_2)
     if probability is not None:
         probability = coins.probability("eclk", probability)
     checks.seed("eclk", seed)
     feedback = error_feedback(compressor, axis_name=axis_name, exchange=exchange)
 
-    @functools.cache  # bits are counted by tracing the compressor
-    def plan_for(kinds: tuple[Any, ...]) -> "_Plan":
-        share = _share_of_payload(compressor, kinds)
-        delta = min((compressor.delta(shape) or 0.0 for shape, _ in kinds), default=1.0)
-        return _plan(smoothness, mu, *thetas, probability, share, delta)
+    @functools.cache  # bits are counted by tracing
+    def plan_for(leaves: tuple[_Leaf, ...]) -> "_Plan":
+        share, delta = _contract(leaves)
+        return _plan(smoothness, mu, theta_1, theta_2, probability, share, delta)
 
     def plan(params: Any) -> "_Plan":
-        leaves = [x for x in jax.tree.leaves(params) if jnp.size(x)]
-        kinds = [(jnp.shape(x), compute_dtype(jnp.result_type(x))) for x in leaves]
-        return plan_for(tuple(kinds))
+        codecs = compressor.codec.assign(params)
+        pairs = zip(codecs, jax.tree.leaves(params), strict=True)
+        return plan_for(
+            tuple(
+                (c, jnp.shape(x), compute_dtype(jnp.result_type(x)))
+                for c, x in pairs
+                if jnp.size(x)
+            )
+        )
 
     def init_fn(params: Any) -> Any:
         check_contractive("eclk", compressor, params)
@@ -381,16 +388,16 @@ def _check_constants(api: str, smoothness: Any, mu: Any) -> tuple[float, float]:
     return smoothness, mu
 
 
-def _check_thetas(api: str, *thetas: Any) -> tuple[float | None, ...]:
+def _check_thetas(api: str, *thetas: Any) -> None:
     for i, theta in enumerate(thetas, 1):
         name = f"theta_{i}"
         if theta is not None and not 0 < checks.static_float(api, name, theta) < 1:
             raise ValueError(f"`{api}({name}=...)` must lie in (0, 1), got {theta}.")
-    return thetas
 
 
-def _share_of_payload(compressor: Compressor, kinds: tuple[Any, ...]) -> float:
-    """Bits of the payload over bits of the parameters, given by shape and dtype."""
-    dense = sum(8 * math.prod(s) * d.itemsize for s, d in kinds)
-    sent = sum(compressor.payload_bits(s, d) for s, d in kinds)
-    return sent / dense if dense else 1.0
+def _contract(leaves: tuple[_Leaf, ...]) -> tuple[float, float]:
+    """Bits of the payload over bits of the parameters, and the smallest ``delta``."""
+    dense = sum(8 * math.prod(s) * d.itemsize for _, s, d in leaves)
+    sent = sum(make(c).payload_bits(s, d) for c, s, d in leaves)
+    delta = min((c.delta(s) or 0.0 for c, s, _ in leaves), default=1.0)
+    return sent / dense if dense else 1.0, delta
