@@ -414,7 +414,7 @@ MOMENTUM = {
         efopt.ef_sgd(
             efopt.top_k(fraction=0.01),
             0.1,
-            0.9,
+            momentum=0.9,
             momentum_at="server",
             axis_name="data",
         ),
@@ -422,7 +422,11 @@ MOMENTUM = {
     ),
     "at_server": (
         efopt.ef_sgd(
-            efopt.scaled_sign(), 0.1, 0.9, momentum_at="server", axis_name="data"
+            efopt.scaled_sign(),
+            0.1,
+            momentum=0.9,
+            momentum_at="server",
+            axis_name="data",
         ),
         False,
     ),
