@@ -1,15 +1,8 @@
-r"""The EC-SGD family: one template of error compensation behind five estimators.
+"""The EC-SGD family: one template of error compensation behind five estimators.
 
-.. math::
-  p_i = \gamma u_i + e_i, \quad
-  x \leftarrow x - \frac{1}{n} \sum_i C(p_i), \quad
-  e_i \leftarrow p_i - C(p_i)
-
-The members differ in ``u_i`` alone, which estimators in front of the feedback make of
-the worker's gradient. All are conservative, take a contractive compressor, and walk
-behind (:func:`efopt.virtual_params`) the path of SGD with the same ``u_i``. For the
-last digits their learning rate is a constant, at most one over the smoothness, of the
-largest term where gradients are of minibatches.
+What :func:`ec_sgd` says of the template holds for all of them. They differ in the
+estimate ``u_i`` alone, which stands in front of the feedback, and each walks behind
+(:func:`efopt.virtual_params`) the path of SGD with the same estimates.
 """
 
 from typing import Any
