@@ -162,7 +162,7 @@ LEAST_SQUARES = {
     "ef, sign(0) = +1": efopt.ef_signsgd(10.0),
     "scaled, sign(0) = 0": paper(feedback=False),
     "ef, sign(0) = 0": paper(feedback=True),
-    "signum, sign(0) = +1": efopt.signum(0.05, 0.1),
+    "signum, sign(0) = +1": efopt.signum(0.05, beta=0.1),
 }
 
 
@@ -407,14 +407,14 @@ MOMENTUM = {
         optax.chain(efopt.compress(efopt.identity(), "data"), optax.sgd(0.1, 0.9)),
         True,
     ),
-    "at_workers": (efopt.ef_signsgd(0.1, 0.9, axis_name="data"), True),
+    "at_workers": (efopt.ef_signsgd(0.1, momentum=0.9, axis_name="data"), True),
     "dist_ef_sgd": (efopt.dist_ef_sgd(0.1, axis_name="data"), True),
     "power_sgd": (efopt.power_sgd_momentum(0.1, rank=2, axis_name="data"), True),
     "top_k_at_server": (
         efopt.ef_sgd(
             efopt.top_k(fraction=0.01),
             0.1,
-            0.9,
+            momentum=0.9,
             momentum_at="server",
             axis_name="data",
         ),
@@ -422,7 +422,11 @@ MOMENTUM = {
     ),
     "at_server": (
         efopt.ef_sgd(
-            efopt.scaled_sign(), 0.1, 0.9, momentum_at="server", axis_name="data"
+            efopt.scaled_sign(),
+            0.1,
+            momentum=0.9,
+            momentum_at="server",
+            axis_name="data",
         ),
         False,
     ),

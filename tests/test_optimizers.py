@@ -90,17 +90,17 @@ def decayed(lists, mask=MASK):
 
 
 @pytest.mark.parametrize(
-    ("beta", "aggregation"),
-    [(None, "majority_vote"), (0.9, "majority_vote"), (0.9, "mean")],
+    ("beta", "exchange"),
+    [(None, "majority_vote"), (0.9, "majority_vote"), (0.9, "all_gather")],
 )
-def test_sign_methods_are_their_oracle(beta, aggregation):
+def test_sign_methods_are_their_oracle(beta, exchange):
     params, grads, x0, lists = problem()
-    options = dict(weight_decay=DECAY, axis_name=AXIS, aggregation=aggregation)
+    options = dict(weight_decay=DECAY, axis_name=AXIS, exchange=exchange)
     if beta is None:
         tx = efopt.signsgd(schedule, **options)
     else:
-        tx = efopt.signum(schedule, beta, **options)
-    vote = aggregation == "majority_vote"
+        tx = efopt.signum(schedule, beta=beta, **options)
+    vote = exchange == "majority_vote"
     path, momenta = oracle.signum(x0, lists, schedule, beta or 0.0, DECAY, vote)
     got, state = simulate(tx, params, grads)
     follows(got, path)
@@ -162,7 +162,7 @@ def test_ef_sgd_is_its_oracle(case):
 
 def test_ef_signsgd_is_its_oracle():
     params, grads, x0, lists = problem(2)
-    tx = efopt.ef_signsgd(schedule, 0.9, weight_decay=DECAY, axis_name=AXIS)
+    tx = efopt.ef_signsgd(schedule, momentum=0.9, weight_decay=DECAY, axis_name=AXIS)
     path, _ = oracle.ef_sgd(
         x0, lists, schedule, oracle.scaled_sign, momentum=0.9, weight_decay=DECAY
     )
@@ -171,7 +171,9 @@ def test_ef_signsgd_is_its_oracle():
 
 def test_dist_ef_sgd_is_its_oracle():
     params, grads, x0, lists = problem(3)
-    tx = efopt.dist_ef_sgd(schedule, BLOCKED, weight_decay=DECAY, axis_name=AXIS)
+    tx = efopt.dist_ef_sgd(
+        schedule, compressor=BLOCKED, weight_decay=DECAY, axis_name=AXIS
+    )
     path, _, _ = oracle.dist_ef_sgd(x0, lists, schedule, blocked, 0.9, True, DECAY)
     follows(simulate(tx, params, grads)[0], path, atol=1e-5)
 
@@ -202,7 +204,9 @@ def with_zeros(t):
 
 def test_a_rate_of_zero_holds_what_dist_ef_sgd_owes():
     params, grads, x0, lists = problem(5, len(RATES))
-    tx = efopt.dist_ef_sgd(with_zeros, BLOCKED, nesterov=False, axis_name=AXIS)
+    tx = efopt.dist_ef_sgd(
+        with_zeros, compressor=BLOCKED, nesterov=False, axis_name=AXIS
+    )
     rate = RATES.__getitem__
     path, _, _ = oracle.dist_ef_sgd(x0, lists, rate, blocked, 0.9, False)
     got, state = simulate(tx, params, grads)
@@ -242,11 +246,11 @@ def momentum_sgd(x0, lists, rate, momentum=0.0, nesterov=False):
 VIRTUAL = {
     "inside": (efopt.ef_sgd(efopt.top_k(k=1), schedule, axis_name=AXIS), {}),
     "inside_momentum": (
-        efopt.ef_sgd(efopt.top_k(k=1), schedule, 0.9, axis_name=AXIS),
+        efopt.ef_sgd(efopt.top_k(k=1), schedule, momentum=0.9, axis_name=AXIS),
         {"momentum": 0.9},
     ),
     "two_phase": (
-        efopt.dist_ef_sgd(schedule, BLOCKED, axis_name=AXIS),
+        efopt.dist_ef_sgd(schedule, compressor=BLOCKED, axis_name=AXIS),
         {"momentum": 0.9, "nesterov": True},
     ),
     "behind": (
@@ -261,7 +265,7 @@ VIRTUAL = {
             {
                 True: efopt.ef_sgd(efopt.top_k(k=1), schedule, axis_name=AXIS),
                 False: efopt.dist_ef_sgd(
-                    schedule, BLOCKED, momentum=None, axis_name=AXIS
+                    schedule, compressor=BLOCKED, momentum=None, axis_name=AXIS
                 ),
             },
             MASK,
@@ -364,7 +368,7 @@ SINGLE = efopt.ef_sgd(efopt.top_k(k=1), 0.1)
 REFUSED = {
     "no_feedback": (optax.sgd(0.1), None, "holds an `efopt.ErrorFeedbackState`"),
     "no_compressor": (
-        efopt.dist_ef_sgd(0.1, BLOCKED, axis_name=AXIS),
+        efopt.dist_ef_sgd(0.1, compressor=BLOCKED, axis_name=AXIS),
         None,
         "needs `compressor=...`",
     ),
@@ -374,7 +378,7 @@ REFUSED = {
         "momentum behind the feedback",
     ),
     "server_momentum": (
-        efopt.ef_sgd(efopt.top_k(k=1), 0.1, 0.9, momentum_at="server"),
+        efopt.ef_sgd(efopt.top_k(k=1), 0.1, momentum=0.9, momentum_at="server"),
         None,
         "momentum behind the feedback",
     ),
@@ -563,7 +567,7 @@ def test_it_converges_on_the_targets_of_optax(name, target):
 
 
 def test_identity_makes_ef_sgd_optax_sgd():
-    ours = efopt.ef_sgd(efopt.identity(), schedule, 0.9, weight_decay=DECAY)
+    ours = efopt.ef_sgd(efopt.identity(), schedule, momentum=0.9, weight_decay=DECAY)
     theirs = optax.chain(
         optax.add_decayed_weights(DECAY), optax.trace(0.9), optax.sgd(schedule)
     )
@@ -601,13 +605,15 @@ def test_power_sgd_momentum_needs_one():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: efopt.signsgd(0.1, aggregation="median"), "'majority_vote', 'mean'"),
+        (lambda: efopt.signsgd(0.1, exchange="mean"), "'majority_vote', 'all_gather'"),
         (
             lambda: efopt.ef_sgd(efopt.top_k(k=1), 0.1, momentum_at="home"),
             "'workers', 'server'",
         ),
         (
-            lambda: efopt.dist_ef_sgd(0.1, efopt.scaled_sign(), axis_name=AXIS),
+            lambda: efopt.dist_ef_sgd(
+                0.1, compressor=efopt.scaled_sign(), axis_name=AXIS
+            ),
             "give it a `block_size`",
         ),
     ],

@@ -159,6 +159,10 @@ class Link:
 
     # ------------------------------------------------------------------------ routing
 
+    def codecs(self, tree: Any) -> list[Codec]:
+        """The codec of each leaf of a tree of arrays or structs."""
+        return self.codec.assign(tree)
+
     def routes(self, tree: Any) -> list[Exchange]:
         """The exchange that carries each leaf of a tree of arrays or structs."""
         return [self._route(codec) for codec in self.codec.assign(tree)]

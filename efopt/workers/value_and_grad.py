@@ -123,7 +123,7 @@ def value_and_grad(
 
 def mesh_of(tree: Any, axes: Axes) -> jax.sharding.AbstractMesh:
     """The mesh with the workers' axes on which a tree lies, from its types."""
-    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes: list[Any] = [jax.sharding.get_abstract_mesh()]
     for x in jax.tree.leaves(tree):
         sharding = getattr(jax.typeof(x), "sharding", None)
         meshes.append(getattr(sharding, "mesh", None))
