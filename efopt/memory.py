@@ -110,7 +110,8 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
       >>> import efopt
       >>> params = {"w": jax.ShapeDtypeStruct((1000, 1000), "float32")}
       >>> feedback = efopt.contractive_error_feedback(
-      ...     efopt.random_block(fraction=0.1), efopt.quantize(8), axis_name="data")
+      ...     efopt.random_block(fraction=0.1), memory=efopt.quantize(8),
+      ...     axis_name="data")
       >>> print(efopt.memory_report(optax.chain(feedback, optax.sgd(0.1)), params))
       part          state of                       placement   arrays      bytes  of parameters
       [0].count     ContractiveErrorFeedbackState  replicated       1          4          0.000

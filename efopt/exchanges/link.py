@@ -20,7 +20,7 @@ from efopt.codecs.compressor import Compressor
 from efopt.codecs.conversation import alone, converse
 from efopt.codecs.layout import Bucket, Layout, lay_out
 from efopt.codecs.states import close_states, init_states, open_states
-from efopt.exchanges import table
+from efopt.exchanges import regions, table
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.groups import group_key, server_shapes
 from efopt.exchanges.home import Home, SpecOf
@@ -266,12 +266,28 @@ class Link:
         states = jax.tree.map(_wrapped_as, state.codec, states, is_leaf=node.is_node)
         return Averaged(mean, lost, LinkState(states, server, state.home))
 
-    def dense_first(self, update: Callable[..., Any]) -> Callable[..., Any]:
-        """``update_fn`` of a scheme, with the first updates averaged uncompressed.
+    def entrance(self, update: Callable[..., Any]) -> Callable[..., Any]:
+        """``update_fn`` of a scheme, from wherever it is called.
 
-        Until then nothing is owed and nothing learned: of the state, which has a field
-        ``count``, that alone moves on.
+        It runs on what each device holds. Called on stacked gradients in a plain jitted
+        step, or inside a function mapped over the workers alone, it opens a region that
+        is mapped over the other mesh axes too. With ``start`` the first updates are
+        averaged uncompressed: until then nothing is owed and nothing learned, and of
+        the state, which has a field ``count``, that alone moves on.
         """
+        inside = self._dense_first(update)
+
+        def update_fn(updates, state, params=None, **extra_args):
+            if self.axes is None:
+                return inside(updates, state, params, **extra_args)
+            around = regions.around(self.api, self.axes, updates, state)
+            if around is None:
+                return inside(updates, state, params, **extra_args)
+            return around(inside, updates, state)
+
+        return update_fn
+
+    def _dense_first(self, update: Callable[..., Any]) -> Callable[..., Any]:
         if not self.start:
             return update
 
