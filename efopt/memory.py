@@ -11,7 +11,7 @@ import optax
 
 from efopt.codecs.codec import compute_dtype
 from efopt.feedback.contractive import ContractiveErrorFeedbackState
-from efopt.hlo.report import table
+from efopt.ground.tables import table
 from efopt.workers.node import PerWorker
 
 

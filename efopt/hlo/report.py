@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+from efopt.ground.tables import table
+
 _COLUMNS = ["operation", "type", "shape", "count", "group"]
 _COLUMNS += ["operand bytes", "link bytes"]
 
@@ -83,14 +85,6 @@ class WireReport:
         sizes = f"{self.operand_bytes:,}", f"{self.bytes_sent_per_worker:,}"
         rows.append(["total", "", "", "", "", *sizes])
         return "\n".join([*table(rows, "<<<>>>>"), *notes])
-
-
-def table(rows: list[list[str]], alignment: str) -> list[str]:
-    """Lines of a table; ``alignment`` has ``<`` or ``>`` for each column."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    formats = [f"{{:{a}{w}}}" for a, w in zip(alignment, widths, strict=True)]
-    lines = ("  ".join(map(str.format, formats, row)) for row in rows)
-    return [line.rstrip() for line in lines]
 
 
 def _brief(shapes: tuple[tuple[int, ...], ...]) -> str:
