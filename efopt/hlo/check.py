@@ -89,14 +89,14 @@ def check(
             f"`measure(dense_step, ...)`, got {type(beyond).__name__}."
         )
     report = measure(fn, *args, mesh=mesh, **kwargs)
-    promised, granted, where = report, beyond, ""
+    promised, granted, where, more = report, beyond, "", ""
     if axis is not None:
         promised, where = report.over(axis), f" over {axis!r}"
         granted = beyond and beyond.over(axis)
     found, sent = promised.collectives, promised.bytes_sent_per_worker
     if granted is not None:
         found, sent = _more(promised, granted)
-        where += " more than in `beyond`"
+        more = " more than in `beyond`"
         at_most = 0 if at_most is None else at_most
     unknown = [c for c in found if c.executions is None]
     if at_most is not None and unknown:
@@ -107,8 +107,8 @@ def check(
     if at_most is not None and sent > at_most:
         largest = max(found, key=lambda c: c.link_bytes)
         raise ValueError(
-            f"`check(at_most={at_most:,})`: {sent:,} bytes{where} leave a worker in a "
-            f"step, most of them in {_described(largest)}.\n{report}"
+            f"`check(at_most={at_most:,})`: {sent:,} bytes{more} leave a worker{where} "
+            f"in a step, most of them in {_described(largest)}.\n{report}"
         )
     for c in found:
         wrong = [t for t in c.element_types if not {t, f"{c.operation}:{t}"} & allowed]

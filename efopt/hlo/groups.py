@@ -8,7 +8,6 @@ order; what crosses between slices is named by the devices' own ids.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import numpy as np
 
 Groups = tuple[tuple[int, ...], ...]
 
-_PAIRS = re.compile(r"\bsource_target_pairs=\{((?:\{\d+,\d+\}[, ]*)*)\}")
+_PAIRS = re.compile(r"source_target_pairs=\"?\{((?:\{\d+,\d+\}[, ]*)*)\}")
 _LISTED = re.compile(r"\breplica_groups=\{((?:\{[\d, ]*\}[, ]*)*)\}")  # {{0,1},{2,3}}
 _IOTA = re.compile(  # [2,4]<=[4,2]T(1,0)
     r"\breplica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
@@ -26,7 +25,7 @@ _MESH = re.compile(  # mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x','y':(1)2
     r"\breplica_groups=mesh\[(.*?)\]"
     r"(?:, device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\))? \{(.*?)\}"
 )
-_FORMS = re.compile(r"\breplica_groups=.*|\bsource_target_pairs=.*")
+_FORMS = re.compile(r"\breplica_groups=.*|source_target_pairs=.*")
 _TARGETS = re.compile(  # "{1,2}x{0:7}" or {{100000,200000}} or {{100000->200000}}
     r"\b_xla_megascale_target=(?:\"\{([\d,:]+)\}x\{([\d,:]+)\}\"|\{((?:\{[^{}]*\},?)*)\})"
 )
@@ -67,7 +66,6 @@ def groups(
     return tuple(tuple(r * partitions + p for r, p in group) for group in sets)
 
 
-@functools.lru_cache(maxsize=4096)
 def _read(form: str, total: int | None) -> Groups | None:
     if pairs := _PAIRS.match(form):
         return linked(re.findall(r"(\d+),(\d+)", pairs[1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 # `%computation (a: f32[8]) -> f32[8] {` opens a computation, and in it each line reads
@@ -19,6 +19,7 @@ _CALL = re.compile(
     r"\b(body|condition|branch_computations|true_computation|false_computation"
     r"|calls|to_apply|called_computations)=(\{[^}]*\}|[%\w.-]+)"
 )
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
 
 Instruction = re.Match[str]
@@ -46,7 +47,7 @@ class Program:
         """Reads a text; one that is no HLO has no instructions."""
         bodies: dict[str, dict[str, Instruction]] = {"": {}}
         computation = ""
-        for line in text.splitlines():
+        for line in _whole(text.splitlines()):
             if instruction := _INSTRUCTION.match(line):
                 bodies[computation][instruction["name"]] = instruction
             elif opening := _OPENING.match(line.strip()):
@@ -68,6 +69,29 @@ class Program:
             outer_loop, outer_runs = self.runs(caller)
             loop, runs = loop or inside or outer_loop, runs + times * outer_runs
         return loop, runs
+
+
+def _whole(lines: Iterable[str]) -> Iterator[str]:
+    """Lines, those of an instruction that is printed on several in one."""
+    begun = ""
+    for line in lines:
+        if begun and _INSTRUCTION.match(line):
+            yield begun
+            begun = ""
+        begun = f"{begun} {line}" if begun else line
+        if not (_open(begun) and _INSTRUCTION.match(begun)):
+            yield begun
+            begun = ""
+    if begun:
+        yield begun
+
+
+def _open(line: str) -> bool:
+    """Whether a brace is opened and not closed, those in quotes left out."""
+    if line.count("{") <= line.count("}"):
+        return False
+    bare = _QUOTED.sub("", line)
+    return bare.count("{") > bare.count("}")
 
 
 def num_devices(text: str) -> int | None:
