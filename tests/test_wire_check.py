@@ -260,30 +260,38 @@ def test_a_promise_about_an_axis_needs_a_mesh(mesh):
 
 EXTRA = {
     "a gather": (
-        lambda x: jax.lax.all_gather(x, "fsdp").sum(0) * x,
+        lambda x: x * jax.lax.all_gather(x, "fsdp").sum(0),
+        "1,536 bytes more",
         "the all-gather `",
     ),
-    "a sum": (lambda x: x * jax.lax.psum(x * x, "fsdp"), "the all-reduce `"),
+    "a sum": (
+        lambda x: x * jax.lax.psum(x * x, "fsdp"),
+        "768 bytes more",
+        "the all-reduce `",
+    ),
     "a shift": (
         lambda x: jax.lax.ppermute(x, "fsdp", [(0, 1)]),
+        "512 bytes more",
         "the collective-permute `",
     ),
     "an integer": (
         lambda x: x * jax.lax.psum(jnp.int32(x), "fsdp").astype(jnp.float32),
+        "768 bytes more",
         "the all-reduce `",
     ),
 }
 
 
-@pytest.mark.parametrize(("extra", "says"), EXTRA.values(), ids=EXTRA)
-def test_nothing_crosses_an_axis_beyond_the_dense_step(grid, extra, says):
+@pytest.mark.parametrize(("extra", "size", "names"), EXTRA.values(), ids=EXTRA)
+def test_nothing_crosses_an_axis_beyond_the_dense_step(grid, extra, size, names):
     dense = wire.measure(*hybrid(grid, packed=False))
     kept = wire.check(*hybrid(grid), axis="fsdp", beyond=dense)
     assert kept.bytes_over("fsdp") == dense.bytes_over("fsdp")
     wire.check(*hybrid(grid, packed=False), beyond=dense)  # over any axis
-    with pytest.raises(ValueError, match=re.escape(says)) as raised:
+    with pytest.raises(ValueError, match=re.escape(names)) as raised:
         wire.check(*hybrid(grid, extra=extra), axis="fsdp", beyond=dense)
-    assert "more than in `beyond` leave a worker over 'fsdp'" in str(raised.value)
+    says = f"{size} than in `beyond` leave a worker over 'fsdp' in a step"
+    assert says in str(raised.value)
 
 
 def test_what_is_beyond_may_be_allowed_to_the_byte(grid):
@@ -309,6 +317,9 @@ def test_a_collective_may_be_cut_and_merged_within_its_bytes():
     wire.check(Text(parts), beyond=wire.measure(Text(whole)))
     with pytest.raises(ValueError, match="28 bytes more than in `beyond`"):
         wire.check(Text(text(16, 33)), beyond=measured)
+    integers = whole.replace("f32", "s32")
+    with pytest.raises(ValueError, match="1,344 bytes more than in `beyond`"):
+        wire.check(Text(integers), beyond=measured)
     summed = whole.replace("all-gather", "all-reduce")  # fewer bytes, another operation
     with pytest.raises(ValueError, match="336 bytes more than in `beyond`"):
         wire.check(Text(summed), beyond=measured)

@@ -167,6 +167,13 @@ def test_the_mesh_is_known_from_wherever_it_is():
         assert [c.axes for c in report.collectives] == [("dcn",)]
 
 
+def test_the_mesh_of_the_arguments_goes_before_that_of_the_results():
+    step, x = mapped(lambda x: jax.lax.psum(x, "dcn"), build((2, 4), ("dcn", "fsdp")))
+    flat = NamedSharding(build((8,), ("data",)), P("data"))
+    ending = jax.jit(lambda x: jax.lax.with_sharding_constraint(step(x), flat))
+    assert [c.axes for c in wire.measure(ending, x).collectives] == [("dcn",)]
+
+
 def test_the_mesh_that_is_given_wins():
     step, x = mapped(lambda x: jax.lax.psum(x, "dcn"), build((2, 4), ("dcn", "fsdp")))
     finer = build((2, 2, 2), ("hosts", "cards", "chips"))

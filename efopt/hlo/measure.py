@@ -71,24 +71,19 @@ def measure(
     abstract = [x for x in given if isinstance(x, jax.ShapeDtypeStruct)]
     unplaced = abstract and all(x.sharding is None for x in abstract)
     note = _UNPLACED if unplaced else ""
-    layout = _layout(text, mesh, given, compiled)
+    layout = _layout(text, mesh, compiled)
     if layout is None:
         return WireReport(collectives, note)
     return WireReport(tuple(map(layout.placed, collectives)), note, layout.axes)
 
 
-def _layout(text: str, mesh: Any, given: Any, compiled: Any) -> Layout | None:
+def _layout(text: str, mesh: Any, compiled: Any) -> Layout | None:
     """Where the devices of the program stand in its mesh; ``None`` if none is known."""
     size = num_devices(text)
     if mesh is not None:
         return Layout(mesh, size or mesh.size)
-    places = (
-        [getattr(x, "sharding", None) for x in given],
-        jax.tree.leaves(getattr(compiled, "input_shardings", ())),
-        jax.tree.leaves(getattr(compiled, "output_shardings", ())),
-    )
-    for shardings in places:
-        if meshes := meshes_of(shardings):
+    for place in ("input_shardings", "output_shardings"):
+        if meshes := meshes_of(jax.tree.leaves(getattr(compiled, place, ()))):
             known = meshes[0] if len(meshes) == 1 else None
             return Layout(known, size or known.size) if known else None
     return None
