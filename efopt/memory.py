@@ -11,7 +11,7 @@ import optax
 
 from efopt.feedback import ContractiveErrorFeedbackState
 from efopt.ground.dtypes import compute_dtype
-from efopt.hlo.report import table
+from efopt.ground.tables import table
 from efopt.workers.node import PerWorker
 
 

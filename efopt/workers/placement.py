@@ -203,13 +203,14 @@ def _spec_at(path: str, shape: tuple[int, ...], params_specs: Any) -> PartitionS
 
 def _spread(node: PerWorker, n: int, m: int = 1) -> PerWorker:
     """The node with a worker axis of length ``n`` on every array."""
-    if node.shards:
+    if node.shards and node.split is not None:
+        split = node.split
 
         def by_shard(x):
             if x.shape[:2] == (n, m):
                 return x
-            rows = range_size(node.split, n)
-            padding = [(0, rows * n - node.split)] + [(0, 0)] * (x.ndim - 3)
+            rows = range_size(split, n)
+            padding = [(0, rows * n - split)] + [(0, 0)] * (x.ndim - 3)
             x = jnp.pad(x[0, 0], padding).reshape(n, 1, rows, *x.shape[3:])
             return jnp.broadcast_to(x, (n, m, *x.shape[2:])).copy()
 
