@@ -5,6 +5,7 @@ axes alone and leaves the others to the compiler. A compressor that flattened th
 would make it gather; inside a region over all axes every device has its own shard.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from efopt.workers.node import PerWorker
 from efopt.workers.placement import partition_specs
 from efopt.workers.value_and_grad import mesh_of
 
-Around = Callable[[Callable[..., Any], Any, Any], tuple[Any, Any]]
+Around = Callable[[Callable[..., Any], Any, Any, bool], tuple[Any, Any]]
 
 
 def around(api: str, axes: Axes, updates: Any, state: Any) -> Around | None:
@@ -63,7 +64,7 @@ def _home(api: str, state: Any) -> Home:
 def _region(home: Home, axes: Axes, mesh: Any, mapped: Any, stacked: bool) -> Around:
     specs = home.spec_tree()
 
-    def run(update, updates, state):
+    def run(update, updates, state, own):
         tree = updates.value if stacked else updates
         state_specs = partition_specs(state, specs)
         given = jax.tree.map(lambda s: P(axes.key, *s), specs, is_leaf=_is_spec)
@@ -76,16 +77,22 @@ def _region(home: Home, axes: Axes, mesh: Any, mapped: Any, stacked: bool) -> Ar
         def body(tree, state):
             if stacked:
                 tree = jax.tree.map(lambda x: x.reshape(x.shape[1:]), tree)
-            return update(tree, state)
+            out, state = update(tree, state)
+            if own and stacked:
+                out = jax.tree.map(lambda x: x[None], out)
+            return out, state
 
         names = home.inner_names if not stacked else (*axes.names, *home.inner_names)
-        return jax.shard_map(
+        out, state = jax.shard_map(
             body,
             mesh=mesh,
             in_specs=(given, state_specs),
-            out_specs=(specs, state_specs),
+            out_specs=(given if own else specs, state_specs),
             axis_names={n for n in names if n not in mapped},
         )(tree, state)
+        if own and stacked:
+            out = dataclasses.replace(updates, value=out)
+        return out, state
 
     return run
 

@@ -77,6 +77,13 @@ class StoredResidual:
         )
         return treedef.unflatten(payloads)
 
+    def marked(self, link: Link, params: Any) -> Any:
+        """A residual of zero, marked as the worker's own, and how it is made."""
+        marked = link.wrap(self.init(params))
+        if link.axes is None:
+            return marked
+        return dataclasses.replace(marked, remake=self.init)
+
     def receive(self, link: Link, updates: Any, residual: Any) -> Any:
         """Updates on their way in, or an error if ``residual`` is not theirs."""
         updates = link.receive(updates)

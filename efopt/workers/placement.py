@@ -203,7 +203,15 @@ def _spec_at(path: str, shape: tuple[int, ...], params_specs: Any) -> PartitionS
 
 def _spread(node: PerWorker, n: int, m: int = 1) -> PerWorker:
     """The node with a worker axis of length ``n`` on every array."""
-    if node.shards and node.split is not None:
+    if node.shards and node.split is None:
+
+        def copies(x):
+            if x.shape[:2] == (n, m):
+                return x
+            return jnp.broadcast_to(x, (n, m, *x.shape[2:])).copy()
+
+        return dataclasses.replace(node, value=jax.tree.map(copies, node.value))
+    if node.shards:
         split = node.split
 
         def by_shard(x):
