@@ -212,7 +212,7 @@ def _spread(node: PerWorker, n: int, m: int = 1) -> PerWorker:
 
         return dataclasses.replace(node, value=jax.tree.map(copies, node.value))
     if node.shards:
-        split = node.split
+        split = node.split or 0
 
         def by_shard(x):
             if x.shape[:2] == (n, m):
