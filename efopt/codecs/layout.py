@@ -129,12 +129,12 @@ class Layout:
                     arrays[i] = x.reshape(-1)[:size].reshape(self.shapes[i])
         if not shared:
             return arrays
-        starts = [s for b, _ in shared for s in b.starts()]
-        whole, starts = once_with([x.reshape(-1) for _, x in shared], starts)
-        offsets = iter(starts)
-        for (b, _), flat in zip(shared, whole, strict=True):
-            for i, size in zip(b.leaves, b.sizes, strict=True):
-                piece = lax.dynamic_slice(flat, (next(offsets),), (size,))
+        whole, starts = once_with(
+            [x.reshape(-1) for _, x in shared], [b.starts() for b, _ in shared]
+        )
+        for (b, _), flat, offsets in zip(shared, whole, starts, strict=True):
+            for i, size, offset in zip(b.leaves, b.sizes, offsets, strict=True):
+                piece = lax.dynamic_slice(flat, (offset,), (size,))
                 arrays[i] = piece.reshape(self.shapes[i])
         return arrays
 

@@ -186,8 +186,8 @@ class StoredResidual:
                     x = _blocked(x, b)
                 kept = 1 - self.damping_of(layout, b)
                 fresh = b.codec.increment(payload, x, kept, ratio, b.blocks(), still)
-                # The wall hangs on the step: one on the payload would keep a copy of it.
-                new.append(once((fresh, turn.step))[0] if _is_large(b) else fresh)
+                # The wall hangs on the step: else it would keep a copy of the payload.
+                new.append(once(fresh, turn.step) if _is_large(b) else fresh)
             return treedef.unflatten(layout.part_blocked(new, payloads))
 
         return keep
