@@ -7,11 +7,18 @@ a worker its piece. State that is laid out by shard is made anew from these.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+
+from efopt.codecs.layout import lay_out
+from efopt.codecs.states import init_states
+from efopt.exchanges import owners
+from efopt.exchanges.pieces import Cut
+from efopt.workers.axes import Axes
+from efopt.workers.node import PerWorker
 
 SpecOf = Callable[[str, tuple[int, ...]], P]
 
@@ -111,3 +118,61 @@ class Home:
     def spec_tree(self) -> Any:
         """The specs as a tree like the parameters."""
         return self.treedef.unflatten(self.specs)
+
+
+class LinkState(NamedTuple):
+    """State of a link.
+
+    Attributes:
+      codec: The compressor's own state for each leaf, ``()`` if it has none. Equal on
+        all workers.
+      server: What the owners of ranges still owe, under ``exchange="two_phase"``: one
+        :class:`efopt.PerWorker` per group of equal blocks, at least float32. Else
+        ``()``.
+      home: Where the trees live, a :class:`Home`; static. ``()`` without an axis.
+    """
+
+    codec: Any
+    server: Any
+    home: Any = ()
+
+    def placed(self, mesh: Any, spec_of: SpecOf) -> "LinkState":
+        """The state laid out for a mesh on which parameters have these specs."""
+        return self if self.home == () else by_shard(self, mesh, spec_of)
+
+
+def by_shard(state: LinkState, mesh: Any, spec_of: SpecOf) -> LinkState:
+    """The state laid out by shard, where a mesh has axes behind each worker."""
+    link, home = state.home.link, state.home.on(mesh, spec_of)
+    if state.home.specs is not None:
+        if (home.specs, home.inner) != (state.home.specs, state.home.inner):
+            raise ValueError(
+                f"{link.api} got a state that is placed for another mesh or other "
+                "specs of the parameters already; start from `tx.init(params)`."
+            )
+        return state
+    if not home.inner:
+        return state._replace(home=home)
+    shards = home.shards()
+    codecs = link.codecs(shards)
+    states = init_states(link.codec, shards, link.api)
+    if states != ():
+        leaves = home.treedef.flatten_up_to(states)
+        states = home.treedef.unflatten(
+            [_sharded(s, home.axes_of(i)) for i, s in enumerate(leaves)]
+        )
+    cuts = [
+        Cut(home.shard(i), spare if codec.one_message else (), home.extent(spare))
+        for i, codec in enumerate(codecs)
+        for spare in (home.spare(i),)
+    ]
+    layout = lay_out(codecs, [cut.piece for cut in cuts], home.dtypes)
+    server = owners.fresh(link.kept(layout), link.axes, home.inner_names)
+    return LinkState(states, server, home)
+
+
+def _sharded(state: Any, names: tuple[str, ...]) -> Any:
+    """A codec's state of one leaf, of which every shard has its own."""
+    if not names or not jax.tree.leaves(state):
+        return state
+    return PerWorker.wrap(state, Axes(names))

@@ -1,0 +1,92 @@
+"""Server residuals: what the owners of ranges of blocks owe, and where it lies."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from efopt.codecs.layout import Bucket, Layout
+from efopt.exchanges.groups import group_key, server_shapes
+from efopt.ground.dtypes import compute_dtype
+from efopt.workers.axes import Axes
+from efopt.workers.node import PerWorker
+from efopt.workers.ranges import range_size
+
+
+def fresh(
+    kept: Sequence[Bucket], axes: Axes, shards: tuple[str, ...] = ()
+) -> tuple[PerWorker, ...]:
+    """Residuals of zero, one for each group of equal blocks.
+
+    Args:
+      kept: The buckets whose owners keep a residual.
+      axes: The workers' axes; outside the mapped function one holds all ranges.
+      shards: The mesh axes behind each worker, if every shard has its own.
+    """
+    n = axes.size() if axes.bound() else 1
+    server = []
+    for (blocks, *block), dtype in server_shapes(kept):
+        zeros = jnp.zeros((range_size(blocks, n), *block), dtype)
+        server.append(PerWorker.wrap(zeros, axes, blocks, shards))
+    return tuple(server)
+
+
+def opened(
+    api: str, kept: Sequence[Bucket], axes: Axes, server: Any, ratio: Any
+) -> tuple[jax.Array, ...]:
+    """What this worker owes as an owner, one array per group of blocks, or an error.
+
+    Args:
+      api: The transformation, for errors.
+      kept: As for :func:`fresh`.
+      axes: The workers' axes.
+      server: The residuals, marked.
+      ratio: Factor on them, or ``None``.
+    """
+    shapes = [shape for shape, _ in server_shapes(kept)]
+    known = [
+        (own.split, *jnp.shape(own.value)[3 if own.shards else 2 :]) for own in server
+    ]
+    if known != shapes:
+        raise ValueError(
+            f"{api} keeps a server residual for the blocks that `init` saw, {known}, "
+            f"and the updates make {shapes} (blocks, block size). Updates must have "
+            "the structure, shapes and dtypes of the parameters given to `init`; if "
+            "these are sharded over other mesh axes, or equal along them, place the "
+            "state with `efopt.distribute(state, mesh, params_specs)`."
+        )
+    owed = []
+    for own in server:
+        x = own.local(api, range_size(own.split, axes.size()))
+        owed.append(x if ratio is None else x * ratio.astype(x.dtype))
+    return tuple(owed)
+
+
+def closed(owed: Sequence[jax.Array], axes: Axes, server: Any) -> tuple[Any, ...]:
+    """Inverse of :func:`opened`: marked as ``server``, which was opened."""
+    pairs = zip(owed, server, strict=True)
+    return tuple(PerWorker.wrap(x, axes, own.split, own.shards) for x, own in pairs)
+
+
+def whole(api: str, layout: Layout, kept: Sequence[Bucket], server: Any) -> list[Any]:
+    """What all owners owe of each bucket, one array ``(n, *block)`` a bucket.
+
+    The residuals may be laid out in any way; inside the mapped function they are
+    gathered.
+    """
+    wholes = {}
+    for own, key in zip(server, dict.fromkeys(map(group_key, kept)), strict=True):
+        x, axes = own.value, Axes.of(api, own.axis_name)
+        if axes.bound():
+            x = axes.all_gather(own.local(api))
+        wholes[key] = x.reshape(-1, *key[1])[: own.split]
+    xs, ends = [], dict.fromkeys(wholes, 0)
+    for b in layout.buckets:
+        if b not in kept:
+            xs.append(jnp.zeros(b.shape, compute_dtype(b.dtype)))
+            continue
+        key = group_key(b)
+        start, ends[key] = ends[key], ends[key] + b.shape[0]
+        xs.append(wholes[key][start : ends[key]])
+    return xs
