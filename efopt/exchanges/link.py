@@ -21,13 +21,14 @@ from efopt.codecs.conversation import alone, converse
 from efopt.codecs.layout import Bucket, Layout, lay_out
 from efopt.codecs.states import close_states, init_states, open_states
 from efopt.exchanges import table
+from efopt.exchanges.all_reduce import mean_in_range
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.groups import group_key, server_shapes
 from efopt.ground import bits, checks
 from efopt.ground.barriers import zeros_after
 from efopt.ground.dtypes import check_float, compute_dtype, wide_zeros
 from efopt.workers import node
-from efopt.workers.axes import Axes
+from efopt.workers.axes import Axes, varying
 from efopt.workers.node import PerWorker
 from efopt.workers.ranges import range_size
 
@@ -131,7 +132,8 @@ class Link:
 
         Args:
           updates: The updates of this worker.
-          like: A tree of arrays with the structure and shapes that they must have.
+          like: A tree of arrays of this worker, whose structure and shapes they must
+            have.
         """
         if self.axes is not None:
             single = ", or pass `axis_name=None` for a single worker"
@@ -143,7 +145,33 @@ class Link:
             check_float(path, x, self.api)
         if self.axes is not None:
             self.axes.require_local(self.api, updates)
+            if like is not None:
+                self.require_kept(paths, jax.tree.leaves(like))
         return treedef.unflatten([jnp.asarray(x) for _, x in paths])
+
+    def require_kept(self, paths: Any, kept: Sequence[Any]) -> None:
+        """Raises if types say that updates differ where what is kept of them does not.
+
+        Args:
+          paths: The updates, with their paths.
+          kept: An array of this worker's state for each.
+        """
+        for (path, x), e in zip(paths, kept, strict=True):
+            more = varying(x) - varying(e)
+            if not more or self.axes is None:
+                continue
+            names = ", ".join(map(repr, sorted(more)))
+            raise ValueError(
+                f"{self.api} got updates that differ along the mesh axes {names} too, "
+                f"at {jax.tree_util.keystr(path) or 'the root'}, where what it keeps "
+                f"of them is one for each worker along {self.axes.key!r}. If all of "
+                "these are axes of workers, name them all, `axis_name=(..., ...)`, or "
+                "average over the others first, uncompressed: "
+                "`optax.chain(efopt.compress(efopt.compressors.identity(), "
+                "axis_name=...), ...)`; two feedbacks in one chain would need a state "
+                "that differs along both. If parameters are sharded along it, pass "
+                "their specs to `efopt.distribute` and `efopt.partition_specs`."
+            )
 
     def turn(self, count: jax.Array) -> Turn:
         """The step, and this worker, for what draws random numbers."""
@@ -216,7 +244,9 @@ class Link:
 
         def update_fn(updates, state, params=None, **extra_args):
             def dense(updates, state):
-                out = updates if self.axes is None else self.axes.pmean(updates)
+                out = updates
+                if self.axes is not None:
+                    out = mean_in_range(updates, self.axes)
                 return out, state._replace(count=optax.safe_increment(state.count))
 
             def compressed(updates, state):
@@ -299,15 +329,26 @@ class Link:
             x - mean.decode() if way.pays_average else rest
             for way, x, mean, rest in zip(ways, xs, means, rests, strict=True)
         ]
-        pairs = zip(owed, server, strict=True)
-        server = tuple(PerWorker.wrap(x, axes, s.split) for x, s in pairs)
+        server = tuple(
+            PerWorker.wrap(bits.cast(x, s.value.dtype), axes, s.split)
+            for x, s in zip(owed, server, strict=True)
+        )
         return means, rests, states, server
 
     def _owed(self, layout, server, ratio):
         """What this worker owes as an owner, one array per group of blocks."""
         assert self.axes is not None
-        shapes = [shape for shape, _ in self._server_shapes(layout)]
+        expected = self._server_shapes(layout)
+        shapes = [shape for shape, _ in expected]
         known = [(own.split, *jnp.shape(own.value)[2:]) for own in server]
+        if known != shapes and _blocks_by_shape(known) == _blocks_by_shape(shapes):
+            raise ValueError(
+                f"{self.api} keeps a server residual for the blocks of each dtype "
+                f"apart, {known} (blocks, block size) for the parameters given to "
+                f"`init`, and the dtypes of the updates part them into {shapes}. "
+                "Gradients must have the parameters' dtypes; cast them: "
+                "`jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)`."
+            )
         if known != shapes:
             raise ValueError(
                 f"{self.api} keeps a server residual for the blocks that `init` saw, "
@@ -317,8 +358,9 @@ class Link:
                 "mesh axis: use another exchange there."
             )
         owed = []
-        for own in server:
+        for own, (_, dtype) in zip(server, expected, strict=True):
             x = own.local(self.api, range_size(own.split, self.axes.size()))
+            x = bits.cast(x, dtype)
             owed.append(x if ratio is None else x * ratio.astype(x.dtype))
         return tuple(owed)
 
@@ -401,6 +443,14 @@ def _decoded_last(
         zeros = zeros_after(jax.tree.leaves(kept[b.leaves[0]])[0], x)
         averages.append(mean.decode_in(zeros))
     return averages
+
+
+def _blocks_by_shape(groups: Sequence[tuple[int, ...]]) -> dict[Any, int]:
+    """Blocks of each shape in groups ``(blocks, *block)``."""
+    total: dict[Any, int] = {}
+    for n, *block in groups:
+        total[tuple(block)] = total.get(tuple(block), 0) + n
+    return total
 
 
 def _check_like(api, paths, treedef, like):
