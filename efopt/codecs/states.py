@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from efopt.codecs.codec import Codec
 from efopt.codecs.layout import Layout
+from efopt.ground import bits
 from efopt.ground.dtypes import check_float
 
 
@@ -36,8 +37,8 @@ def open_states(layout: Layout, treedef: Any, states: Any) -> list[Any]:
 
 
 def close_states(layout: Layout, treedef: Any, joined: list[Any], before: Any) -> Any:
-    """Inverse of :func:`open_states`; ``before`` is what was opened."""
+    """Inverse of :func:`open_states`; ``before`` is what was opened, in its dtypes."""
     if not any(b.codec.stateful for b in layout.buckets):
         return before
     old = treedef.flatten_up_to(before)
-    return treedef.unflatten(layout.part_blocked(joined, old))
+    return treedef.unflatten(bits.cast_like(layout.part_blocked(joined, old), old))

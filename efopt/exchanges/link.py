@@ -22,6 +22,7 @@ from efopt.codecs.conversation import alone, converse
 from efopt.codecs.layout import Bucket, Layout, lay_out
 from efopt.codecs.states import close_states, init_states, open_states
 from efopt.exchanges import owners, regions, table
+from efopt.exchanges.all_reduce import mean_in_range
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.home import Home, LinkState
 from efopt.exchanges.meeting import meet_all
@@ -130,7 +131,8 @@ class Link:
 
         Args:
           updates: The updates of this worker.
-          like: A tree of arrays with the structure and shapes that they must have.
+          like: A tree of arrays of this worker, whose structure and shapes they must
+            have.
         """
         if self.axes is not None:
             single = ", or pass `axis_name=None` for a single worker"
@@ -142,7 +144,33 @@ class Link:
             check_float(path, x, self.api)
         if self.axes is not None:
             self.axes.require_local(self.api, updates)
+            if like is not None:
+                self.require_kept(paths, jax.tree.leaves(like))
         return treedef.unflatten([jnp.asarray(x) for _, x in paths])
+
+    def require_kept(self, paths: Any, kept: Sequence[Any]) -> None:
+        """Raises if types say that updates differ where what is kept of them does not.
+
+        Args:
+          paths: The updates, with their paths.
+          kept: An array of this worker's state for each.
+        """
+        for (path, x), e in zip(paths, kept, strict=True):
+            more = varying(x) - varying(e)
+            if not more or self.axes is None:
+                continue
+            names = ", ".join(map(repr, sorted(more)))
+            raise ValueError(
+                f"{self.api} got updates that differ along the mesh axes {names} too, "
+                f"at {jax.tree_util.keystr(path) or 'the root'}, where what it keeps "
+                f"of them is one for each worker along {self.axes.key!r}. If all of "
+                "these are axes of workers, name them all, `axis_name=(..., ...)`, or "
+                "average over the others first, uncompressed: "
+                "`optax.chain(efopt.compress(efopt.compressors.identity(), "
+                "axis_name=...), ...)`; two feedbacks in one chain would need a state "
+                "that differs along both. If parameters are sharded along it, pass "
+                "their specs to `efopt.distribute` and `efopt.partition_specs`."
+            )
 
     def turn(self, count: jax.Array) -> Turn:
         """The step, and this worker, for what draws random numbers."""
@@ -262,7 +290,9 @@ class Link:
 
         def update_fn(updates, state, params=None, **extra_args):
             def dense(updates, state):
-                out = updates if self.axes is None else self.axes.pmean(updates)
+                out = updates
+                if self.axes is not None:
+                    out = mean_in_range(updates, self.axes)
                 return out, state._replace(count=optax.safe_increment(state.count))
 
             def compressed(updates, state):

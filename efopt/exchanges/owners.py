@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from efopt.codecs.layout import Bucket, Layout
 from efopt.exchanges.groups import group_key, server_shapes
+from efopt.ground import bits
 from efopt.ground.dtypes import compute_dtype
 from efopt.workers.axes import Axes
 from efopt.workers.node import PerWorker
@@ -44,10 +45,19 @@ def opened(
       server: The residuals, marked.
       ratio: Factor on them, or ``None``.
     """
-    shapes = [shape for shape, _ in server_shapes(kept)]
+    expected = server_shapes(kept)
+    shapes = [shape for shape, _ in expected]
     known = [
         (own.split, *jnp.shape(own.value)[3 if own.shards else 2 :]) for own in server
     ]
+    if known != shapes and _by_shape(known) == _by_shape(shapes):
+        raise ValueError(
+            f"{api} keeps a server residual for the blocks of each dtype apart, "
+            f"{known} (blocks, block size) for the parameters given to `init`, and the "
+            f"dtypes of the updates part them into {shapes}. Gradients must have the parameters' "
+            "dtypes; cast them: `jax.tree.map(lambda g, p: g.astype(p.dtype), grads, "
+            "params)`."
+        )
     if known != shapes:
         raise ValueError(
             f"{api} keeps a server residual for the blocks that `init` saw, {known}, "
@@ -57,16 +67,18 @@ def opened(
             "state with `efopt.distribute(state, mesh, params_specs)`."
         )
     owed = []
-    for own in server:
-        x = own.local(api, range_size(own.split, axes.size()))
+    for own, (_, dtype) in zip(server, expected, strict=True):
+        x = bits.cast(own.local(api, range_size(own.split, axes.size())), dtype)
         owed.append(x if ratio is None else x * ratio.astype(x.dtype))
     return tuple(owed)
 
 
 def closed(owed: Sequence[jax.Array], axes: Axes, server: Any) -> tuple[Any, ...]:
     """Inverse of :func:`opened`: marked as ``server``, which was opened."""
-    pairs = zip(owed, server, strict=True)
-    return tuple(PerWorker.wrap(x, axes, own.split, own.shards) for x, own in pairs)
+    return tuple(
+        PerWorker.wrap(bits.cast(x, own.value.dtype), axes, own.split, own.shards)
+        for x, own in zip(owed, server, strict=True)
+    )
 
 
 def whole(api: str, layout: Layout, kept: Sequence[Bucket], server: Any) -> list[Any]:
@@ -90,3 +102,11 @@ def whole(api: str, layout: Layout, kept: Sequence[Bucket], server: Any) -> list
         start, ends[key] = ends[key], ends[key] + b.shape[0]
         xs.append(wholes[key][start : ends[key]])
     return xs
+
+
+def _by_shape(groups: Sequence[tuple[int, ...]]) -> dict[Any, int]:
+    """Blocks of each shape in groups ``(blocks, *block)``."""
+    total: dict[Any, int] = {}
+    for n, *block in groups:
+        total[tuple(block)] = total.get(tuple(block), 0) + n
+    return total

@@ -17,7 +17,7 @@ from efopt.codecs.compressor import Compressor, make
 from efopt.codecs.layout import BUCKET_SIZE, Bucket, Layout, lay_out
 from efopt.compressors.identity import Identity
 from efopt.exchanges.link import Link
-from efopt.ground import checks, randomness
+from efopt.ground import bits, checks, randomness
 from efopt.ground.barriers import once
 from efopt.ground.dtypes import compute_dtype, wide
 
@@ -98,8 +98,15 @@ class StoredResidual:
             raise ValueError(
                 f"{self.api} got updates of another structure or other shapes than the "
                 "parameters given to `init`: the residual of these updates is stored "
-                f"in arrays of shapes {shapes[0]}, and the state holds {shapes[1]}."
+                f"in arrays of shapes {shapes[0]}, and the state holds {shapes[1]}. "
+                "Wider gradients than the parameters may be the cause: cast them."
             )
+        if link.axes is not None:
+            paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
+            payloads = map(jax.tree.leaves, treedef.flatten_up_to(residual))
+            # An empty leaf has no payload.
+            kept = [(p, x) for p, x in zip(paths, payloads, strict=True) if x]
+            link.require_kept([p for p, _ in kept], [x[0] for _, x in kept])
         return updates
 
     def damping_of(self, layout: Layout, b: Bucket) -> float:
@@ -188,7 +195,8 @@ class StoredResidual:
                 fresh = b.codec.increment(payload, x, kept, ratio, b.blocks(), still)
                 # The wall hangs on the step: else it would keep a copy of the payload.
                 new.append(once(fresh, turn.step) if _is_large(b) else fresh)
-            return treedef.unflatten(layout.part_blocked(new, payloads))
+            fresh = layout.part_blocked(new, payloads)
+            return treedef.unflatten(bits.cast_like(fresh, payloads))
 
         return keep
 
