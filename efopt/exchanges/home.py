@@ -13,13 +13,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from efopt.ground.imports import when_imported
+
 SpecOf = Callable[[str, tuple[int, ...]], P]
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Home:
     """What is static about the trees of one link: a node without arrays.
+
+    All are equal: a state has one structure, before and after it is placed, and where
+    ``optax.tree.map_params`` calls ``init`` with something that is no parameters.
 
     Attributes:
       link: The link itself, which makes state anew.
@@ -38,6 +43,12 @@ class Home:
     dtypes: tuple[Any, ...]
     specs: tuple[P, ...] | None = None
     inner: tuple[tuple[str, int], ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Home)
+
+    def __hash__(self) -> int:
+        return hash(Home)
 
     @classmethod
     def of(cls, link: Any, params: Any) -> "Home":
@@ -111,3 +122,13 @@ class Home:
     def spec_tree(self) -> Any:
         """The specs as a tree like the parameters."""
         return self.treedef.unflatten(self.specs)
+
+
+def _register_with_flax(serialization: Any) -> None:
+    """Teaches ``flax.serialization`` that there is nothing to store."""
+    serialization.register_serialization_state(
+        Home, lambda home: {}, lambda target, stored: target
+    )
+
+
+when_imported("flax.serialization", _register_with_flax)

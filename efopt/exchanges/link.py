@@ -19,7 +19,12 @@ from efopt.codecs.codec import Codec, Message
 from efopt.codecs.compressor import Compressor
 from efopt.codecs.conversation import alone, converse
 from efopt.codecs.layout import Bucket, Layout, lay_out
-from efopt.codecs.states import close_states, init_states, open_states
+from efopt.codecs.states import (
+    close_states,
+    init_states,
+    is_placeholder,
+    open_states,
+)
 from efopt.exchanges import table
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.groups import group_key, server_shapes
@@ -40,9 +45,9 @@ class LinkState(NamedTuple):
     Attributes:
       codec: The compressor's own state for each leaf, ``()`` if it has none. Equal on
         all workers.
-      server: What the owners of ranges still owe, under ``exchange="two_phase"``: one
-        :class:`efopt.PerWorker` per group of equal blocks, at least float32. Else
-        ``()``.
+      server: What the owners of ranges still owe, under ``exchange="two_phase"``: an
+        :class:`efopt.PerWorker` of one array per group of equal blocks, at least
+        float32. Else ``()``.
       home: Where the trees live, a :class:`Home`; static. ``()`` without an axis.
     """
 
@@ -102,9 +107,8 @@ class Link:
         home = Home.of(self, params)
         if not keeps:
             return LinkState(states, (), home)
-        if not jax.tree.leaves(params):
-            # A placeholder of `optax.tree.map_params`: stand in for params.
-            return LinkState(states, params, home)
+        if is_placeholder(params):
+            return LinkState(states, PerWorker(0, self.axes.key), home)
         return LinkState(states, self._server(self._layout(params)), home)
 
     def placed(self, state: LinkState, mesh: Any, spec_of: SpecOf) -> LinkState:
@@ -139,11 +143,13 @@ class Link:
         """Server residuals of zero."""
         assert self.axes is not None
         n = self.axes.size() if self.axes.bound() else 1
-        server = []
-        for (blocks, *block), dtype in self._server_shapes(layout):
-            zeros = jnp.zeros((range_size(blocks, n), *block), dtype)
-            server.append(PerWorker.wrap(zeros, self.axes, blocks, shards))
-        return tuple(server)
+        shapes = self._server_shapes(layout)
+        zeros = tuple(
+            jnp.zeros((range_size(blocks, n), *block), dtype)
+            for (blocks, *block), dtype in shapes
+        )
+        splits = tuple(shape[0] for shape, _ in shapes)
+        return PerWorker.wrap(zeros, self.axes, splits, shards)
 
     def zeros(self, params: Any) -> Any:
         """A residual of zero, one worker's, in the compute dtypes."""
@@ -276,6 +282,8 @@ class Link:
             return update
 
         def update_fn(updates, state, params=None, **extra_args):
+            state = node.laid_out(state)
+
             def dense(updates, state):
                 out = updates if self.axes is None else self.axes.pmean(updates)
                 return out, state._replace(count=optax.safe_increment(state.count))
@@ -300,11 +308,13 @@ class Link:
         layout = self._layout(params)
         kept = self._kept(layout)
         wholes = {}
-        for own, key in zip(server, dict.fromkeys(map(group_key, kept)), strict=True):
-            x, axes = own.value, Axes.of(self.api, own.axis_name)
-            if axes.bound():
-                x = axes.all_gather(own.local(self.api))
-            wholes[key] = x.reshape(-1, *key[1])[: own.split]
+        axes = Axes.of(self.api, server.axis_name)
+        parts = server.value
+        if axes.bound():
+            parts = [axes.all_gather(x) for x in server.local(self.api)]
+        keys = dict.fromkeys(map(group_key, kept))
+        for x, split, key in zip(parts, server.splits(), keys, strict=True):
+            wholes[key] = x.reshape(-1, *key[1])[:split]
         xs, ends = [], dict.fromkeys(wholes, 0)
         for b in layout.buckets:
             if b not in kept:
@@ -369,18 +379,18 @@ class Link:
             x - mean.decode() if way.pays_average else rest
             for way, x, mean, rest in zip(ways, xs, means, rests, strict=True)
         ]
-        pairs = zip(owed, server, strict=True)
-        server = tuple(PerWorker.wrap(x, axes, s.split, s.shards) for x, s in pairs)
+        if server:
+            server = PerWorker.wrap(owed, axes, server.split, server.shards)
         return means, rests, states, server
 
     def _owed(self, layout, server, ratio):
         """What this worker owes as an owner, one array per group of blocks."""
         assert self.axes is not None
+        if not server:
+            return ()
         shapes = [shape for shape, _ in self._server_shapes(layout)]
-        known = [
-            (own.split, *jnp.shape(own.value)[3 if own.shards else 2 :])
-            for own in server
-        ]
+        pairs = zip(server.value, server.splits(), strict=True)
+        known = [(split, *jnp.shape(x)[server.lead + 1 :]) for x, split in pairs]
         if known != shapes:
             raise ValueError(
                 f"{self.api} keeps a server residual for the blocks that `init` saw, "
@@ -389,11 +399,8 @@ class Link:
                 'and under `exchange="two_phase"` these cannot be sharded over another '
                 "mesh axis: use another exchange there."
             )
-        owed = []
-        for own in server:
-            x = own.local(self.api, range_size(own.split, self.axes.size()))
-            owed.append(x if ratio is None else x * ratio.astype(x.dtype))
-        return tuple(owed)
+        scaled = lambda x: x if ratio is None else x * ratio.astype(x.dtype)  # noqa: E731
+        return tuple(map(scaled, server.local(self.api)))
 
 
 def open_link(

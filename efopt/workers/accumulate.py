@@ -10,7 +10,7 @@ from jax import lax
 from efopt.ground import checks
 from efopt.ground.dtypes import wide_zeros
 from efopt.workers.axes import Axes, AxisName, zeros_like
-from efopt.workers.node import PerWorker
+from efopt.workers.node import PerWorker, laid_out
 
 
 class AccumulateState(NamedTuple):
@@ -94,7 +94,9 @@ def accumulate(
             return jax.tree.map(zeros_like, out), total, inner_state
 
         last = state.count == every - 1
-        out, total, inner_state = lax.cond(last, take, skip, total, state.inner)
+        out, total, inner_state = lax.cond(
+            last, take, skip, total, laid_out(state.inner)
+        )
         count = jnp.where(last, 0, state.count + 1)
         accumulator = PerWorker.wrap(total, axes)
         return out, AccumulateState(count, accumulator, inner_state)
