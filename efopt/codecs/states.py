@@ -21,7 +21,7 @@ def init_states(codec: Codec, params: Any, api: str) -> Any:
     if not codec.stateful:
         return ()
     if is_placeholder(params):
-        return 0
+        return jnp.zeros([])
     codecs = codec.assign(params)
     triples = zip(codecs, paths, dtypes, strict=True)
     states = [c.init(jnp.shape(leaf), dtype) for c, (_, leaf), dtype in triples]
@@ -32,8 +32,8 @@ def is_placeholder(params: Any) -> bool:
     """Whether ``optax.tree.map_params`` asks where a state is laid out as params are.
 
     It calls ``init`` with a node of its own, without leaves. Where that stands in the
-    state it maps over the user's trees; a number says that arrays are laid out by a
-    rule of their own, whatever their names.
+    state it maps over the user's trees; an array says that what is there is laid out by
+    a rule of its own.
     """
     return "Placeholder" in type(params).__name__
 

@@ -108,7 +108,7 @@ class Link:
         if not keeps:
             return LinkState(states, (), home)
         if is_placeholder(params):
-            return LinkState(states, PerWorker(0, self.axes.key), home)
+            return LinkState(states, PerWorker.wrap(jnp.zeros([]), self.axes), home)
         return LinkState(states, self._server(self._layout(params)), home)
 
     def placed(self, state: LinkState, mesh: Any, spec_of: SpecOf) -> LinkState:

@@ -65,7 +65,7 @@ class StoredResidual:
         """A residual of zero: the structure of ``params``, a payload at every leaf."""
         leaves, treedef = jax.tree.flatten(params)
         if is_placeholder(params):
-            return 0
+            return jnp.zeros([])
         layout, turn = self._layout(params), Turn(jnp.uint32(0), jnp.uint32(0))
 
         def zeros(b: Bucket) -> Any:
