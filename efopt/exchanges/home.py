@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from efopt.ground.imports import when_imported
+from efopt.workers.specs import Path, path_of
 
 SpecOf = Callable[[str, tuple[int, ...]], P]
 
@@ -61,6 +62,13 @@ class Home:
             tuple(jnp.shape(x) for _, x in found),
             tuple(jnp.result_type(x) for _, x in found),
         )
+
+    def places(self) -> dict[Path, tuple[int, ...]]:
+        """The global shape of every leaf, by its path."""
+        numbers = self.treedef.unflatten(range(len(self.shapes)))
+        paths = jax.tree_util.tree_flatten_with_path(numbers)[0]
+        pairs = zip(paths, self.shapes, strict=True)
+        return {path_of(path): shape for (path, _), shape in pairs}
 
     def on(self, mesh: Any, spec_of: SpecOf) -> "Home":
         """The same, placed on a mesh."""

@@ -25,7 +25,7 @@ from efopt.codecs.states import (
     is_placeholder,
     open_states,
 )
-from efopt.exchanges import table
+from efopt.exchanges import regions, table
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.groups import group_key, server_shapes
 from efopt.exchanges.home import Home, SpecOf
@@ -101,13 +101,10 @@ class Link:
     def init(self, params: Any) -> LinkState:
         """The state for a tree of parameters, arrays or structs."""
         states = init_states(self.codec, params, self.api)
-        keeps = any(self._route(c).keeps for c in self.codec.members())
         if self.axes is None:
             return LinkState(states, ())
         home = Home.of(self, params)
-        if not keeps:
-            return LinkState(states, (), home)
-        if is_placeholder(params):
+        if self._keeps() and is_placeholder(params):
             return LinkState(states, PerWorker.wrap(jnp.zeros([]), self.axes), home)
         return LinkState(states, self._server(self._layout(params)), home)
 
@@ -123,6 +120,13 @@ class Link:
             return state
         if not home.inner:
             return state._replace(home=home)
+        if state.server and state.server.sizes is not None:
+            raise ValueError(
+                f"{self.api} got a state that is laid out over workers, but not over "
+                "the mesh axes behind them, by whose shards some of it is kept. "
+                "Restore into what `efopt.distribute(state, mesh, params_specs)` makes "
+                "of a fresh one."
+            )
         shards = home.shards()
         codecs = self.codec.assign(shards)
         states = init_states(self.codec, shards, self.api)
@@ -142,6 +146,8 @@ class Link:
     def _server(self, layout: Layout, shards: tuple[str, ...] = ()) -> Any:
         """Server residuals of zero."""
         assert self.axes is not None
+        if not self._keeps():
+            return ()
         n = self.axes.size() if self.axes.bound() else 1
         shapes = self._server_shapes(layout)
         zeros = tuple(
@@ -272,12 +278,28 @@ class Link:
         states = jax.tree.map(_wrapped_as, state.codec, states, is_leaf=node.is_node)
         return Averaged(mean, lost, LinkState(states, server, state.home))
 
-    def dense_first(self, update: Callable[..., Any]) -> Callable[..., Any]:
-        """``update_fn`` of a scheme, with the first updates averaged uncompressed.
+    def entrance(self, update: Callable[..., Any]) -> Callable[..., Any]:
+        """``update_fn`` of a scheme, from wherever it is called.
 
-        Until then nothing is owed and nothing learned: of the state, which has a field
-        ``count``, that alone moves on.
+        It runs on what each device holds. Called on stacked gradients in a plain jitted
+        step, or inside a function mapped over the workers alone, it opens a region that
+        is mapped over the other mesh axes too. With ``start`` the first updates are
+        averaged uncompressed: until then nothing is owed and nothing learned, and of
+        the state, which has a field ``count``, that alone moves on.
         """
+        inside = self._dense_first(update)
+
+        def update_fn(updates, state, params=None, **extra_args):
+            if self.axes is None:
+                return inside(updates, state, params, **extra_args)
+            around = regions.around(self.api, self.axes, updates, state)
+            if around is None:
+                return inside(updates, state, params, **extra_args)
+            return around(inside, updates, state)
+
+        return update_fn
+
+    def _dense_first(self, update: Callable[..., Any]) -> Callable[..., Any]:
         if not self.start:
             return update
 
@@ -340,6 +362,10 @@ class Link:
         shapes = [jnp.shape(x) for x in leaves]
         dtypes = [jnp.result_type(x) for x in leaves]
         return lay_out(self.codec.assign(tree), shapes, dtypes)
+
+    def _keeps(self) -> bool:
+        """Whether owners may keep a server residual."""
+        return any(self._route(c).keeps for c in self.codec.members())
 
     def _kept(self, layout: Layout) -> list[Bucket]:
         """The buckets whose owners keep a server residual."""

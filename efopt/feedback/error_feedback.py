@@ -231,4 +231,4 @@ def feedback_through(
         residual, link_state = new
         return out, state_of(count, link.wrap(residual), link_state, last)
 
-    return optax.GradientTransformationExtraArgs(init_fn, link.dense_first(update_fn))
+    return optax.GradientTransformationExtraArgs(init_fn, link.entrance(update_fn))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from efopt.ground.imports import when_imported
@@ -32,7 +33,8 @@ class PerWorker:
 
     Mapping over a state to make ``PartitionSpec`` or ``NamedSharding`` of its arrays,
     as ``optax.tree.map_params`` does, is about one worker's arrays: the worker axis is
-    put in front of what does not begin with it.
+    put in front of what does not begin with it. (Of what is laid out by shard, only
+    :func:`efopt.partition_specs` knows more.)
 
     Attributes:
       value: Pytree of arrays ``(1 or n, ...)``.
@@ -158,7 +160,7 @@ def _unflatten(static: _Static, children: Any) -> PerWorker:
     share = static.share
     if static.sizes is not None and math.prod(static.sizes) > 1:
         share = _share(value, static)
-    value = _behind_worker_axis(value, static.axis_name)
+    value = _behind_worker_axis(value, static)
     axis_name, split, shards = static.axis_name, static.split, static.shards
     return PerWorker(value, axis_name, split, shards, static.sizes, share)
 
@@ -178,7 +180,7 @@ def _share(value: Any, static: _Static) -> int:
         x for x in jax.tree.leaves(value) if isinstance(x, jax.Array | np.ndarray)
     ]
     sizes = static.sizes or ()
-    if not arrays or any(isinstance(x, jax.core.Tracer) for x in arrays):
+    if not arrays or any(isinstance(x, Tracer) for x in arrays):
         return static.share
     shape = arrays[0].shape
     if static.share:
@@ -191,17 +193,19 @@ def _share(value: Any, static: _Static) -> int:
     return 0 if bound else len(shape) + 1
 
 
-def _behind_worker_axis(value: Any, axis_name: AxisName) -> Any:
+def _behind_worker_axis(value: Any, static: _Static) -> Any:
     """Specs and shardings with the worker axis in front, anything else as it is."""
     is_spec = lambda x: isinstance(x, PartitionSpec | NamedSharding)  # noqa: E731
     if not any(map(is_spec, jax.tree.leaves(value, is_leaf=is_spec))):
         return value
+    lead = (static.axis_name, static.shards) if static.shards else (static.axis_name,)
 
     def one(x):
         if isinstance(x, NamedSharding):
             return x.update(spec=one(x.spec))
-        if isinstance(x, PartitionSpec) and x[:1] != (axis_name,):
-            return PartitionSpec(axis_name, *x)
+        # A region may be mapped over some of the axes already.
+        if isinstance(x, PartitionSpec) and x[:1] != lead[:1]:
+            return PartitionSpec(*lead, *x)
         return x
 
     return jax.tree.map(one, value, is_leaf=is_spec)

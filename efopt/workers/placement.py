@@ -30,9 +30,10 @@ def partition_specs(tree: Any, params_specs: Any = None, *, params: Any = None) 
     ``optax.partition`` or ``optax.masked`` leave out the others. Arrays of other
     shapes, such as factored moments, are replicated, or laid out by their own rule.
 
-    The shapes are those of ``params`` if given. Else the parameter is, of the arrays
-    with its path and at least as many axes as its spec, the one with the shortest path,
-    as it stands in a ``TrainState`` or beside the state; of several the largest.
+    The shapes are those of ``params`` if given, or those that a scheme with an axis
+    saw in ``init``. Else the parameter is, of the arrays with its path and at least as
+    many axes as its spec, the one with the shortest path, as it stands in a
+    ``TrainState`` or beside the state; of several the largest.
 
     Args:
       tree: A state, a ``TrainState``, or anything that contains one; arrays or
@@ -125,6 +126,13 @@ def distribute(
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
     rule = Rule(tree, params_specs, params)
     rule.require_fit(mesh)
+    _specs(tree, rule)  # or an error
+    lays_itself_out = lambda x: hasattr(x, "placed")  # noqa: E731
+    tree = jax.tree.map(
+        lambda x: x.placed(mesh, rule.at) if lays_itself_out(x) else x,
+        tree,
+        is_leaf=lays_itself_out,
+    )
 
     def place(spread, x, spec):
         shape = _described(spread, x)
@@ -165,17 +173,17 @@ def _described(spread: Any, x: Any) -> Any:
     return jax.eval_shape(spread, struct)
 
 
-def _made(
-    spread: "_Spread | Any", x: Any, shape: Any, sharding: NamedSharding
-) -> jax.Array:
+def _made(spread: Any, x: Any, shape: Any, sharding: NamedSharding) -> jax.Array:
     """``spread(x)``, in memory of its own, each part on the device where it will live.
 
     What is given travels to the devices as small as it may: as it will be sharded
     behind the axis that is new.
     """
     # Types that carry shardings would have to be told in every operation.
-    kinds = (AxisType.Auto,) * len(sharding.mesh.axis_names)
-    mesh = jax.sharding.Mesh(sharding.mesh.devices, sharding.mesh.axis_names, kinds)
+    given = sharding.mesh
+    assert isinstance(given, jax.sharding.Mesh)
+    kinds = (AxisType.Auto,) * len(given.axis_names)
+    mesh = jax.sharding.Mesh(given.devices, given.axis_names, kinds)
     auto = NamedSharding(mesh, sharding.spec)
     x = x if hasattr(x, "dtype") else jnp.asarray(x)
     behind = P(None, *sharding.spec[1:]) if sharding.spec else P()

@@ -44,7 +44,9 @@ class Rule:
             _check_params(specs, shapes)
             found = {path: shapes[path] for path in specs}
         else:
-            found = _shapes(tree, specs)
+            found = _shapes(tree, specs, _told(tree))
+        paths = jax.tree_util.tree_flatten_with_path(params_specs, is_leaf=_is_spec)[0]
+        self._names = {jax.tree_util.keystr(path): spec for path, spec in paths}
         self._parameters = {p: Parameter(s, found[p]) for p, s in specs.items()}
 
     def of(self, path: Path, shape: tuple[int, ...], axes: Axes | None) -> Any:
@@ -69,6 +71,14 @@ class Rule:
                 "residual for all of a parameter. Shard parameters over other axes."
             )
         return known.spec
+
+    def at(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+        """The spec of a parameter that a scheme knows by ``jax.tree_util.keystr``."""
+        named = [n for n in self._names if path.endswith(n) or n.endswith(path)]
+        # The one that agrees for longest, and itself if it is there.
+        name = max(named, key=lambda n: (n == path, min(len(n), len(path))), default="")
+        spec = self._names.get(name, PartitionSpec())
+        return spec if len(spec) <= len(shape) else PartitionSpec()
 
     def require_fit(self, mesh: Any) -> None:
         """Raises if a spec names an axis that the mesh lacks, or does not divide."""
@@ -125,8 +135,23 @@ def _check_params(specs: dict[Path, Any], shapes: dict[Path, Any]) -> None:
             raise ValueError(_too_long(path, spec, shapes[path]))
 
 
-def _shapes(tree: Any, specs: dict[Path, Any]) -> dict[Path, Any]:
-    """The shape of every parameter, from the arrays whose paths end as theirs."""
+def _told(tree: Any) -> dict[Path, tuple[int, ...]]:
+    """The shapes of the parameters that schemes in the tree have been told of."""
+    is_home = lambda x: hasattr(x, "places")  # noqa: E731
+    told: dict[Path, tuple[int, ...]] = {}
+    for x in jax.tree.leaves(tree, is_leaf=is_home):
+        if is_home(x):
+            told.update(x.places())
+    return told
+
+
+def _shapes(
+    tree: Any, specs: dict[Path, Any], told: dict[Path, tuple[int, ...]]
+) -> dict[Path, Any]:
+    """The shape of every parameter, from what is told of them, or the arrays."""
+    for path, spec in specs.items():
+        if path in told and len(spec) > len(told[path]):
+            raise ValueError(_too_long(path, spec, told[path]))
     found: dict[Path, list[tuple[int, tuple[int, ...]]]] = {p: [] for p in specs}
     arrays = 0
     for path, shape in _arrays(tree):
@@ -134,12 +159,16 @@ def _shapes(tree: Any, specs: dict[Path, Any]) -> dict[Path, Any]:
         name = _owner(path, specs)
         if name is not None:
             found[name].append((len(path), shape))
-    if any(map(len, specs.values())) and arrays and not any(found.values()):
+    known = bool(told.keys() & specs.keys()) or any(found.values())
+    if any(map(len, specs.values())) and arrays and not known:
         raise ValueError(
             "`params_specs` names parameters of which the tree has none: "
             f"{', '.join(map(_show, specs))}. It must be a tree like the parameters."
         )
-    return {path: _shape(path, spec, found[path]) for path, spec in specs.items()}
+    return {
+        path: told[path] if path in told else _shape(path, spec, found[path])
+        for path, spec in specs.items()
+    }
 
 
 def _shape(path: Path, spec: Any, found: list[Any]) -> tuple[int, ...] | None:
