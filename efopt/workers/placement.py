@@ -201,7 +201,7 @@ def stack_workers(
     tree: Any,
     num_workers: int | tuple[int, ...],
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Any:
     """Stacks a state for ``pmap`` or ``vmap``: a leading worker axis on every leaf.
 
