@@ -20,7 +20,12 @@ from efopt.codecs.codec import Codec, Message
 from efopt.codecs.compressor import Compressor
 from efopt.codecs.conversation import alone, converse
 from efopt.codecs.layout import Bucket, Layout, lay_out
-from efopt.codecs.states import close_states, init_states, open_states
+from efopt.codecs.states import (
+    close_states,
+    init_states,
+    is_placeholder,
+    open_states,
+)
 from efopt.exchanges import owners, regions, table
 from efopt.exchanges.all_reduce import mean_in_range
 from efopt.exchanges.exchange import Exchange
@@ -76,15 +81,13 @@ class Link:
     def init(self, params: Any) -> LinkState:
         """The state for a tree of parameters, arrays or structs."""
         states = init_states(self.codec, params, self.api)
-        keeps = any(self._route(c).keeps for c in self.codec.members())
         if self.axes is None:
             return LinkState(states, ())
         home = Home.of(self, params)
-        if not keeps:
+        if not self.keeps():
             return LinkState(states, (), home)
-        if not jax.tree.leaves(params):
-            # A placeholder of `optax.tree.map_params`: stand in for params.
-            return LinkState(states, params, home)
+        if is_placeholder(params):
+            return LinkState(states, PerWorker.wrap(jnp.zeros([]), self.axes), home)
         server = owners.fresh(self.kept(self._layout(params)), self.axes)
         return LinkState(states, server, home)
 
@@ -289,6 +292,8 @@ class Link:
             return update
 
         def update_fn(updates, state, params=None, **extra_args):
+            state = node.laid_out(state)
+
             def dense(updates, state):
                 out = updates
                 if self.axes is not None:
@@ -318,6 +323,10 @@ class Link:
         return treedef.unflatten(layout.part(xs, zeros))
 
     # ------------------------------------------------------------------------ inside
+
+    def keeps(self) -> bool:
+        """Whether owners may keep a server residual."""
+        return any(self._route(c).keeps for c in self.codec.members())
 
     def kept(self, layout: Layout) -> list[Bucket]:
         """The buckets whose owners keep a server residual."""

@@ -17,8 +17,8 @@ from efopt.workers.ranges import range_size
 
 def fresh(
     kept: Sequence[Bucket], axes: Axes, shards: tuple[str, ...] = ()
-) -> tuple[PerWorker, ...]:
-    """Residuals of zero, one for each group of equal blocks.
+) -> PerWorker:
+    """Residuals of zero, one array for each group of equal blocks.
 
     Args:
       kept: The buckets whose owners keep a residual.
@@ -26,11 +26,13 @@ def fresh(
       shards: The mesh axes behind each worker, if every shard has its own.
     """
     n = axes.size() if axes.bound() else 1
-    server = []
-    for (blocks, *block), dtype in server_shapes(kept):
-        zeros = jnp.zeros((range_size(blocks, n), *block), dtype)
-        server.append(PerWorker.wrap(zeros, axes, blocks, shards))
-    return tuple(server)
+    groups = server_shapes(kept)
+    zeros = tuple(
+        jnp.zeros((range_size(blocks, n), *block), dtype)
+        for (blocks, *block), dtype in groups
+    )
+    splits = tuple(shape[0] for shape, _ in groups)
+    return PerWorker.wrap(zeros, axes, splits, shards)
 
 
 def opened(
@@ -45,18 +47,19 @@ def opened(
       server: The residuals, marked.
       ratio: Factor on them, or ``None``.
     """
+    if not server:
+        return ()
     expected = server_shapes(kept)
     shapes = [shape for shape, _ in expected]
-    known = [
-        (own.split, *jnp.shape(own.value)[3 if own.shards else 2 :]) for own in server
-    ]
+    pairs = zip(server.value, server.splits(), strict=True)
+    known = [(split, *jnp.shape(x)[server.lead + 1 :]) for x, split in pairs]
     if known != shapes and _by_shape(known) == _by_shape(shapes):
         raise ValueError(
             f"{api} keeps a server residual for the blocks of each dtype apart, "
             f"{known} (blocks, block size) for the parameters given to `init`, and the "
-            f"dtypes of the updates part them into {shapes}. Gradients must have the parameters' "
-            "dtypes; cast them: `jax.tree.map(lambda g, p: g.astype(p.dtype), grads, "
-            "params)`."
+            f"dtypes of the updates part them into {shapes}. Gradients must have the "
+            "parameters' dtypes; cast them: "
+            "`jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)`."
         )
     if known != shapes:
         raise ValueError(
@@ -67,18 +70,19 @@ def opened(
             "state with `efopt.distribute(state, mesh, params_specs)`."
         )
     owed = []
-    for own, (_, dtype) in zip(server, expected, strict=True):
-        x = bits.cast(own.local(api, range_size(own.split, axes.size())), dtype)
+    for x, (_, dtype) in zip(server.local(api), expected, strict=True):
+        x = bits.cast(x, dtype)
         owed.append(x if ratio is None else x * ratio.astype(x.dtype))
     return tuple(owed)
 
 
-def closed(owed: Sequence[jax.Array], axes: Axes, server: Any) -> tuple[Any, ...]:
+def closed(owed: Sequence[jax.Array], axes: Axes, server: Any) -> Any:
     """Inverse of :func:`opened`: marked as ``server``, which was opened."""
-    return tuple(
-        PerWorker.wrap(bits.cast(x, own.value.dtype), axes, own.split, own.shards)
-        for x, own in zip(owed, server, strict=True)
-    )
+    if not server:
+        return ()
+    pairs = zip(owed, server.value, strict=True)
+    same = tuple(bits.cast(x, before.dtype) for x, before in pairs)
+    return PerWorker.wrap(same, axes, server.split, server.shards)
 
 
 def whole(api: str, layout: Layout, kept: Sequence[Bucket], server: Any) -> list[Any]:
@@ -87,12 +91,12 @@ def whole(api: str, layout: Layout, kept: Sequence[Bucket], server: Any) -> list
     The residuals may be laid out in any way; inside the mapped function they are
     gathered.
     """
-    wholes = {}
-    for own, key in zip(server, dict.fromkeys(map(group_key, kept)), strict=True):
-        x, axes = own.value, Axes.of(api, own.axis_name)
-        if axes.bound():
-            x = axes.all_gather(own.local(api))
-        wholes[key] = x.reshape(-1, *key[1])[: own.split]
+    wholes, axes, parts = {}, Axes.of(api, server.axis_name), server.value
+    if axes.bound():
+        parts = [axes.all_gather(x) for x in server.local(api)]
+    keys = dict.fromkeys(map(group_key, kept))
+    for x, split, key in zip(parts, server.splits(), keys, strict=True):
+        wholes[key] = x.reshape(-1, *key[1])[:split]
     xs, ends = [], dict.fromkeys(wholes, 0)
     for b in layout.buckets:
         if b not in kept:

@@ -15,6 +15,7 @@ from efopt.codecs.blocks import Turn, rows
 from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.codecs.layout import BUCKET_SIZE, Bucket, Layout, lay_out
+from efopt.codecs.states import is_placeholder
 from efopt.compressors.identity import Identity
 from efopt.exchanges.link import Link
 from efopt.ground import bits, checks, randomness
@@ -63,8 +64,8 @@ class StoredResidual:
     def init(self, params: Any) -> Any:
         """A residual of zero: the structure of ``params``, a payload at every leaf."""
         leaves, treedef = jax.tree.flatten(params)
-        if not leaves:  # a placeholder of `optax.tree.map_params`
-            return params
+        if is_placeholder(params):
+            return jnp.zeros([])
         layout, turn = self._layout(params), Turn(jnp.uint32(0), jnp.uint32(0))
 
         def zeros(b: Bucket) -> Any:
