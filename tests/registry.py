@@ -101,7 +101,7 @@ def _shared(name: str, factory: Any, **options: Any) -> Row:
 
 def _uniform(name: str, factory: Any, grid: int, random: bool, **options: Any) -> Row:
     block_size, scale = options.get("block_size"), options.get("scale", "absmax")
-    if factory is efopt.qsgd:
+    if factory is efopt.compressors.qsgd:
         scale = "l2"
     return Row(
         name,
@@ -118,7 +118,7 @@ def _uniform(name: str, factory: Any, grid: int, random: bool, **options: Any) -
 def _cast(dtype: str) -> Row:
     return Row(
         f"cast_{dtype}",
-        efopt.cast,
+        efopt.compressors.cast,
         {"dtype": dtype, "block_size": 32},
         ("all_gather", "two_phase"),
         static_args=("dtype", "block_size"),
@@ -158,7 +158,7 @@ def by_size(tree: Any) -> Any:
 ROWS = (
     Row(
         "identity",
-        efopt.identity,
+        efopt.compressors.identity,
         {},
         ("all_reduce", "all_gather"),
         published=False,
@@ -178,7 +178,7 @@ ROWS = (
     _top_k("top_k_30pct_16", fraction=0.3, block_size=16),
     Row(
         "threshold",
-        efopt.threshold,
+        efopt.compressors.threshold,
         {"threshold": 0.5, "fraction": 0.3, "block_size": 16},
         ("all_gather", "two_phase"),
         static_args=("fraction", "k", "block_size"),
@@ -200,15 +200,15 @@ ROWS = (
     _uniform(
         "quantize_3_l2", efopt.quantize, 3, True, bits=3, block_size=16, scale="l2"
     ),
-    _uniform("qsgd", efopt.qsgd, 7, True, levels=7, block_size=32),
-    _uniform("terngrad", efopt.terngrad, 1, True, block_size=None),
+    _uniform("qsgd", efopt.compressors.qsgd, 7, True, levels=7, block_size=32),
+    _uniform("terngrad", efopt.compressors.terngrad, 1, True, block_size=None),
     _cast("bfloat16"),
     _cast("float16"),
     _cast("float8_e4m3fn"),
     _cast("float8_e5m2"),
     Row(
         "natural",
-        efopt.natural,
+        efopt.compressors.natural,
         {},
         ("all_gather", "two_phase"),
         static_args=("seed",),
@@ -218,7 +218,7 @@ ROWS = (
     ),
     Row(
         "count_sketch",
-        efopt.count_sketch,
+        efopt.compressors.count_sketch,
         {"fraction": 0.4},
         ("all_reduce", "all_gather"),
         static_args=("width", "fraction", "rows", "block_size", "seed"),
@@ -227,7 +227,7 @@ ROWS = (
     ),
     Row(
         "count_sketch_random",
-        efopt.count_sketch,
+        efopt.compressors.count_sketch,
         {"fraction": 0.4, "hash": "random"},
         ("all_reduce", "all_gather"),
         static_args=("width", "fraction", "rows", "block_size", "seed"),
@@ -237,10 +237,12 @@ ROWS = (
     _power_sgd("power_sgd", rank=1),
     _power_sgd("power_sgd_cold", rank=2, warm_start=False),
     _composed("top_k_of_8_bits", efopt.top_k(fraction=0.2), efopt.quantize(8)),
-    _composed("power_sgd_of_bfloat16", efopt.power_sgd(1), efopt.cast("bfloat16")),
+    _composed(
+        "power_sgd_of_bfloat16", efopt.power_sgd(1), efopt.compressors.cast("bfloat16")
+    ),
     Row(
         "partition",
-        efopt.partition,
+        efopt.compressors.partition,
         {
             "compressors": {"large": efopt.power_sgd(1), "small": efopt.scaled_sign(8)},
             "labels": by_size,

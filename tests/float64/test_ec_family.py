@@ -64,18 +64,22 @@ def rate(p):
 
 
 def ec_sgd(p, axis):
-    tx = efopt.ec_sgd(TOP_1, rate(p), axis)
+    tx = efopt.convex.ec_sgd(TOP_1, rate(p), axis_name=axis)
     return tx, oracle_ec.plain(p.grads, p.n)
 
 
 def ec_gd_star(p, axis):
     given = p.reference() if axis else p.reference()[0]
-    tx = efopt.ec_gd_star(TOP_1, rate(p), jnp.asarray(given), axis)
+    tx = efopt.convex.ec_gd_star(
+        TOP_1, rate(p), reference_grads=jnp.asarray(given), axis_name=axis
+    )
     return tx, oracle_ec.star(oracle_ec.plain(p.grads, p.n), p.reference())
 
 
 def ec_sgd_diana(p, axis):
-    tx = efopt.ec_sgd_diana(TOP_1, rate(p), SHIFTS, axis_name=axis)
+    tx = efopt.convex.ec_sgd_diana(
+        TOP_1, rate(p), shift_compressor=SHIFTS, axis_name=axis
+    )
     plain = oracle_ec.plain(p.grads, p.n)
     return tx, oracle_ec.Diana(plain, shared(SHIFTS), 0.1, p.start, p.n)  # 2 of 20
 
@@ -86,17 +90,26 @@ def lsvrg(p, kind):
 
 
 def ec_lsvrg(p, axis):
-    tx = efopt.ec_lsvrg(TOP_1, rate(p), P_MOVE, axis)
+    tx = efopt.convex.ec_lsvrg(TOP_1, rate(p), probability=P_MOVE, axis_name=axis)
     return tx, lsvrg(p, "per_worker")
 
 
 def ec_lsvrg_one_coin(p, axis):
-    tx = efopt.ec_lsvrg(TOP_1, rate(p), P_MOVE, axis, coin="shared")
+    tx = efopt.convex.ec_lsvrg(
+        TOP_1, rate(p), probability=P_MOVE, axis_name=axis, coin="shared"
+    )
     return tx, lsvrg(p, "shared")
 
 
 def ec_lsvrg_diana(p, axis):
-    tx = efopt.ec_lsvrg_diana(TOP_1, rate(p), P_MOVE, SHIFTS, 0.05, axis)
+    tx = efopt.convex.ec_lsvrg_diana(
+        TOP_1,
+        rate(p),
+        probability=P_MOVE,
+        shift_compressor=SHIFTS,
+        alpha=0.05,
+        axis_name=axis,
+    )
     inner = lsvrg(p, "per_worker")
     return tx, oracle_ec.Diana(inner, shared(SHIFTS), 0.05, p.start, p.n)
 
@@ -130,7 +143,7 @@ def residual(state):
 
 
 def is_feedback(x):
-    return isinstance(x, efopt.ErrorFeedbackState)
+    return isinstance(x, efopt.feedback.ErrorFeedbackState)
 
 
 def some(names, default):
@@ -179,8 +192,12 @@ def test_the_family_of_one_worker_is_its_oracle(name):
 
 
 def ec_lsvrg_shifted(p, axis):
-    tx = efopt.ec_lsvrg_shifted(
-        TOP_1, rate(p), P_MOVE, efopt.random_k(k=3), axis_name=axis
+    tx = efopt.convex.ec_lsvrg_shifted(
+        TOP_1,
+        rate(p),
+        probability=P_MOVE,
+        shift_compressor=efopt.random_k(k=3),
+        axis_name=axis,
     )
     path, _ = oracle_ec.ec_lsvrg_shifted(
         p.start,
@@ -197,7 +214,9 @@ def ec_lsvrg_shifted(p, axis):
 
 
 def ecq_sgd(p, axis):
-    tx = efopt.ecq_sgd(0.05 * rate(p), SHIFTS, 0.3, 0.8, axis)
+    tx = efopt.optimizers.ecq_sgd(
+        0.05 * rate(p), compressor=SHIFTS, alpha=0.3, beta=0.8, axis_name=axis
+    )
     path, _ = oracle_ec.ecq_sgd(
         p.start, p.n, ROUNDS, p.grads, 0.05 * rate(p), shared(SHIFTS), 0.3, 0.8
     )
@@ -235,9 +254,9 @@ def eclk_path(p, compress, grads=None, prox=None, probability=None):
 
 
 def eclk(p, axis):
-    return efopt.eclk(TOP_1, p.smoothness, MU, axis_name=axis), eclk_path(
-        p, oracle_ec.top_1
-    )
+    return efopt.convex.eclk(
+        TOP_1, smoothness=p.smoothness, strong_convexity=MU, axis_name=axis
+    ), eclk_path(p, oracle_ec.top_1)
 
 
 def shrink(x, step):
@@ -246,7 +265,9 @@ def shrink(x, step):
 
 
 def eclk_prox(p, axis):
-    tx = efopt.eclk(TOP_1, p.smoothness, MU, prox=shrink, axis_name=axis)
+    tx = efopt.convex.eclk(
+        TOP_1, smoothness=p.smoothness, strong_convexity=MU, prox=shrink, axis_name=axis
+    )
 
     def by_hand(x, step):
         return np.where(np.abs(x) > 0.01 * step, x - 0.01 * step * np.sign(x), 0)
@@ -255,7 +276,9 @@ def eclk_prox(p, axis):
 
 
 def loopless_katyusha(p, axis):
-    tx = efopt.loopless_katyusha(p.smoothness, MU, 0.2, axis_name=axis)
+    tx = efopt.convex.loopless_katyusha(
+        smoothness=p.smoothness, strong_convexity=MU, probability=0.2, axis_name=axis
+    )
     return tx, eclk_path(p, lambda x, t: x, probability=0.2)
 
 
@@ -291,7 +314,12 @@ def test_method_of_one_worker_is_its_oracle(name):
 def test_eclk_of_full_gradients_is_its_oracle(how):
     """It remembers those at the reference point."""
     p, rounds = problem(1 if how == "alone" else 8), FEW if how == "auto" else ROUNDS
-    tx = efopt.eclk(TOP_1, p.smoothness, MU, axis_name=None if how == "alone" else AXIS)
+    tx = efopt.convex.eclk(
+        TOP_1,
+        smoothness=p.smoothness,
+        strong_convexity=MU,
+        axis_name=None if how == "alone" else AXIS,
+    )
     path = eclk_path(p, oracle_ec.top_1, lambda t, x, i: p.full(x, i))
     close(run(tx, p, rounds, how=how)[0], path[1 : rounds + 1])
 
@@ -302,7 +330,9 @@ def test_eclk_keeps_the_invariant_of_the_shifted_z():
     The right side takes x shifted alike, and the plain mean of the gradients.
     """
     p, rounds = problem(20), 1000
-    tx = efopt.eclk(TOP_1, p.smoothness, MU, axis_name=AXIS)
+    tx = efopt.convex.eclk(
+        TOP_1, smoothness=p.smoothness, strong_convexity=MU, axis_name=AXIS
+    )
     x, state = run(tx, p, rounds)
     l_1, theta_1, _, _ = defaults(p)
     eta, sigma = 1 / (3 * theta_1), MU / (2 * l_1)
@@ -338,10 +368,16 @@ def test_only_what_knows_the_workers_apart_converges():
     """EC-GD stalls; the star and DIANA go on; ECLK is there first."""
     p, gamma = Problem(8), 1 / problem(8).smoothness
     methods = {
-        "ec_gd": efopt.ec_sgd(TOP_1, gamma, AXIS),
-        "star": efopt.ec_gd_star(TOP_1, gamma, jnp.asarray(p.reference()), AXIS),
-        "diana": efopt.ec_sgd_diana(TOP_1, gamma, SHIFTS, axis_name=AXIS),
-        "eclk": efopt.eclk(TOP_1, p.smoothness, MU, axis_name=AXIS),
+        "ec_gd": efopt.convex.ec_sgd(TOP_1, gamma, axis_name=AXIS),
+        "star": efopt.convex.ec_gd_star(
+            TOP_1, gamma, reference_grads=jnp.asarray(p.reference()), axis_name=AXIS
+        ),
+        "diana": efopt.convex.ec_sgd_diana(
+            TOP_1, gamma, shift_compressor=SHIFTS, axis_name=AXIS
+        ),
+        "eclk": efopt.convex.eclk(
+            TOP_1, smoothness=p.smoothness, strong_convexity=MU, axis_name=AXIS
+        ),
     }
     gap = gaps(methods, p, 1800, 50, batch=False)
     assert gap["ec_gd"][-1] > 0.3 * gap["ec_gd"][18] > 1e-9
@@ -353,11 +389,20 @@ def test_only_what_knows_the_workers_apart_converges():
 def test_variance_reduction_removes_the_noise_of_minibatches():
     p, gamma = Problem(8, 3000), 0.25 / problem(8).smoothness
     methods = {
-        "ec_lsvrg": efopt.ec_lsvrg(TOP_1, gamma, 0.1, AXIS, coin="shared"),
-        "ec_lsvrg_diana": efopt.ec_lsvrg_diana(
-            TOP_1, gamma, 0.1, SHIFTS, axis_name=AXIS, coin="shared"
+        "ec_lsvrg": efopt.convex.ec_lsvrg(
+            TOP_1, gamma, probability=0.1, axis_name=AXIS, coin="shared"
         ),
-        "eclk": efopt.eclk(TOP_1, 3 * p.smoothness, MU, axis_name=AXIS),
+        "ec_lsvrg_diana": efopt.convex.ec_lsvrg_diana(
+            TOP_1,
+            gamma,
+            probability=0.1,
+            shift_compressor=SHIFTS,
+            axis_name=AXIS,
+            coin="shared",
+        ),
+        "eclk": efopt.convex.eclk(
+            TOP_1, smoothness=3 * p.smoothness, strong_convexity=MU, axis_name=AXIS
+        ),
     }
     gap = gaps(methods, p, 3000, 1000, batch=True)
     assert 1e-4 > gap["ec_lsvrg"][-1] > 1e-6
@@ -378,8 +423,10 @@ def test_full_gradients_are_evaluated_only_when_the_coin_falls():
         return MU * x - a[:2].T @ jax.nn.sigmoid(-(a[:2] @ x)) / 2
 
     for tx in (
-        efopt.lsvrg(P_MOVE),
-        efopt.eclk(TOP_1, p.smoothness, MU, probability=P_MOVE),
+        efopt.convex.lsvrg(P_MOVE),
+        efopt.convex.eclk(
+            TOP_1, smoothness=p.smoothness, strong_convexity=MU, probability=P_MOVE
+        ),
     ):
         calls.clear()
 

@@ -18,8 +18,8 @@ TREE = {
     "vector": jax.ShapeDtypeStruct((33,), jnp.bfloat16),
     "none": jax.ShapeDtypeStruct((0, 3), jnp.float32),
 }
-MIXED = efopt.partition(
-    {"signs": efopt.scaled_sign(64), "dense": efopt.identity()},
+MIXED = efopt.compressors.partition(
+    {"signs": efopt.scaled_sign(64), "dense": efopt.compressors.identity()},
     {"matrix": "signs", "vector": "dense", "none": "dense"},
 )
 # Every exchange and kind of payload once; test_plan_agreement has all rows.
@@ -33,7 +33,7 @@ CASES = {
     "partition-8": (MIXED, None, 8),
     "power_sgd-2": (efopt.power_sgd(rank=2), None, 2),
     "low_rank_cast-8": (
-        efopt.compose(efopt.power_sgd(rank=2), efopt.cast("bfloat16")),
+        efopt.compose(efopt.power_sgd(rank=2), efopt.compressors.cast("bfloat16")),
         None,
         8,
     ),
@@ -43,7 +43,7 @@ CASES = {
 def lowered(compressor, exchange, n, tree=TREE):
     """The step that averages `tree` over `n` devices, lowered for shapes alone."""
     mesh = make_mesh("auto", n)
-    tx = efopt.compress(compressor, AXIS, exchange)
+    tx = efopt.compress(compressor, axis_name=AXIS, exchange=exchange)
     state = efopt.distribute(jax.eval_shape(tx.init, tree), mesh)
     specs = efopt.partition_specs(state)
     over = jax.NamedSharding(mesh, P(AXIS))
@@ -61,7 +61,9 @@ def lowered(compressor, exchange, n, tree=TREE):
 
 def agree(compressor, exchange, n):
     """Bytes to 1 %, padding included, and the same collectives of the same types."""
-    planned = wire.plan(compressor, TREE, n, exchange, platform="cpu")
+    planned = wire.plan(
+        compressor, TREE, num_workers=n, exchange=exchange, platform="cpu"
+    )
     measured = wire.measure(lowered(compressor, exchange, n))
     sizes = measured.operand_bytes, measured.bytes_sent_per_worker
     assert planned.operand_bytes == pytest.approx(sizes[0], rel=0.01)
@@ -93,7 +95,7 @@ MATRIX = {"w": S((1024, 1024), jnp.float32), "b": S((1024,), jnp.float32)}
 
 
 def test_leaves_share_what_travels_with_them():
-    p = wire.plan(MIXED, TREE, 4, "two_phase")
+    p = wire.plan(MIXED, TREE, num_workers=4, exchange="two_phase")
     by_name = {leaf.name: leaf for leaf in p.leaves}
     assert set(by_name) == {"['matrix']", "['vector']", "['none']"}
     matrix, vector = by_name["['matrix']"], by_name["['vector']"]
@@ -113,18 +115,27 @@ def test_leaves_share_what_travels_with_them():
 def test_plan_takes_arrays_and_structs_alike():
     arrays = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), TREE)
     compressor = efopt.top_k(k=3)
-    assert wire.plan(compressor, arrays, 4) == wire.plan(compressor, TREE, 4)
+    assert wire.plan(compressor, arrays, num_workers=4) == wire.plan(
+        compressor, TREE, num_workers=4
+    )
 
 
 @pytest.mark.parametrize("n", [2, 3, 100])
 def test_time_is_messages_by_latency_and_bytes_by_bandwidth(n):
     link = {"bandwidth": 8e6, "latency": 1e-3}  # a byte a microsecond
-    p = wire.plan(efopt.scaled_sign(1024), MATRIX, n, "two_phase", **link)
+    p = wire.plan(
+        efopt.scaled_sign(1024), MATRIX, num_workers=n, exchange="two_phase", **link
+    )
     messages = (n - 1) + (n - 1)  # there and back
     expected = 1e-3 * messages + 1e-6 * p.bytes_sent_per_worker
     assert p.exchange_seconds == pytest.approx(expected)
     p = wire.plan(
-        efopt.identity(), MATRIX, n, **link, compute_seconds=5, compress_seconds=7
+        efopt.compressors.identity(),
+        MATRIX,
+        num_workers=n,
+        **link,
+        compute_seconds=5,
+        compress_seconds=7,
     )
     sent = 2 * (n - 1) / n * 4 * 1025 * 1024
     dense = 1e-3 * 2 * (n - 1) + 1e-6 * sent
@@ -134,77 +145,101 @@ def test_time_is_messages_by_latency_and_bytes_by_bandwidth(n):
 
 
 def test_dense_is_the_all_reduce_of_every_coordinate():
-    p = wire.plan(efopt.sign(), MATRIX, 4)
+    p = wire.plan(efopt.sign(), MATRIX, num_workers=4)
     size = 1025 * 1024
     assert p.dense_float32.operand_bytes == 4 * size
     assert p.dense_bfloat16.operand_bytes == 2 * size
     assert p.dense_float32.bytes_sent_per_worker == 6 * size
     assert (p.baseline, p.dense) == ("float32", p.dense_float32)
     half = jax.tree.map(lambda s: S(s.shape, jnp.bfloat16), MATRIX)
-    p = wire.plan(efopt.sign(), half, 4)
+    p = wire.plan(efopt.sign(), half, num_workers=4)
     assert (p.baseline, p.dense.operand_bytes) == ("bfloat16", 2 * size)
-    p = wire.plan(efopt.sign(), half, 4, platform="cpu")  # has no sums in bfloat16
+    p = wire.plan(
+        efopt.sign(), half, num_workers=4, platform="cpu"
+    )  # has no sums in bfloat16
     assert p.dense_bfloat16.operand_bytes == 4 * size
 
 
 def test_break_even_is_where_both_take_equally_long():
     options = {"compress_seconds": 2e-3, "latency": 1e-5}
-    even = wire.plan(efopt.top_k(fraction=0.01), MATRIX, 8, **options)
+    even = wire.plan(efopt.top_k(fraction=0.01), MATRIX, num_workers=8, **options)
     bandwidth = even.break_even_bandwidth
     for factor, helps in ((0.99, True), (1.01, False)):
         p = wire.plan(
             efopt.top_k(fraction=0.01),
             MATRIX,
-            8,
+            num_workers=8,
             bandwidth=factor * bandwidth,
             **options,
         )
         assert p.helps == helps
         assert p.break_even_bandwidth == bandwidth
         assert ("will not help" in str(p)) != helps
-    p = wire.plan(efopt.top_k(fraction=0.01), MATRIX, 8, bandwidth=bandwidth, **options)
+    p = wire.plan(
+        efopt.top_k(fraction=0.01),
+        MATRIX,
+        num_workers=8,
+        bandwidth=bandwidth,
+        **options,
+    )
     assert p.step_seconds == pytest.approx(p.dense_step_seconds)
     assert f"slower than {bandwidth / 1e9:.3g} Gbit/s" in p.verdict
 
 
 def test_break_even_at_the_ends():
-    assert wire.plan(efopt.sign(), MATRIX, 2).break_even_bandwidth == math.inf
+    assert (
+        wire.plan(efopt.sign(), MATRIX, num_workers=2).break_even_bandwidth == math.inf
+    )
     many = wire.plan(
-        efopt.scaled_sign(), MATRIX, 100
+        efopt.scaled_sign(), MATRIX, num_workers=100
     )  # 99 payloads and more than dense
     assert many.saved_bytes < 0 and many.break_even_bandwidth is None
     assert not many.helps and "no less than dense float32" in many.verdict
     # More bytes in half the messages: only a fast link makes up for them.
-    many = wire.plan(efopt.scaled_sign(), MATRIX, 100, latency=1.0, bandwidth=1e12)
+    many = wire.plan(
+        efopt.scaled_sign(), MATRIX, num_workers=100, latency=1.0, bandwidth=1e12
+    )
     assert many.helps and "on links faster than" in many.verdict
-    slow = wire.plan(efopt.scaled_sign(), MATRIX, 100, latency=1.0, bandwidth=1e3)
+    slow = wire.plan(
+        efopt.scaled_sign(), MATRIX, num_workers=100, latency=1.0, bandwidth=1e3
+    )
     assert not slow.helps
 
 
 def test_a_plan_that_does_not_help_names_what_would():
-    text = str(wire.plan(efopt.scaled_sign(), MATRIX, 100, bandwidth=1e9))
+    text = str(wire.plan(efopt.scaled_sign(), MATRIX, num_workers=100, bandwidth=1e9))
     assert "This will not help." in text
     would = 'This would: scaled_sign(block_size=1024) with exchange="two_phase"'
     assert would in text
-    text = str(wire.plan(efopt.sign(), MATRIX, 100, "all_gather"))
+    text = str(wire.plan(efopt.sign(), MATRIX, num_workers=100, exchange="all_gather"))
     assert 'This would: sign() with exchange="two_phase"' in text
-    text = str(wire.plan(efopt.identity(), MATRIX, 8, bandwidth=1e9))
+    text = str(
+        wire.plan(efopt.compressors.identity(), MATRIX, num_workers=8, bandwidth=1e9)
+    )
     assert "This would: power_sgd(rank=4" in text
     text = str(
-        wire.plan(efopt.identity(), MATRIX, 8, bandwidth=1e9, compress_seconds=9.0)
+        wire.plan(
+            efopt.compressors.identity(),
+            MATRIX,
+            num_workers=8,
+            bandwidth=1e9,
+            compress_seconds=9.0,
+        )
     )
     assert "Nor would anything else that was tried: stay with dense float32." in text
-    text = str(wire.plan(efopt.scaled_sign(), MATRIX, 60))
+    text = str(wire.plan(efopt.scaled_sign(), MATRIX, num_workers=60))
     assert "But dense bfloat16 is better still." in text
-    assert "one worker sends nothing" in str(wire.plan(efopt.sign(), MATRIX, 1))
+    assert "one worker sends nothing" in str(
+        wire.plan(efopt.sign(), MATRIX, num_workers=1)
+    )
 
 
 def test_plan_prints_tables_and_a_verdict():
     p = wire.plan(
         efopt.scaled_sign(1024),
         MATRIX,
-        8,
-        "two_phase",
+        num_workers=8,
+        exchange="two_phase",
         bandwidth=1e9,
         latency=5e-5,
         compute_seconds=0.02,
@@ -235,21 +270,21 @@ def test_plan_prints_tables_and_a_verdict():
 
 def test_long_trees_print_their_largest_leaves():
     tree = [S((i + 1,), jnp.float32) for i in range(40)]
-    p = wire.plan(efopt.identity(), tree, 4)
+    p = wire.plan(efopt.compressors.identity(), tree, num_workers=4)
     assert len(p.leaves) == 40
     text = str(p)
     assert "and 28 smaller" in text and "[39]" in text and "[27]" not in text
 
 
 def test_an_empty_tree_sends_nothing():
-    p = wire.plan(efopt.sign(), {}, 8, bandwidth=1e9)
+    p = wire.plan(efopt.sign(), {}, num_workers=8, bandwidth=1e9)
     assert (p.leaves, p.report.collectives) == ((), ())
     assert "no collectives" in str(p)
 
 
 def test_plans_are_hashable():
-    p = wire.plan(efopt.sign(), MATRIX, 4)
-    assert hash(p) == hash(wire.plan(efopt.sign(), MATRIX, 4))
+    p = wire.plan(efopt.sign(), MATRIX, num_workers=4)
+    assert hash(p) == hash(wire.plan(efopt.sign(), MATRIX, num_workers=4))
 
 
 # --------------------------------------------------------------- what a TPU makes of it
@@ -270,13 +305,15 @@ def test_plans_are_hashable():
     ],
 )
 def test_a_gather_over_a_large_slice_becomes_a_reduction(topology, n, size, replaced):
-    asked = wire.plan(efopt.sign(), S((size,), jnp.float32), n, "all_gather")
+    asked = wire.plan(
+        efopt.sign(), S((size,), jnp.float32), num_workers=n, exchange="all_gather"
+    )
     (gather,) = asked.report.collectives
     planned = wire.plan(
         efopt.sign(),
         S((size,), jnp.float32),
-        n,
-        "all_gather",
+        num_workers=n,
+        exchange="all_gather",
         platform="tpu",
         topology=topology,
     )
@@ -304,7 +341,11 @@ def test_compiler_options_for_a_slice():
 
 
 def test_an_unnamed_slice_is_mentioned():
-    text = str(wire.plan(efopt.sign(), MATRIX, 64, "all_gather", platform="tpu"))
+    text = str(
+        wire.plan(
+            efopt.sign(), MATRIX, num_workers=64, exchange="all_gather", platform="tpu"
+        )
+    )
     assert "with `topology=` this is planned" in text
 
 

@@ -148,7 +148,7 @@ def test_per_worker_is_a_pytree_that_keeps_its_static_fields():
 
 
 def test_partition_specs_split_what_is_per_worker_and_nothing_else():
-    momentum = efopt.per_worker(optax.trace(0.9), AXIS)
+    momentum = efopt.per_worker(optax.trace(0.9), axis_name=AXIS)
     tx = optax.chain(momentum, two_phase(), optax.adam(LR))
     state = tx.init(PARAMS)
     specs = efopt.partition_specs(state)
@@ -167,8 +167,8 @@ def test_partition_specs_of_structs_are_those_of_arrays():
 
 def test_params_specs_stand_behind_the_worker_axis():
     params_specs = {"b": P(), "w": P(None, "model")}
-    momentum = efopt.per_worker(optax.trace(0.9), AXIS)
-    tx = optax.chain(momentum, feedback(efopt.identity()), optax.trace(0.5))
+    momentum = efopt.per_worker(optax.trace(0.9), axis_name=AXIS)
+    tx = optax.chain(momentum, feedback(efopt.compressors.identity()), optax.trace(0.5))
     trace, ef, outer = efopt.partition_specs(tx.init(PARAMS), params_specs)
     assert trace.value.trace == {"b": P(AXIS), "w": P(AXIS, None, "model")}
     assert ef.residual.value == trace.value.trace
@@ -187,8 +187,8 @@ def test_params_specs_of_a_bare_array_leave_the_counter_alone():
 def test_training_with_sharded_parameters_on_a_2d_mesh(kind):
     mesh = jax.make_mesh((4, 2), (AXIS, "model"), axis_types=(kind, kind))
     params_specs = {"b": P(), "w": P(None, "model")}
-    momentum = efopt.per_worker(optax.trace(0.9), AXIS)
-    tx = optax.chain(momentum, feedback(efopt.identity()), optax.scale(-LR))
+    momentum = efopt.per_worker(optax.trace(0.9), axis_name=AXIS)
+    tx = optax.chain(momentum, feedback(efopt.compressors.identity()), optax.scale(-LR))
     carry = (PARAMS, tx.init(PARAMS))
     specs = efopt.partition_specs(carry, params_specs)
     carry = efopt.distribute(carry, mesh, params_specs)
@@ -304,10 +304,10 @@ def test_stack_workers_gives_every_leaf_a_worker_axis():
 EVERYTHING = {
     "all_gather": feedback(),
     "two_phase": two_phase(),
-    "per_worker": efopt.per_worker(optax.adam(LR), AXIS),
+    "per_worker": efopt.per_worker(optax.adam(LR), axis_name=AXIS),
     "accumulate": efopt.accumulate(feedback(), every=3, axis_name=AXIS),
     "chain": optax.chain(
-        efopt.per_worker(optax.trace(0.9), AXIS), two_phase(), optax.adam(LR)
+        efopt.per_worker(optax.trace(0.9), axis_name=AXIS), two_phase(), optax.adam(LR)
     ),
 }
 
@@ -362,7 +362,7 @@ INNER = {"trace": optax.trace(0.9), "adam": optax.scale_by_adam()}
 @pytest.mark.parametrize("name", INNER)
 def test_per_worker_runs_the_inner_transformation_on_each_worker(mesh, name, how):
     inner = INNER[name]
-    tx = efopt.per_worker(inner, AXIS)
+    tx = efopt.per_worker(inner, axis_name=AXIS)
 
     def step(state, grads):
         updates, state = tx.update(jax.tree.map(lambda g: g[0], grads), state, PARAMS)
@@ -392,7 +392,7 @@ def test_per_worker_passes_extra_arguments_on(mesh):
         return jax.tree.map(lambda u: gain * u, updates), state
 
     inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
-    tx = efopt.per_worker(inner, AXIS)
+    tx = efopt.per_worker(inner, axis_name=AXIS)
     state = efopt.stack_workers(tx.init(PARAMS), N)
     fn = jax.vmap(lambda g, s: tx.update(g, s, gain=3.0), axis_name=AXIS)
     updates, _ = fn(GRADS[0], state)
@@ -432,7 +432,7 @@ def test_accumulate_takes_one_step_of_the_mean_every_k_calls(mesh, how):
 def test_accumulate_sends_nothing_outside_the_branch(mesh):
     tx = efopt.accumulate(feedback(), every=4, axis_name=AXIS)
     carry = efopt.distribute((PARAMS, tx.init(PARAMS)), mesh)
-    report = efopt.hlo.measure(on_mesh(mesh, step_of(tx), carry), carry, GRADS[0])
+    report = efopt.wire.measure(on_mesh(mesh, step_of(tx), carry), carry, GRADS[0])
     assert [c.operation for c in report.collectives] == ["all-gather"]
     assert all(c.loop for c in report.collectives)
 
@@ -448,7 +448,9 @@ def test_accumulate_of_one_is_the_inner_transformation(mesh):
 
 def test_accumulate_keeps_small_gradients_of_a_narrow_dtype():
     # 256 + 1 is 256 in bfloat16: a sum in the leaf's dtype would lose the second half.
-    tx = efopt.accumulate(feedback(efopt.identity()), every=2, axis_name=AXIS)
+    tx = efopt.accumulate(
+        feedback(efopt.compressors.identity()), every=2, axis_name=AXIS
+    )
     params = jnp.zeros(2, jnp.bfloat16)
     state = efopt.stack_workers(tx.init(params), 2)
     assert state.accumulator.value.dtype == jnp.float32
@@ -589,7 +591,7 @@ def flax_loop(mesh, state):
 
 
 def test_flax_train_state_donated(mesh):
-    momentum = efopt.per_worker(optax.trace(0.9), AXIS)
+    momentum = efopt.per_worker(optax.trace(0.9), axis_name=AXIS)
     tx = optax.chain(momentum, feedback(), optax.sgd(LR))
     fresh = flax_state(tx)
     state = efopt.distribute(fresh, mesh)
@@ -613,7 +615,7 @@ def test_flax_train_state_donated(mesh):
 
 def test_partition_with_dense_leaves_is_right_for_both(mesh):
     # The replacement for `optax.masked(error_feedback(...))`.
-    dense = efopt.compress(efopt.identity(), axis_name=AXIS)
+    dense = efopt.compress(efopt.compressors.identity(), axis_name=AXIS)
     kinds = {"sparse": feedback(efopt.top_k(k=2)), "dense": dense}
     tx = optax.chain(
         optax.partition(kinds, {"b": "dense", "w": "sparse"}), optax.sgd(LR)
@@ -768,16 +770,19 @@ REFUSED = {
     "trace in front": lambda tx: optax.chain(optax.trace(0.9), tx),
 }
 INSTEAD = {
-    "MultiSteps": lambda tx: efopt.accumulate(tx, 2, AXIS),
+    "MultiSteps": lambda tx: efopt.accumulate(tx, every=2, axis_name=AXIS),
     "apply_if_finite": lambda tx: optax.chain(
-        efopt.per_worker(optax.zero_nans(), AXIS), tx
+        efopt.per_worker(optax.zero_nans(), axis_name=AXIS), tx
     ),
     "masked": lambda tx: optax.partition(
-        {"ef": tx, "dense": efopt.compress(efopt.identity(), axis_name=AXIS)},
+        {
+            "ef": tx,
+            "dense": efopt.compress(efopt.compressors.identity(), axis_name=AXIS),
+        },
         {"b": "dense", "w": "ef"},
     ),
     "trace in front": lambda tx: optax.chain(
-        efopt.per_worker(optax.trace(0.9), AXIS), tx
+        efopt.per_worker(optax.trace(0.9), axis_name=AXIS), tx
     ),
 }
 
@@ -824,7 +829,7 @@ def through_orbax(state, mesh, folder):
     "through", [through_flax, through_orbax], ids=["flax", "orbax"]
 )
 def test_checkpoint_restores_every_bit(mesh, tmp_path, through, exchange):
-    momentum = efopt.per_worker(optax.trace(0.9), AXIS)
+    momentum = efopt.per_worker(optax.trace(0.9), axis_name=AXIS)
     ef = feedback(efopt.scaled_sign(4), exchange=exchange)
     tx = optax.chain(momentum, ef, optax.sgd(LR))
     state = efopt.distribute(flax_state(tx), mesh)

@@ -160,8 +160,8 @@ def test_example_2_is_solved_with_feedback_and_never_without():
 
 
 CASES = [
-    (efopt.identity(), "all_reduce"),
-    (efopt.identity(), "all_gather"),
+    (efopt.compressors.identity(), "all_reduce"),
+    (efopt.compressors.identity(), "all_gather"),
     (efopt.sign(), "all_gather"),
     (efopt.sign(), "two_phase"),
     (efopt.sign(), "majority_vote"),
@@ -174,9 +174,12 @@ CASES = [
     (efopt.random_k(fraction=0.3, block_size=16), "two_phase"),
     (efopt.power_sgd(2, min_compression=1), "all_reduce"),
     (efopt.quantize(4, block_size=16), "two_phase"),
-    (efopt.compose(efopt.power_sgd(1), efopt.cast("bfloat16")), "all_gather"),
     (
-        efopt.partition(
+        efopt.compose(efopt.power_sgd(1), efopt.compressors.cast("bfloat16")),
+        "all_gather",
+    ),
+    (
+        efopt.compressors.partition(
             {"w": efopt.power_sgd(1, min_compression=0), "rest": efopt.scaled_sign(8)},
             {"w": "w", "b": "rest", "s": "rest"},
         ),
@@ -210,7 +213,9 @@ def test_nothing_is_lost_between_workers(compressor, exchange, dtype):
     rng = np.random.default_rng(3)
     mesh = make_mesh("auto")
     params = jax.tree.map(lambda s: jnp.zeros(s, dtype), SHAPES, is_leaf=_is_shape)
-    tx = efopt.error_feedback(compressor, AXIS, exchange, learning_rate=schedule)
+    tx = efopt.error_feedback(
+        compressor, axis_name=AXIS, exchange=exchange, learning_rate=schedule
+    )
     state = efopt.distribute(tx.init(params), mesh)
     specs = efopt.partition_specs(state)
     update = jax.jit(
@@ -282,7 +287,7 @@ ORACLES = {
     ),
     "sign": (efopt.sign(), "all_gather", oracle.sign),
     "top_k": (efopt.top_k(k=3), "all_gather", lambda x: oracle.top_k(x, k=3)),
-    "identity": (efopt.identity(), "all_reduce", oracle.identity),
+    "identity": (efopt.compressors.identity(), "all_reduce", oracle.identity),
 }
 
 
@@ -307,7 +312,9 @@ def test_error_feedback_is_its_oracle(name, mesh):
     compressor, exchange, compress = ORACLES[name]
     rng = np.random.default_rng(4)
     update, state = _step_fn(
-        efopt.error_feedback(compressor, AXIS, exchange), mesh, tree(rng)
+        efopt.error_feedback(compressor, axis_name=AXIS, exchange=exchange),
+        mesh,
+        tree(rng),
     )
     for _ in range(5):
         grads = tree(rng, lead=(8,))
@@ -329,7 +336,9 @@ def test_two_phase_is_its_oracle(mesh):
     rng = np.random.default_rng(5)
     compress = lambda x: oracle.scaled_sign(x, 16)  # noqa: E731
     update, state = _step_fn(
-        efopt.error_feedback(efopt.scaled_sign(16), AXIS, "two_phase"),
+        efopt.error_feedback(
+            efopt.scaled_sign(16), axis_name=AXIS, exchange="two_phase"
+        ),
         mesh,
         {"w": jnp.zeros(150)},
     )
@@ -359,7 +368,7 @@ def test_majority_vote_is_its_oracle_and_ties_are_positive(feedback, mesh):
     rng = np.random.default_rng(6)
     scheme = efopt.error_feedback if feedback else efopt.compress
     update, state = _step_fn(
-        scheme(efopt.sign(), AXIS, "majority_vote"), mesh, tree(rng)
+        scheme(efopt.sign(), axis_name=AXIS, exchange="majority_vote"), mesh, tree(rng)
     )
     for _ in range(3):
         grads = tree(rng, lead=(8,))
@@ -385,7 +394,9 @@ def test_identity_with_feedback_is_pmean_bit_for_bit(mesh):
     rng = np.random.default_rng(7)
     params = {k: jnp.zeros(s) for k, s in SHAPES.items()}
     params["h"] = jnp.zeros(9, jnp.bfloat16)
-    update, state = _step_fn(efopt.error_feedback(efopt.identity(), AXIS), mesh, params)
+    update, state = _step_fn(
+        efopt.error_feedback(efopt.compressors.identity(), axis_name=AXIS), mesh, params
+    )
     pmean = jax.jit(
         jax.shard_map(
             lambda g: jax.lax.pmean(jax.tree.map(lambda x: x[0], g), AXIS),
@@ -409,7 +420,9 @@ def test_identity_with_feedback_is_pmean_bit_for_bit(mesh):
 
 def test_residual_dtype_is_kept_and_loses_what_it_must(mesh):
     rng = np.random.default_rng(8)
-    tx = efopt.error_feedback(efopt.top_k(k=2), AXIS, residual_dtype=jnp.bfloat16)
+    tx = efopt.error_feedback(
+        efopt.top_k(k=2), axis_name=AXIS, residual_dtype=jnp.bfloat16
+    )
     update, state = _step_fn(tx, mesh, tree(rng))
     _, after = update(tree(rng, lead=(8,)), state)
     dtypes = lambda t: [x.dtype for x in jax.tree.leaves(t)]  # noqa: E731

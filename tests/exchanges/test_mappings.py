@@ -11,7 +11,7 @@ import efopt
 
 SHAPES = {"w": (9, 7), "b": (70,), "s": (), "e": (0, 3)}
 CASES = {
-    "identity": (efopt.identity(), None),
+    "identity": (efopt.compressors.identity(), None),
     "sign_gather": (efopt.sign(), "all_gather"),
     "sign_vote": (efopt.sign(), "majority_vote"),
     "scaled_gather": (efopt.scaled_sign(), None),
@@ -39,8 +39,8 @@ def gradients(steps, n=8, seed=0):
 def chain(name):
     compressor, exchange = CASES[name]
     return optax.chain(
-        efopt.per_worker(optax.trace(0.5), AXIS),
-        efopt.error_feedback(compressor, AXIS, exchange),
+        efopt.per_worker(optax.trace(0.5), axis_name=AXIS),
+        efopt.error_feedback(compressor, axis_name=AXIS, exchange=exchange),
         optax.sgd(0.1),
     )
 
@@ -109,7 +109,7 @@ def test_zero_gradients_leave_everything_untouched(name):
     compressor, exchange = CASES[name]
     # What a codec remembers of a direction may go: zero has none.
     moves = ("count", "memory")
-    tx = efopt.error_feedback(compressor, AXIS, exchange)
+    tx = efopt.error_feedback(compressor, axis_name=AXIS, exchange=exchange)
     fn, state, place = mapped("auto", tx, zeros())
     start = jax.tree.map(np.asarray, state)
     zero = {k: np.zeros((8, *s), np.float32) for k, s in SHAPES.items()}
@@ -127,7 +127,7 @@ def test_zero_gradients_leave_everything_untouched(name):
 @pytest.mark.parametrize("exchange", ["all_gather", "two_phase"])
 def test_padding_never_takes_a_share(exchange):
     """A leaf of 5 in a block of 16: its scale is the mean over 5, on the owner too."""
-    tx = efopt.compress(efopt.scaled_sign(16), AXIS, exchange)
+    tx = efopt.compress(efopt.scaled_sign(16), axis_name=AXIS, exchange=exchange)
     fn, state, place = mapped("auto", tx, {"w": jnp.zeros(5)})
     state = fn(state, place({"w": np.full((8, 5), 2.0, np.float32)}))
     np.testing.assert_allclose(state[0]["w"], 2.0, rtol=1e-6)
@@ -139,7 +139,9 @@ def test_a_mixed_tree_keeps_its_dtypes_in_one_exchange():
         "b": jnp.ones(33, jnp.bfloat16),
         "h": jnp.ones(5, jnp.float16),
     }
-    tx = efopt.error_feedback(efopt.scaled_sign(16), AXIS, "two_phase")
+    tx = efopt.error_feedback(
+        efopt.scaled_sign(16), axis_name=AXIS, exchange="two_phase"
+    )
     rng = np.random.default_rng(3)
     grads = [
         jax.tree.map(
@@ -167,7 +169,7 @@ def test_two_thousand_steps_do_not_starve_each_other():
 
 def test_the_step_that_everything_here_uses_keeps_gradients_local():
     """Guards the harness: reduced gradients would make every test above vacuous."""
-    tx = efopt.compress(efopt.identity(), AXIS)
+    tx = efopt.compress(efopt.compressors.identity(), axis_name=AXIS)
     step = make_step(tx)
     grads = {k: v for k, v in gradients(1)[0].items()}
     out, _ = jax.vmap(step, axis_name=AXIS)(

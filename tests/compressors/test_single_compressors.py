@@ -32,9 +32,9 @@ def test_payloads_are_as_small_as_the_documentation_says():
         "scaled_sign": efopt.scaled_sign(1024),
         "quantize 8": efopt.quantize(8, block_size=128),
         "quantize 4": efopt.quantize(4),
-        "terngrad": efopt.terngrad(block_size=256),
-        "natural": efopt.natural(),
-        "float8": efopt.cast("float8_e4m3fn"),
+        "terngrad": efopt.compressors.terngrad(block_size=256),
+        "natural": efopt.compressors.natural(),
+        "float8": efopt.compressors.cast("float8_e4m3fn"),
     }
     share = {k: c.payload_bits((d,)) / (32 * d) for k, c in share.items()}
     assert share["sign"] == 1 / 32
@@ -85,7 +85,7 @@ def test_rounding_noise_passes_the_tests_that_threefry_passes(ours):
 
 def test_rounding_noise_differs_between_workers_steps_and_blocks():
     compressor = efopt.quantize(4, block_size=64)
-    tx = efopt.compress(compressor, AXIS, "all_gather")
+    tx = efopt.compress(compressor, axis_name=AXIS, exchange="all_gather")
     x = jnp.full((4, 64), 0.3).at[:, 0].set(1.0)
     update, state = workers(tx, jnp.zeros(64), 4)
     one, state = update(x, state)
@@ -104,7 +104,7 @@ def test_power_sgd_follows_numpy_for_twenty_steps_on_four_workers():
     rng = np.random.default_rng(9)
     shapes = {"m": (16, 12), "n": (16, 12), "k": (3, 3, 2, 8), "v": (4,)}
     params = {k: jnp.zeros(s) for k, s in shapes.items()}
-    tx = efopt.error_feedback(efopt.power_sgd(2, min_compression=1), AXIS)
+    tx = efopt.error_feedback(efopt.power_sgd(2, min_compression=1), axis_name=AXIS)
     update, state = workers(tx, params, 4)
     flat = {"m": (16, 12), "n": (16, 12), "k": (9, 16)}
     q = {k: np.asarray(state.memory[k][0, 0], np.float64) for k in flat}
@@ -136,7 +136,9 @@ def test_power_sgd_of_full_rank_is_the_dense_mean():
     rng = np.random.default_rng(1)
     x = rng.standard_normal((4, 8, 5)).astype(np.float32)
     compressor = efopt.power_sgd(5, min_compression=0)
-    update, state = workers(efopt.compress(compressor, AXIS), jnp.zeros((8, 5)), 4)
+    update, state = workers(
+        efopt.compress(compressor, axis_name=AXIS), jnp.zeros((8, 5)), 4
+    )
     out, _ = update(x, state)
     np.testing.assert_allclose(out[0], x.mean(0), rtol=0, atol=1e-5)
 
@@ -199,7 +201,7 @@ def test_matrices_are_cut_where_they_are_square_or_where_one_says():
 
 def test_what_would_not_shrink_goes_dense():
     compressor = efopt.power_sgd(4)
-    dense = efopt.identity()
+    dense = efopt.compressors.identity()
     for shape in ((), (500,), (12, 12), (1, 4096)):
         assert compressor.payload_bits(shape) == dense.payload_bits(shape)
     assert compressor.payload_bits((64, 64)) == 32 * 4 * (64 + 64)
@@ -216,7 +218,7 @@ def sketch_matrix(compressor, d, step=0):
 
 @pytest.mark.parametrize("d, width", [(10, 3), slow(64, 16), slow(7, 7)])
 def test_every_coordinate_goes_to_one_sum_and_every_sum_has_as_many(d, width):
-    compressor = efopt.count_sketch(width=width)
+    compressor = efopt.compressors.count_sketch(width=width)
     matrix = sketch_matrix(compressor, d)
     assert matrix.shape == (d, width)
     assert (np.abs(matrix).sum(axis=1) == 1).all()
@@ -229,7 +231,7 @@ def test_every_coordinate_goes_to_one_sum_and_every_sum_has_as_many(d, width):
 
 def test_two_coordinates_share_a_sum_once_in_its_width():
     """600 hashes, 6 standard errors, for coordinates of different lines."""
-    compressor, width, draws = efopt.count_sketch(width=8), 8, 600
+    compressor, width, draws = efopt.compressors.count_sketch(width=8), 8, 600
     pair = jnp.zeros((2, 40)).at[0, 3].set(1.0).at[1, 25].set(1.0)
     both = jax.vmap(lambda x, s: compressor.compress(x, s)["sums"][0, 0], (0, None))
     tables = jax.jit(jax.vmap(functools.partial(both, pair)))(jnp.arange(draws))
@@ -242,7 +244,10 @@ def test_two_coordinates_share_a_sum_once_in_its_width():
 def test_what_was_not_sent_is_kept_in_sketch_space():
     """100 steps of the increment form: table = sketch of the sum of (g - q)."""
     d, damping = 200, 0.9
-    memory, sender = efopt.count_sketch(fraction=0.2), efopt.random_block(fraction=0.1)
+    memory, sender = (
+        efopt.compressors.count_sketch(fraction=0.2),
+        efopt.random_block(fraction=0.1),
+    )
 
     @jax.jit
     def step(carry, g):
@@ -263,9 +268,11 @@ def test_what_was_not_sent_is_kept_in_sketch_space():
 
 
 def test_sketches_of_all_workers_add_up():
-    compressor = efopt.count_sketch(fraction=0.3)
+    compressor = efopt.compressors.count_sketch(fraction=0.3)
     x = jax.random.normal(jax.random.key(1), (4, 100))
-    update, state = workers(efopt.compress(compressor, AXIS), jnp.zeros(100), 4)
+    update, state = workers(
+        efopt.compress(compressor, axis_name=AXIS), jnp.zeros(100), 4
+    )
     out, _ = update(x, state)
     alone, _ = compressor.update(x.mean(0), compressor.init(x[0]))
     np.testing.assert_allclose(out[0], alone, rtol=0, atol=1e-5)
@@ -288,26 +295,26 @@ def test_values_are_written_by_the_inner_compressor():
 
 def test_contracts_of_a_composition_multiply():
     top, random = efopt.top_k(k=16), efopt.random_k(k=16, unbiased=True)
-    eight, seven = efopt.quantize(8), efopt.qsgd(7)
+    eight, seven = efopt.quantize(8), efopt.compressors.qsgd(7)
     both = efopt.compose(top, eight)
     assert both.delta((64,)) == pytest.approx(0.25 * eight.delta((16,)))
     both = efopt.compose(random, seven)
     assert both.unbiased and not both.linear
     assert both.omega((64,)) == pytest.approx(4 * (1 + seven.omega((16,))) - 1)
     assert efopt.compose(top, efopt.sign()).delta((64,)) is None
-    assert efopt.compose(efopt.random_k(k=4), efopt.identity()).linear
+    assert efopt.compose(efopt.random_k(k=4), efopt.compressors.identity()).linear
 
 
 def test_a_threshold_may_be_a_schedule_or_traced():
     x = jnp.array([1.0, -3.0, 2.0])
-    tx = efopt.threshold(lambda step: 2.5 - step, k=3)
+    tx = efopt.compressors.threshold(lambda step: 2.5 - step, k=3)
     out, state = tx.update(x, tx.init(x))
     np.testing.assert_array_equal(out, [0, -3, 0])
     np.testing.assert_array_equal(tx.update(x, state)[0], [0, -3, 2])
 
     @jax.jit
     def traced(level):
-        tx = efopt.threshold(level, k=3)
+        tx = efopt.compressors.threshold(level, k=3)
         return tx.update(x, tx.init(x))[0]
 
     np.testing.assert_array_equal(traced(1.5), [0, -3, 2])
@@ -316,7 +323,7 @@ def test_a_threshold_may_be_a_schedule_or_traced():
 
 def test_a_threshold_spends_what_it_may_and_owes_the_rest():
     x = jnp.arange(1.0, 11.0)
-    tx = efopt.error_feedback(efopt.threshold(3.0, k=4))
+    tx = efopt.error_feedback(efopt.compressors.threshold(3.0, k=4))
     out, state = tx.update(x, tx.init(x))
     np.testing.assert_array_equal(out, [0] * 6 + [7, 8, 9, 10])
     np.testing.assert_array_equal(state.residual, [1, 2, 3, 4, 5, 6, 0, 0, 0, 0])
@@ -325,22 +332,26 @@ def test_a_threshold_spends_what_it_may_and_owes_the_rest():
 def test_float8_saturates_and_float16_too():
     x = jnp.array([3e38, -1.0])
     for dtype in ("float8_e4m3fn", "float8_e5m2"):
-        tx = efopt.cast(dtype)
+        tx = efopt.compressors.cast(dtype)
         out, _ = tx.update(x, tx.init(x))
         assert np.isfinite(out).all() and float(out[0]) > 2.7e38
-    tx = efopt.cast("float16")
+    tx = efopt.compressors.cast("float16")
     np.testing.assert_array_equal(tx.update(x, tx.init(x))[0], [65504, -1])
 
 
 def test_bits_of_a_subnormal_block_are_zero():
     x = jnp.full(16, 1e-39)
-    for c in (efopt.quantize(8), efopt.cast("float8_e4m3fn"), efopt.scaled_sign()):
+    for c in (
+        efopt.quantize(8),
+        efopt.compressors.cast("float8_e4m3fn"),
+        efopt.scaled_sign(),
+    ):
         out = np.asarray(c.update(x, c.init(x))[0])
         assert np.isfinite(out).all() and (np.abs(out) <= 1e-38).all()
 
 
 def test_partitions_keep_the_contract_of_each_leaf():
-    compressor = efopt.partition(
+    compressor = efopt.compressors.partition(
         {"m": efopt.power_sgd(1), "v": efopt.scaled_sign(16)},
         lambda tree: jax.tree.map(lambda x: "m" if x.ndim > 1 else "v", tree),
     )

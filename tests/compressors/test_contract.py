@@ -99,7 +99,7 @@ def both(row, seed=0):
 def at_step(step, compressor=None, grads=None):
     """The state of a compressor at a step, of one without memory by default."""
     memory = () if compressor is None else compressor.init(grads).memory
-    return efopt.CompressorState(jnp.asarray(step, jnp.int32), memory)
+    return efopt.compressors.CompressorState(jnp.asarray(step, jnp.int32), memory)
 
 
 # ------------------------------------------------------------- shapes and zeros
@@ -358,7 +358,7 @@ def test_payload_is_unsigned_or_float_by_blocks_and_as_large_as_declared(row):
 
 def test_payload_bits_are_those_of_the_arithmetic():
     # 100 coordinates: 100 signs in 13 bytes; one scale; 3 values and 3 uint8 indices.
-    assert efopt.identity().payload_bits((10, 10)) == 3200
+    assert efopt.compressors.identity().payload_bits((10, 10)) == 3200
     assert efopt.scaled_sign().payload_bits((10, 10)) == 8 * 13 + 32
     # 7 blocks of 16, each with 16 signs and one scale.
     assert efopt.scaled_sign(block_size=16).payload_bits((100,)) == 7 * (16 + 32)
@@ -483,7 +483,10 @@ def check_factors(row, shape, x, cx, case):
 
 def test_the_factors_that_theory_gives_are_declared():
     # 64 coordinates: the worst input of a scaled sign is one-hot; k of d are kept.
-    assert efopt.identity().delta((64,)) == 1 and efopt.identity().omega((64,)) == 0
+    assert (
+        efopt.compressors.identity().delta((64,)) == 1
+        and efopt.compressors.identity().omega((64,)) == 0
+    )
     assert efopt.sign().delta((64,)) is None
     assert efopt.scaled_sign().delta((8, 8)) == 1 / 64
     assert efopt.scaled_sign(block_size=16).delta((8, 8)) == 1 / 16
@@ -629,7 +632,11 @@ def test_different_options_make_different_compressors():
 
 
 def test_an_empty_leaf_loses_nothing_and_sends_nothing():
-    for compressor in (efopt.scaled_sign(), efopt.top_k(k=2), efopt.identity()):
+    for compressor in (
+        efopt.scaled_sign(),
+        efopt.top_k(k=2),
+        efopt.compressors.identity(),
+    ):
         assert compressor.delta((0, 3)) == 1.0
         assert compressor.payload_bits((0, 3)) == 0
         with pytest.raises(ValueError, match="at least one coordinate"):

@@ -14,17 +14,17 @@ import efopt
 from efopt.codecs import layout
 from efopt.feedback import stored as store
 
-SKETCH = efopt.count_sketch(fraction=0.2)
+SKETCH = efopt.compressors.count_sketch(fraction=0.2)
 MEMORIES = {
     "sketch": SKETCH,
-    "sketch_rows": efopt.count_sketch(fraction=0.1, rows=2, block_size=64),
-    "sketch_random": efopt.count_sketch(fraction=0.2, hash="random"),
+    "sketch_rows": efopt.compressors.count_sketch(fraction=0.1, rows=2, block_size=64),
+    "sketch_random": efopt.compressors.count_sketch(fraction=0.2, hash="random"),
     "int8": efopt.quantize(8, block_size=64),
     "int4": efopt.quantize(4, block_size=64),
-    "bfloat16": efopt.cast("bfloat16"),
+    "bfloat16": efopt.compressors.cast("bfloat16"),
     "top_k": efopt.top_k(fraction=0.2),
-    "identity": efopt.identity(),
-    "mixed": efopt.partition(
+    "identity": efopt.compressors.identity(),
+    "mixed": efopt.compressors.partition(
         {"sketch": SKETCH, "int8": efopt.quantize(8)},
         lambda tree: jax.tree.map(lambda x: "sketch" if x.ndim < 3 else "int8", tree),
     ),
@@ -36,7 +36,7 @@ SHAPES = {"w": (19, 21), "v": (3, 10, 10)}
 
 def scheme(memory, **options):
     return efopt.contractive_error_feedback(
-        efopt.random_block(fraction=0.3), memory, **options
+        efopt.random_block(fraction=0.3), memory=memory, **options
     )
 
 
@@ -145,7 +145,7 @@ def test_identity_without_damping_is_error_feedback_to_the_bit(compressor, rate)
     options = {} if rate is None else {"learning_rate": rate}
     plain = efopt.error_feedback(compressor, **options)
     conef = efopt.contractive_error_feedback(
-        compressor, efopt.identity(), damping=0, **options
+        compressor, memory=efopt.compressors.identity(), damping=0, **options
     )
     expected, plain_state = steps(plain, grads)
     got, state = steps(conef, grads)
@@ -190,8 +190,10 @@ def with_feedback():
 
 
 def sketched(seed, hash, damping):
-    memory = efopt.count_sketch(fraction=0.2, hash=hash, seed=seed)
-    return quadratic(efopt.contractive_error_feedback(BLOCK, memory, damping=damping))
+    memory = efopt.compressors.count_sketch(fraction=0.2, hash=hash, seed=seed)
+    return quadratic(
+        efopt.contractive_error_feedback(BLOCK, memory=memory, damping=damping)
+    )
 
 
 def test_a_random_hash_bursts_without_damping():
@@ -229,16 +231,18 @@ def test_the_memories_end_in_order():
     [
         (efopt.quantize(8, stochastic=True), 1.02),
         slow(efopt.quantize(8), 1.1),
-        slow(efopt.cast("bfloat16"), 1.02),
+        slow(efopt.compressors.cast("bfloat16"), 1.02),
         (efopt.quantize(4), 1.1),
         slow(efopt.top_k(fraction=0.1), 30),
     ],
     ids=["int8", "int8-nearest", "bfloat16", "int4", "top_k"],
 )
 def test_a_faithful_memory_ends_like_error_feedback(memory, worst):
-    loss = quadratic(efopt.contractive_error_feedback(BLOCK, memory))
+    loss = quadratic(efopt.contractive_error_feedback(BLOCK, memory=memory))
     assert 0.98 * with_feedback() < loss < worst * with_feedback()
-    harmed = quadratic(efopt.contractive_error_feedback(BLOCK, memory, damping=0.9))
+    harmed = quadratic(
+        efopt.contractive_error_feedback(BLOCK, memory=memory, damping=0.9)
+    )
     assert harmed > 2.0  # damping is for sketches
 
 
@@ -270,7 +274,7 @@ SIZES = {  # live bytes of the residual and temporary bytes, over those of param
 @pytest.mark.parametrize("name", SIZES)
 def test_ten_million_parameters_in_a_fraction_of_the_memory(name):
     memory, options, most_live, most_temporary = SIZES[name]
-    tx = efopt.contractive_error_feedback(BLOCK, memory, **options)
+    tx = efopt.contractive_error_feedback(BLOCK, memory=memory, **options)
     whole = 4 * 10_000_000
     state = jax.eval_shape(tx.init, MILLIONS)
     live = sum(x.nbytes for x in jax.tree.leaves(tx.init(MILLIONS).residual))
@@ -413,7 +417,7 @@ def test_inject_hyperparams_takes_the_rate_and_leaves_what_is_static():
         static_args=("compressor", "memory", "damping", "form", "memory_dtype"),
     )(BLOCK, SKETCH, damping=0.9, learning_rate=0.1)
     plain = efopt.contractive_error_feedback(
-        BLOCK, SKETCH, damping=0.9, learning_rate=0.1
+        BLOCK, memory=SKETCH, damping=0.9, learning_rate=0.1
     )
     grads = [tree(np.random.default_rng(9)) for _ in range(3)]
     assert_equal(steps(tx, grads)[0], steps(plain, grads)[0])

@@ -162,7 +162,7 @@ LEAST_SQUARES = {
     "ef, sign(0) = +1": efopt.ef_signsgd(10.0),
     "scaled, sign(0) = 0": paper(feedback=False),
     "ef, sign(0) = 0": paper(feedback=True),
-    "signum, sign(0) = +1": efopt.signum(0.05, 0.1),
+    "signum, sign(0) = +1": efopt.optimizers.signum(0.05, beta=0.1),
 }
 
 
@@ -245,10 +245,10 @@ def test_identical_workers_vote_as_one():
     def steps(update, state):
         return jax.lax.scan(lambda s, g: update(g, s)[::-1], state, grads)[1]
 
-    tx = efopt.signum(0.1)
+    tx = efopt.optimizers.signum(0.1)
     single = steps(tx.update, tx.init(grads[0]))
     for n in (2, 5):
-        tx = efopt.signum(0.1, axis_name="data")
+        tx = efopt.optimizers.signum(0.1, axis_name="data")
         update = jax.vmap(tx.update, axis_name="data", in_axes=(None, 0))
         votes = steps(update, efopt.stack_workers(tx.init(grads[0]), n))
         np.testing.assert_array_equal(votes, np.repeat(single[:, None], n, axis=1))
@@ -305,7 +305,9 @@ def among_workers(tx, corrupt, steps=400):
 
 def test_a_vote_survives_three_liars_of_seven_and_a_mean_not_one():
     vote = efopt.signsgd(0.01, axis_name="data")
-    mean = optax.chain(efopt.compress(efopt.identity(), "data"), optax.sgd(0.01))
+    mean = optax.chain(
+        efopt.compress(efopt.compressors.identity(), axis_name="data"), optax.sgd(0.01)
+    )
 
     def liars(g):
         return g.at[:3].multiply(-1.0)
@@ -390,7 +392,9 @@ def train(tx, steps=200, workers=4, watch=lambda grads, state: 0.0):
 
 @pytest.mark.slow
 def test_corrected_gradients_stay_dense_while_a_network_trains():
-    tx = optax.chain(efopt.error_feedback(efopt.scaled_sign(), "data"), optax.sgd(0.1))
+    tx = optax.chain(
+        efopt.error_feedback(efopt.scaled_sign(), axis_name="data"), optax.sgd(0.1)
+    )
 
     def watch(grads, state):
         owed = jax.tree.map(lambda e: e[0], state[0].residual.value)
@@ -404,17 +408,20 @@ def test_corrected_gradients_stay_dense_while_a_network_trains():
 
 MOMENTUM = {
     "dense": (
-        optax.chain(efopt.compress(efopt.identity(), "data"), optax.sgd(0.1, 0.9)),
+        optax.chain(
+            efopt.compress(efopt.compressors.identity(), axis_name="data"),
+            optax.sgd(0.1, 0.9),
+        ),
         True,
     ),
-    "at_workers": (efopt.ef_signsgd(0.1, 0.9, axis_name="data"), True),
+    "at_workers": (efopt.ef_signsgd(0.1, momentum=0.9, axis_name="data"), True),
     "dist_ef_sgd": (efopt.dist_ef_sgd(0.1, axis_name="data"), True),
     "power_sgd": (efopt.power_sgd_momentum(0.1, rank=2, axis_name="data"), True),
     "top_k_at_server": (
         efopt.ef_sgd(
             efopt.top_k(fraction=0.01),
             0.1,
-            0.9,
+            momentum=0.9,
             momentum_at="server",
             axis_name="data",
         ),
@@ -422,7 +429,11 @@ MOMENTUM = {
     ),
     "at_server": (
         efopt.ef_sgd(
-            efopt.scaled_sign(), 0.1, 0.9, momentum_at="server", axis_name="data"
+            efopt.scaled_sign(),
+            0.1,
+            momentum=0.9,
+            momentum_at="server",
+            axis_name="data",
         ),
         False,
     ),

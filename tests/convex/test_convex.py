@@ -33,18 +33,29 @@ PARAMS = {"b": jnp.zeros(5), "w": jnp.full((3, 4), 2.0, jnp.float32)}
 REFERENCE = jax.tree.map(jnp.zeros_like, PARAMS)
 FACTORIES = {
     "damped": lambda lr: optax.chain(
-        efopt.damped_error_feedback(efopt.quantize(4), 0.1, 0.9), optax.sgd(lr)
+        efopt.feedback.damped_error_feedback(efopt.quantize(4), alpha=0.1, beta=0.9),
+        optax.sgd(lr),
     ),
-    "ec_sgd": lambda lr: efopt.ec_sgd(TOP_1, lr),
-    "ec_gd_star": lambda lr: efopt.ec_gd_star(TOP_1, lr, REFERENCE),
-    "ec_sgd_diana": lambda lr: efopt.ec_sgd_diana(TOP_1, lr, UNBIASED),
-    "ec_lsvrg": lambda lr: efopt.ec_lsvrg(TOP_1, lr, 0.2),
-    "ec_lsvrg_diana": lambda lr: efopt.ec_lsvrg_diana(TOP_1, lr, 0.2, UNBIASED),
-    "ec_lsvrg_shifted": lambda lr: efopt.ec_lsvrg_shifted(TOP_1, lr, 0.2),
-    "ecq_sgd": lambda lr: efopt.ecq_sgd(lr),
+    "ec_sgd": lambda lr: efopt.convex.ec_sgd(TOP_1, lr),
+    "ec_gd_star": lambda lr: efopt.convex.ec_gd_star(
+        TOP_1, lr, reference_grads=REFERENCE
+    ),
+    "ec_sgd_diana": lambda lr: efopt.convex.ec_sgd_diana(
+        TOP_1, lr, shift_compressor=UNBIASED
+    ),
+    "ec_lsvrg": lambda lr: efopt.convex.ec_lsvrg(TOP_1, lr, probability=0.2),
+    "ec_lsvrg_diana": lambda lr: efopt.convex.ec_lsvrg_diana(
+        TOP_1, lr, probability=0.2, shift_compressor=UNBIASED
+    ),
+    "ec_lsvrg_shifted": lambda lr: efopt.convex.ec_lsvrg_shifted(
+        TOP_1, lr, probability=0.2
+    ),
+    "ecq_sgd": lambda lr: efopt.optimizers.ecq_sgd(lr),
     # Error feedback of one coordinate in twelve bears no steps of 1 / smoothness here.
-    "eclk": lambda lr: efopt.eclk(TOP_1, 3.0, 0.1),
-    "loopless_katyusha": lambda lr: efopt.loopless_katyusha(1.0, 0.1, 0.5),
+    "eclk": lambda lr: efopt.convex.eclk(TOP_1, smoothness=3.0, strong_convexity=0.1),
+    "loopless_katyusha": lambda lr: efopt.convex.loopless_katyusha(
+        smoothness=1.0, strong_convexity=0.1, probability=0.5
+    ),
 }
 each = pytest.mark.parametrize("name", FACTORIES)
 
@@ -112,7 +123,10 @@ def test_diana_and_star_keep_the_mean_and_learn_the_difference():
     draws = np.random.default_rng(0)
     grads = jnp.asarray(draws.standard_normal((4, 6)), jnp.float32)
     mean = np.broadcast_to(grads.mean(axis=0), (4, 6))
-    for tx in (efopt.diana(UNBIASED, axis_name=AXIS), efopt.star(grads, AXIS)):
+    for tx in (
+        efopt.convex.diana(UNBIASED, axis_name=AXIS),
+        efopt.convex.star(grads, axis_name=AXIS),
+    ):
         state = efopt.stack_workers(tx.init(grads[0]), 4)
         step = jax.jit(jax.vmap(tx.update, axis_name=AXIS))
         for _ in range(60):
@@ -149,7 +163,10 @@ def test_eclk_goes_to_the_constrained_optimum():
         return jnp.array([1.0, 0.5, 0.1]) * (x - jnp.array([1.0, -0.25, 3.0]))
 
     def minimise(prox):
-        tx, x = efopt.eclk(TOP_1, 1.0, 0.1, prox=prox), jnp.zeros(3)
+        tx, x = (
+            efopt.convex.eclk(TOP_1, smoothness=1.0, strong_convexity=0.1, prox=prox),
+            jnp.zeros(3),
+        )
         step = functools.partial(advance, tx, function=gradient)
         many = jax.jit(
             lambda c: jax.lax.scan(lambda c, _: (step(*c), None), c, length=1500)[0]
@@ -163,7 +180,10 @@ def test_eclk_goes_to_the_constrained_optimum():
 
 def test_default_probability_is_twice_the_share_of_the_payload():
     """40 bits of 640: the reference moves in every eighth step."""
-    tx, x = efopt.eclk(TOP_1, 1.0, 0.1), jnp.zeros(20)
+    tx, x = (
+        efopt.convex.eclk(TOP_1, smoothness=1.0, strong_convexity=0.1),
+        jnp.zeros(20),
+    )
     state = tx.init(x)
 
     def one(carry, _):
@@ -178,47 +198,70 @@ def test_default_probability_is_twice_the_share_of_the_payload():
 # ------------------------------------------------------------------- bad input
 
 OPTIONS = {
-    "probability-zero": (lambda: efopt.lsvrg(0.0), "`lsvrg(probability=...)` must lie"),
-    "probability-above": (lambda: efopt.lsvrg(1.5), r"in (0, 1], got 1.5"),
-    "probability-nan": (lambda: efopt.lsvrg(float("nan")), "got nan"),
+    "probability-zero": (
+        lambda: efopt.convex.lsvrg(0.0),
+        "`lsvrg(probability=...)` must lie",
+    ),
+    "probability-above": (lambda: efopt.convex.lsvrg(1.5), r"in (0, 1], got 1.5"),
+    "probability-nan": (lambda: efopt.convex.lsvrg(float("nan")), "got nan"),
     "probability-eclk": (
-        lambda: efopt.eclk(TOP_1, 1.0, 0.1, probability=0),
+        lambda: efopt.convex.eclk(
+            TOP_1, smoothness=1.0, strong_convexity=0.1, probability=0
+        ),
         "`eclk(probability=...)` must lie in (0, 1], got 0",
     ),
     "probability-katyusha": (
-        lambda: efopt.loopless_katyusha(1.0, 0.1, 2.0),
+        lambda: efopt.convex.loopless_katyusha(
+            smoothness=1.0, strong_convexity=0.1, probability=2.0
+        ),
         "`loopless_katyusha(probability=...)` must lie in (0, 1], got 2.0",
     ),
-    "coin": (lambda: efopt.lsvrg(0.5, coin="own"), "'shared', 'per_worker'"),
-    "alpha-zero": (lambda: efopt.diana(UNBIASED, 0.0), "`diana(alpha=...)` must be p"),
+    "coin": (lambda: efopt.convex.lsvrg(0.5, coin="own"), "'shared', 'per_worker'"),
+    "alpha-zero": (
+        lambda: efopt.convex.diana(UNBIASED, alpha=0.0),
+        "`diana(alpha=...)` must be p",
+    ),
     "diana-biased": (
-        lambda: efopt.diana(TOP_1),
+        lambda: efopt.convex.diana(TOP_1),
         "needs an unbiased compressor, such as `efopt.random_k(k=1, unbiased=True)`",
     ),
-    "smoothness-zero": (lambda: efopt.eclk(TOP_1, 0.0, 0.0), "smoothness=0.0"),
-    "smoothness-negative": (lambda: efopt.eclk(TOP_1, -1.0, 0.1), "got -1.0"),
+    "smoothness-zero": (
+        lambda: efopt.convex.eclk(TOP_1, smoothness=0.0, strong_convexity=0.0),
+        "smoothness=0.0",
+    ),
+    "smoothness-negative": (
+        lambda: efopt.convex.eclk(TOP_1, smoothness=-1.0, strong_convexity=0.1),
+        "got -1.0",
+    ),
     "strong-convexity-zero": (
-        lambda: efopt.eclk(TOP_1, 1.0, 0.0),
+        lambda: efopt.convex.eclk(TOP_1, smoothness=1.0, strong_convexity=0.0),
         "needs 0 < strong_convexity <= smoothness, got strong_convexity=0.0",
     ),
     "strong-convexity-above": (
-        lambda: efopt.eclk(TOP_1, 1.0, 2.0),
+        lambda: efopt.convex.eclk(TOP_1, smoothness=1.0, strong_convexity=2.0),
         "needs 0 < strong_convexity <= smoothness, got strong_convexity=2.0",
     ),
     "theta": (
-        lambda: efopt.eclk(TOP_1, 1.0, 0.1, theta_2=1.0),
+        lambda: efopt.convex.eclk(
+            TOP_1, smoothness=1.0, strong_convexity=0.1, theta_2=1.0
+        ),
         "`eclk(theta_2=...)` must lie in (0, 1), got 1.0",
     ),
     "thetas": (
-        lambda: efopt.eclk(TOP_1, 1.0, 0.1, 0.6, 0.6).init(jnp.zeros(3)),
+        lambda: efopt.convex.eclk(
+            TOP_1, smoothness=1.0, strong_convexity=0.1, theta_1=0.6, theta_2=0.6
+        ).init(jnp.zeros(3)),
         "must sum to at most 1, got 0.6 and 0.6",
     ),
     "damped-alpha": (
-        lambda: efopt.damped_error_feedback(UNBIASED, 1.5, 1.0),
+        lambda: efopt.feedback.damped_error_feedback(UNBIASED, alpha=1.5, beta=1.0),
         "`damped_error_feedback(alpha=...)` must be in [0, 1], got 1.5",
     ),
-    "damped-beta": (lambda: efopt.ecq_sgd(0.1, beta=-0.1), "got -0.1"),
-    "ecq-biased": (lambda: efopt.ecq_sgd(0.1, TOP_1), "needs an unbiased quantiser"),
+    "damped-beta": (lambda: efopt.optimizers.ecq_sgd(0.1, beta=-0.1), "got -0.1"),
+    "ecq-biased": (
+        lambda: efopt.optimizers.ecq_sgd(0.1, compressor=TOP_1),
+        "needs an unbiased quantiser",
+    ),
 }
 
 
@@ -233,28 +276,36 @@ def test_option_is_refused(name):
 def test_alpha_above_its_bound_needs_force_and_warns_even_so():
     bound = r"above 1 / \(1 \+ omega\) = 0\.2"  # one of five coordinates
     with pytest.raises(ValueError, match=f"{bound}.*`force=True`"):
-        efopt.diana(UNBIASED, alpha=0.5).init(jnp.zeros(5))
+        efopt.convex.diana(UNBIASED, alpha=0.5).init(jnp.zeros(5))
     with pytest.warns(UserWarning, match=bound):
-        efopt.diana(UNBIASED, alpha=0.5, force=True).init(jnp.zeros(5))
-    efopt.diana(UNBIASED, alpha=0.2).init(jnp.zeros(5))
+        efopt.convex.diana(UNBIASED, alpha=0.5, force=True).init(jnp.zeros(5))
+    efopt.convex.diana(UNBIASED, alpha=0.2).init(jnp.zeros(5))
     with pytest.raises(ValueError, match="ec_sgd_diana|alpha=0.5"):
-        efopt.ec_sgd_diana(TOP_1, 0.1, UNBIASED, alpha=0.5).init(jnp.zeros(5))
+        efopt.convex.ec_sgd_diana(
+            TOP_1, 0.1, shift_compressor=UNBIASED, alpha=0.5
+        ).init(jnp.zeros(5))
 
 
 @pytest.mark.parametrize(
     "factory",
     [
-        lambda c: efopt.ec_sgd(c, 0.1),
-        lambda c: efopt.ec_gd_star(c, 0.1, jnp.zeros(100)),
-        lambda c: efopt.ec_sgd_diana(c, 0.1, UNBIASED),
-        lambda c: efopt.ec_lsvrg(c, 0.1, 0.5),
-        lambda c: efopt.ec_lsvrg_diana(c, 0.1, 0.5, UNBIASED),
-        lambda c: efopt.ec_lsvrg_shifted(c, 0.1, 0.5),
-        lambda c: efopt.ec_lsvrg_shifted(TOP_1, 0.1, 0.5, c),
-        lambda c: efopt.eclk(c, 1.0, 0.1),
+        lambda c: efopt.convex.ec_sgd(c, 0.1),
+        lambda c: efopt.convex.ec_gd_star(c, 0.1, reference_grads=jnp.zeros(100)),
+        lambda c: efopt.convex.ec_sgd_diana(c, 0.1, shift_compressor=UNBIASED),
+        lambda c: efopt.convex.ec_lsvrg(c, 0.1, probability=0.5),
+        lambda c: efopt.convex.ec_lsvrg_diana(
+            c, 0.1, probability=0.5, shift_compressor=UNBIASED
+        ),
+        lambda c: efopt.convex.ec_lsvrg_shifted(c, 0.1, probability=0.5),
+        lambda c: efopt.convex.ec_lsvrg_shifted(
+            TOP_1, 0.1, probability=0.5, shift_compressor=c
+        ),
+        lambda c: efopt.convex.eclk(c, smoothness=1.0, strong_convexity=0.1),
     ],
 )
-@pytest.mark.parametrize("compressor", [efopt.sign(), efopt.terngrad(), UNBIASED])
+@pytest.mark.parametrize(
+    "compressor", [efopt.sign(), efopt.compressors.terngrad(), UNBIASED]
+)
 def test_compressor_that_is_not_contractive_is_refused(factory, compressor):
     with pytest.raises(ValueError, match=r"needs a contractive compressor.*top_k"):
         factory(compressor).init(jnp.zeros(100))
@@ -275,11 +326,15 @@ def test_missing_function_is_named_with_the_call(name, missing):
 
 
 MAPPED = {
-    "diana": efopt.diana(UNBIASED, axis_name=AXIS),
-    "lsvrg": efopt.lsvrg(0.5, AXIS),
-    "star": efopt.star(jnp.zeros((8, 3)), AXIS),
-    "damped_error_feedback": efopt.damped_error_feedback(UNBIASED, 0.1, 0.9, AXIS),
-    "eclk": efopt.eclk(TOP_1, 1.0, 0.1, axis_name=AXIS),
+    "diana": efopt.convex.diana(UNBIASED, axis_name=AXIS),
+    "lsvrg": efopt.convex.lsvrg(0.5, axis_name=AXIS),
+    "star": efopt.convex.star(jnp.zeros((8, 3)), axis_name=AXIS),
+    "damped_error_feedback": efopt.feedback.damped_error_feedback(
+        UNBIASED, alpha=0.1, beta=0.9, axis_name=AXIS
+    ),
+    "eclk": efopt.convex.eclk(
+        TOP_1, smoothness=1.0, strong_convexity=0.1, axis_name=AXIS
+    ),
 }
 
 
@@ -321,7 +376,7 @@ def test_state_that_is_not_placed_is_refused(name):
 
 
 def test_star_needs_one_gradient_for_each_worker():
-    tx = efopt.star(jnp.zeros((3, 5)), AXIS)
+    tx = efopt.convex.star(jnp.zeros((3, 5)), axis_name=AXIS)
     with pytest.raises(ValueError, match=r"\(4, 5\), and got \(3, 5\)"):
         jax.eval_shape(
             jax.vmap(lambda g: tx.update(g, optax.EmptyState())[0], axis_name=AXIS),

@@ -99,7 +99,7 @@ def test_sign_methods_are_their_oracle(beta, aggregation):
     if beta is None:
         tx = efopt.signsgd(schedule, **options)
     else:
-        tx = efopt.signum(schedule, beta, **options)
+        tx = efopt.optimizers.signum(schedule, beta=beta, **options)
     vote = aggregation == "majority_vote"
     path, momenta = oracle.signum(x0, lists, schedule, beta or 0.0, DECAY, vote)
     got, state = simulate(tx, params, grads)
@@ -162,7 +162,7 @@ def test_ef_sgd_is_its_oracle(case):
 
 def test_ef_signsgd_is_its_oracle():
     params, grads, x0, lists = problem(2)
-    tx = efopt.ef_signsgd(schedule, 0.9, weight_decay=DECAY, axis_name=AXIS)
+    tx = efopt.ef_signsgd(schedule, momentum=0.9, weight_decay=DECAY, axis_name=AXIS)
     path, _ = oracle.ef_sgd(
         x0, lists, schedule, oracle.scaled_sign, momentum=0.9, weight_decay=DECAY
     )
@@ -171,7 +171,9 @@ def test_ef_signsgd_is_its_oracle():
 
 def test_dist_ef_sgd_is_its_oracle():
     params, grads, x0, lists = problem(3)
-    tx = efopt.dist_ef_sgd(schedule, BLOCKED, weight_decay=DECAY, axis_name=AXIS)
+    tx = efopt.dist_ef_sgd(
+        schedule, compressor=BLOCKED, weight_decay=DECAY, axis_name=AXIS
+    )
     path, _, _ = oracle.dist_ef_sgd(x0, lists, schedule, blocked, 0.9, True, DECAY)
     follows(simulate(tx, params, grads)[0], path, atol=1e-5)
 
@@ -202,7 +204,9 @@ def with_zeros(t):
 
 def test_a_rate_of_zero_holds_what_dist_ef_sgd_owes():
     params, grads, x0, lists = problem(5, len(RATES))
-    tx = efopt.dist_ef_sgd(with_zeros, BLOCKED, nesterov=False, axis_name=AXIS)
+    tx = efopt.dist_ef_sgd(
+        with_zeros, compressor=BLOCKED, nesterov=False, axis_name=AXIS
+    )
     rate = RATES.__getitem__
     path, _, _ = oracle.dist_ef_sgd(x0, lists, rate, blocked, 0.9, False)
     got, state = simulate(tx, params, grads)
@@ -242,16 +246,16 @@ def momentum_sgd(x0, lists, rate, momentum=0.0, nesterov=False):
 VIRTUAL = {
     "inside": (efopt.ef_sgd(efopt.top_k(k=1), schedule, axis_name=AXIS), {}),
     "inside_momentum": (
-        efopt.ef_sgd(efopt.top_k(k=1), schedule, 0.9, axis_name=AXIS),
+        efopt.ef_sgd(efopt.top_k(k=1), schedule, momentum=0.9, axis_name=AXIS),
         {"momentum": 0.9},
     ),
     "two_phase": (
-        efopt.dist_ef_sgd(schedule, BLOCKED, axis_name=AXIS),
+        efopt.dist_ef_sgd(schedule, compressor=BLOCKED, axis_name=AXIS),
         {"momentum": 0.9, "nesterov": True},
     ),
     "behind": (
         optax.chain(
-            efopt.error_feedback(efopt.sign(), AXIS, learning_rate=schedule),
+            efopt.error_feedback(efopt.sign(), axis_name=AXIS, learning_rate=schedule),
             optax.sgd(schedule),
         ),
         {},
@@ -261,7 +265,7 @@ VIRTUAL = {
             {
                 True: efopt.ef_sgd(efopt.top_k(k=1), schedule, axis_name=AXIS),
                 False: efopt.dist_ef_sgd(
-                    schedule, BLOCKED, momentum=None, axis_name=AXIS
+                    schedule, compressor=BLOCKED, momentum=None, axis_name=AXIS
                 ),
             },
             MASK,
@@ -270,7 +274,9 @@ VIRTUAL = {
     ),
     "accumulate": (
         efopt.accumulate(
-            efopt.ef_sgd(efopt.top_k(k=1), schedule, axis_name=AXIS), 1, AXIS
+            efopt.ef_sgd(efopt.top_k(k=1), schedule, axis_name=AXIS),
+            every=1,
+            axis_name=AXIS,
         ),
         {},
     ),
@@ -345,7 +351,7 @@ def test_virtual_params_are_the_same_placed_stacked_and_inside(name):
 def test_virtual_params_of_an_unknown_rate_ask_for_it():
     params, grads, x0, lists = problem(8, 6)
     path = oracle.sgd(x0, lists, 0.1)[-1]
-    feedback = efopt.error_feedback(efopt.top_k(k=1), AXIS)
+    feedback = efopt.error_feedback(efopt.top_k(k=1), axis_name=AXIS)
     rate = optax.scale_by_learning_rate(0.1)
     for tx, told in (
         (optax.chain(feedback, rate), 0.1),
@@ -364,7 +370,7 @@ SINGLE = efopt.ef_sgd(efopt.top_k(k=1), 0.1)
 REFUSED = {
     "no_feedback": (optax.sgd(0.1), None, "holds an `efopt.ErrorFeedbackState`"),
     "no_compressor": (
-        efopt.dist_ef_sgd(0.1, BLOCKED, axis_name=AXIS),
+        efopt.dist_ef_sgd(0.1, compressor=BLOCKED, axis_name=AXIS),
         None,
         "needs `compressor=...`",
     ),
@@ -374,7 +380,7 @@ REFUSED = {
         "momentum behind the feedback",
     ),
     "server_momentum": (
-        efopt.ef_sgd(efopt.top_k(k=1), 0.1, 0.9, momentum_at="server"),
+        efopt.ef_sgd(efopt.top_k(k=1), 0.1, momentum=0.9, momentum_at="server"),
         None,
         "momentum behind the feedback",
     ),
@@ -396,7 +402,7 @@ def test_virtual_params_refuse_what_they_cannot_know(name):
     if "no_compressor" == name:
         state = efopt.distribute(state, make_mesh("auto", WORKERS))
     with pytest.raises(ValueError, match=words):
-        efopt.virtual_params(params, state, rate)
+        efopt.virtual_params(params, state, learning_rate=rate)
 
 
 def test_virtual_params_refuse_parameters_of_another_placement():
@@ -411,7 +417,7 @@ def test_virtual_params_refuse_parameters_of_another_placement():
 
 FACTORIES = {
     "signsgd": (efopt.signsgd, {}),
-    "signum": (efopt.signum, {}),
+    "signum": (efopt.optimizers.signum, {}),
     "ef_sgd": (efopt.ef_sgd, {"compressor": efopt.top_k(fraction=0.3)}),
     "ef_signsgd": (efopt.ef_signsgd, {"momentum": 0.9}),
     "dist_ef_sgd": (efopt.dist_ef_sgd, {"compressor": BLOCKED}),
@@ -511,7 +517,7 @@ def test_partition_runs_each_leaf_by_its_own_optimizer(name):
 def test_accumulate_takes_the_mean_of_mini_steps(name):
     params, grads, _, _ = problem(10, 6)
     tx = make(name, axis_name=AXIS)
-    twice, _ = simulate(efopt.accumulate(tx, 2, AXIS), params, grads)
+    twice, _ = simulate(efopt.accumulate(tx, every=2, axis_name=AXIS), params, grads)
     means = jax.tree.map(
         lambda x: x.reshape(3, 2, *x.shape[1:]).mean(1, dtype=np.float32), grads
     )
@@ -563,7 +569,9 @@ def test_it_converges_on_the_targets_of_optax(name, target):
 
 
 def test_identity_makes_ef_sgd_optax_sgd():
-    ours = efopt.ef_sgd(efopt.identity(), schedule, 0.9, weight_decay=DECAY)
+    ours = efopt.ef_sgd(
+        efopt.compressors.identity(), schedule, momentum=0.9, weight_decay=DECAY
+    )
     theirs = optax.chain(
         optax.add_decayed_weights(DECAY), optax.trace(0.9), optax.sgd(schedule)
     )
@@ -571,7 +579,7 @@ def test_identity_makes_ef_sgd_optax_sgd():
 
 
 def test_signum_of_one_worker_is_that_of_optax():
-    close(alone(efopt.signum(schedule))[0], alone(optax.signum(schedule))[0])
+    close(alone(efopt.optimizers.signum(schedule))[0], alone(optax.signum(schedule))[0])
 
 
 # ------------------------------------------------------------------- bad input
@@ -581,7 +589,7 @@ def test_signum_of_one_worker_is_that_of_optax():
 @pytest.mark.parametrize(
     "factory",
     [
-        lambda m: efopt.signum(0.1, beta=m),
+        lambda m: efopt.optimizers.signum(0.1, beta=m),
         lambda m: efopt.ef_sgd(efopt.top_k(k=1), 0.1, momentum=m),
         lambda m: efopt.ef_signsgd(0.1, momentum=m),
         lambda m: efopt.dist_ef_sgd(0.1, momentum=m),
@@ -607,7 +615,9 @@ def test_power_sgd_momentum_needs_one():
             "'workers', 'server'",
         ),
         (
-            lambda: efopt.dist_ef_sgd(0.1, efopt.scaled_sign(), axis_name=AXIS),
+            lambda: efopt.dist_ef_sgd(
+                0.1, compressor=efopt.scaled_sign(), axis_name=AXIS
+            ),
             "give it a `block_size`",
         ),
     ],
@@ -666,7 +676,10 @@ def compiled(tx, n):
 
 @pytest.mark.parametrize(
     "tx",
-    [efopt.signum(1e-3, axis_name=AXIS), efopt.dist_ef_sgd(0.1, axis_name=AXIS)],
+    [
+        efopt.optimizers.signum(1e-3, axis_name=AXIS),
+        efopt.dist_ef_sgd(0.1, axis_name=AXIS),
+    ],
     ids=["majority_vote", "dist_ef_sgd"],
 )
 def test_one_bit_a_coordinate_each_way_for_any_number_of_workers(tx):
@@ -683,7 +696,8 @@ def test_one_bit_a_coordinate_each_way_for_any_number_of_workers(tx):
 def test_a_step_of_signum_needs_half_the_parameters_bytes_and_less_than_sgd():
     size = 4 * sum(np.prod(s) for s in LAYERS)
     dense = optax.chain(
-        efopt.compress(efopt.identity(), AXIS), optax.sgd(0.1, momentum=0.9)
+        efopt.compress(efopt.compressors.identity(), axis_name=AXIS),
+        optax.sgd(0.1, momentum=0.9),
     )
 
     def temporary(tx):
@@ -691,6 +705,6 @@ def test_a_step_of_signum_needs_half_the_parameters_bytes_and_less_than_sgd():
         stats = fn.lower(state, grads).compile().memory_analysis()
         return stats.temp_size_in_bytes / size
 
-    vote = temporary(efopt.signum(1e-3, axis_name=AXIS))
+    vote = temporary(efopt.optimizers.signum(1e-3, axis_name=AXIS))
     assert vote <= 0.5
     assert vote < temporary(dense)

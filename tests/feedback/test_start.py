@@ -12,14 +12,16 @@ import efopt
 BLOCK = efopt.random_block(fraction=0.3)
 STEPS = 2
 SCHEMES = {
-    "compress": lambda axis: efopt.compress(BLOCK, axis),
+    "compress": lambda axis: efopt.compress(BLOCK, axis_name=axis),
     "error_feedback": lambda axis: efopt.error_feedback(
-        efopt.scaled_sign(8), axis, "two_phase"
+        efopt.scaled_sign(8), axis_name=axis, exchange="two_phase"
     ),
     "conef": lambda axis: efopt.contractive_error_feedback(
-        BLOCK, efopt.quantize(4), axis
+        BLOCK, memory=efopt.quantize(4), axis_name=axis
     ),
-    "damped": lambda axis: efopt.damped_error_feedback(BLOCK, 1.0, 0.9, axis),
+    "damped": lambda axis: efopt.feedback.damped_error_feedback(
+        BLOCK, alpha=1.0, beta=0.9, axis_name=axis
+    ),
 }
 
 
@@ -50,9 +52,13 @@ def trees(seed, number, lead=()):
 def test_first_dense_and_then_compressed(name, how):
     (start,), grads = trees(0, 1), trees(1, 2 * STEPS, (8,))
     scheme = SCHEMES[name](AXIS)
-    tx = optax.chain(efopt.warm_up(scheme, STEPS, AXIS), optax.sgd(0.1))
+    tx = optax.chain(
+        efopt.feedback.warm_up(scheme, STEPS, axis_name=AXIS), optax.sgd(0.1)
+    )
     warm, state = run(how, tx, start, grads)
-    dense = optax.chain(efopt.compress(efopt.identity(), AXIS), optax.sgd(0.1))
+    dense = optax.chain(
+        efopt.compress(efopt.compressors.identity(), axis_name=AXIS), optax.sgd(0.1)
+    )
     expected, _ = run(how, dense, start, grads)
     one = (lambda p: p) if how in ("auto", "explicit") else (lambda p: p[0])
     for t in range(2 * STEPS):
@@ -71,7 +77,7 @@ def test_nothing_is_owed_until_then_and_the_scheme_goes_on_from_its_step():
     rate = lambda t: 0.1 / (t + 1.0)  # noqa: E731
     scheme = efopt.error_feedback(BLOCK, learning_rate=rate)
     grads = trees(2, 5)
-    tx = efopt.warm_up(scheme, STEPS)
+    tx = efopt.feedback.warm_up(scheme, STEPS)
     state, update, out = tx.init(grads[0]), jax.jit(tx.update), []
     for t, g in enumerate(grads):
         updates, state = update(g, state)
@@ -89,9 +95,9 @@ def test_nothing_is_owed_until_then_and_the_scheme_goes_on_from_its_step():
 def test_the_program_shows_both_exchanges(mesh):
     """And says of each that it stands in a branch."""
     (start,), (grads,) = trees(0, 1), trees(1, 1, (8,))
-    tx = efopt.warm_up(SCHEMES["compress"](AXIS), STEPS, AXIS)
+    tx = efopt.feedback.warm_up(SCHEMES["compress"](AXIS), STEPS, axis_name=AXIS)
     fn, state, place = mapped("auto", tx, start)
-    report = efopt.hlo.measure(fn, state, place(grads))
+    report = efopt.wire.measure(fn, state, place(grads))
     sent = {c.operand_bytes for c in report.collectives}
     dense = 4 * (19 * 21 + 7)
     assert dense in sent and min(sent) < dense / 2
@@ -109,9 +115,11 @@ SIZE = 1_000_000 + 512 * 512 + 1000
 
 
 def test_a_report_counts_what_a_worker_holds():
-    sketch = efopt.count_sketch(fraction=0.2)
-    feedback = efopt.contractive_error_feedback(BLOCK, sketch, axis_name=AXIS)
-    tx = optax.chain(efopt.per_worker(optax.trace(0.9), AXIS), feedback, optax.adam(1))
+    sketch = efopt.compressors.count_sketch(fraction=0.2)
+    feedback = efopt.contractive_error_feedback(BLOCK, memory=sketch, axis_name=AXIS)
+    tx = optax.chain(
+        efopt.per_worker(optax.trace(0.9), axis_name=AXIS), feedback, optax.adam(1)
+    )
     report = efopt.memory_report(tx, PARAMS)
     parts = {p.name: p for p in report.parts}
     small = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), PARAMS)
@@ -139,12 +147,20 @@ def test_a_report_counts_what_a_worker_holds():
 @pytest.mark.parametrize(
     "tx",
     [
-        efopt.error_feedback(efopt.scaled_sign(64), AXIS, "two_phase"),
-        efopt.accumulate(efopt.error_feedback(efopt.power_sgd(2), AXIS), 2, AXIS),
+        efopt.error_feedback(
+            efopt.scaled_sign(64), axis_name=AXIS, exchange="two_phase"
+        ),
+        efopt.accumulate(
+            efopt.error_feedback(efopt.power_sgd(2), axis_name=AXIS),
+            every=2,
+            axis_name=AXIS,
+        ),
         optax.partition(
             {
-                "w": efopt.contractive_error_feedback(BLOCK, efopt.quantize(8), AXIS),
-                "rest": efopt.compress(efopt.identity(), AXIS),
+                "w": efopt.contractive_error_feedback(
+                    BLOCK, memory=efopt.quantize(8), axis_name=AXIS
+                ),
+                "rest": efopt.compress(efopt.compressors.identity(), axis_name=AXIS),
             },
             {"w": "w", "half": "w", "bias": "rest"},
         ),

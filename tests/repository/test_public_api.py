@@ -181,7 +181,7 @@ def test_documented_properties_agree_with_the_contract(name):
 
 def test_signatures_are_those_of_optax():
     for make in (efopt.compress, efopt.error_feedback):
-        tx = make(efopt.identity())
+        tx = make(efopt.compressors.identity())
         assert isinstance(tx, optax.GradientTransformationExtraArgs)
         names = list(inspect.signature(tx.update).parameters)
         assert names == ["updates", "state", "params", "extra_args"]

@@ -24,7 +24,9 @@ def feedback(*args, **kwargs):
 
 def conef(memory=None, **kwargs):
     memory = efopt.quantize(8) if memory is None else memory
-    return efopt.contractive_error_feedback(efopt.scaled_sign(), memory, **kwargs)
+    return efopt.contractive_error_feedback(
+        efopt.scaled_sign(), memory=memory, **kwargs
+    )
 
 
 def over_workers(compressor=None, **kwargs):
@@ -56,22 +58,26 @@ RANGE = "must lie in (0, 1]"
 STATIC = "must be a Python int, because it fixes an array shape"
 OPTIONS = {
     "warm-up-of-no-steps": (
-        lambda: efopt.warm_up(feedback(efopt.sign()), 0),
+        lambda: efopt.feedback.warm_up(feedback(efopt.sign()), 0),
         ValueError,
         ["`warm_up(steps=...)`", "must be at least 1", "got 0"],
     ),
     "warm-up-negative": (
-        lambda: efopt.warm_up(feedback(efopt.sign()), -3),
+        lambda: efopt.feedback.warm_up(feedback(efopt.sign()), -3),
         ValueError,
         ["`warm_up(steps=...)`", "must be at least 1", "got -3"],
     ),
     "warm-up-of-a-chain": (
-        lambda: efopt.warm_up(optax.chain(feedback(efopt.sign())), 1).init(PARAMS),
+        lambda: efopt.feedback.warm_up(optax.chain(feedback(efopt.sign())), 1).init(
+            PARAMS
+        ),
         TypeError,
         ["`warm_up(scheme)`", "`efopt.error_feedback`", "no chain"],
     ),
     "warm-up-over-another-axis": (
-        lambda: efopt.warm_up(over_workers(), 1, "model").init(PARAMS),
+        lambda: efopt.feedback.warm_up(over_workers(), 1, axis_name="model").init(
+            PARAMS
+        ),
         ValueError,
         ["`warm_up(axis_name='model')`", "'data'"],
     ),
@@ -81,7 +87,7 @@ OPTIONS = {
         ["`contractive_error_feedback(compressor, memory)`", "`efopt.Compressor`"],
     ),
     "memory-rebuilt-sketch": (
-        lambda: conef(efopt.count_sketch(fraction=0.2), form="rewrite"),
+        lambda: conef(efopt.compressors.count_sketch(fraction=0.2), form="rewrite"),
         ValueError,
         ["memory=count_sketch", "its own noise", "multiplied", 'form="increment"'],
     ),
@@ -102,8 +108,12 @@ OPTIONS = {
     ),
     "memory-in-a-partition": (
         lambda: conef(
-            efopt.partition(
-                {"a": efopt.identity(), "b": efopt.quantize(2, stochastic=False)}, "a"
+            efopt.compressors.partition(
+                {
+                    "a": efopt.compressors.identity(),
+                    "b": efopt.quantize(2, stochastic=False),
+                },
+                "a",
             )
         ),
         ValueError,
@@ -145,17 +155,17 @@ OPTIONS = {
         ["`contractive_error_feedback(memory_dtype=...)`", "floating-point", "'int8'"],
     ),
     "sketch-without-a-bucket": (
-        lambda: efopt.count_sketch(width=0),
+        lambda: efopt.compressors.count_sketch(width=0),
         ValueError,
         ["`count_sketch(width=...)`", "at least 1", "got 0"],
     ),
     "sketch-of-nothing": (
-        lambda: efopt.count_sketch(fraction=0.0),
+        lambda: efopt.compressors.count_sketch(fraction=0.0),
         ValueError,
         ["`count_sketch(fraction=...)`", "(0, 1]"],
     ),
     "sketch-hash": (
-        lambda: efopt.count_sketch(width=2, hash="murmur"),
+        lambda: efopt.compressors.count_sketch(width=2, hash="murmur"),
         ValueError,
         ["`count_sketch(hash=...)`", "'structured', 'random'", "'murmur'"],
     ),
@@ -180,17 +190,17 @@ OPTIONS = {
         ["`quantize(stochastic=...)`", "Python bool", "got int"],
     ),
     "levels": (
-        lambda: efopt.qsgd(levels=128),
+        lambda: efopt.compressors.qsgd(levels=128),
         ValueError,
         ["`qsgd(levels=...)`", "must be below 128"],
     ),
     "cast-dtype": (
-        lambda: efopt.cast(jnp.float32),
+        lambda: efopt.compressors.cast(jnp.float32),
         ValueError,
         ["`cast(dtype=...)`", "'bfloat16'", "got 'float32'"],
     ),
     "cast-no-dtype": (
-        lambda: efopt.cast("float7"),
+        lambda: efopt.compressors.cast("float7"),
         TypeError,
         ["`cast(dtype)`", "'float7'"],
     ),
@@ -215,17 +225,17 @@ OPTIONS = {
         ["`power_sgd(min_compression=...)`", "at least 0"],
     ),
     "threshold-negative": (
-        lambda: efopt.threshold(-1.0, k=1),
+        lambda: efopt.compressors.threshold(-1.0, k=1),
         ValueError,
         ["`threshold(threshold=...)`", "at least 0", "got -1.0"],
     ),
     "threshold-vector": (
-        lambda: efopt.threshold(jnp.ones(3), k=1),
+        lambda: efopt.compressors.threshold(jnp.ones(3), k=1),
         TypeError,
         ["`threshold(threshold=...)`", "must be a scalar", "(3,)"],
     ),
     "width-and-fraction": (
-        lambda: efopt.count_sketch(width=3, fraction=0.5),
+        lambda: efopt.compressors.count_sketch(width=3, fraction=0.5),
         ValueError,
         ["`count_sketch`", "exactly one of `fraction` and `width`"],
     ),
@@ -252,24 +262,24 @@ OPTIONS = {
         ["`compose(inner)`", "efopt.Compressor"],
     ),
     "partition-empty": (
-        lambda: efopt.partition({}, {}),
+        lambda: efopt.compressors.partition({}, {}),
         ValueError,
         ["`partition(compressors)`", "at least one"],
     ),
     "partition-of-no-compressor": (
-        lambda: efopt.partition({"a": optax.identity()}, {}),
+        lambda: efopt.compressors.partition({"a": optax.identity()}, {}),
         TypeError,
         ["`partition(compressors)`", "efopt.Compressor", "'a'"],
     ),
     "partition-unknown-label": (
-        lambda: efopt.partition({"a": efopt.sign()}, {"w": "b"}).update(
+        lambda: efopt.compressors.partition({"a": efopt.sign()}, {"w": "b"}).update(
             {"w": jnp.ones(3)}, efopt.sign().init({"w": jnp.ones(3)})
         ),
         ValueError,
         ["no compressor for the label 'b'", "['w']"],
     ),
     "partition-other-structure": (
-        lambda: efopt.partition({"a": efopt.sign()}, {"v": "a"}).update(
+        lambda: efopt.compressors.partition({"a": efopt.sign()}, {"v": "a"}).update(
             {"w": jnp.ones(3)}, efopt.sign().init({"w": jnp.ones(3)})
         ),
         ValueError,
@@ -277,13 +287,17 @@ OPTIONS = {
     ),
     "partition-refused": (
         lambda: efopt.error_feedback(
-            efopt.partition({"a": efopt.top_k(k=1)}, {}), AXIS, "majority_vote"
+            efopt.compressors.partition({"a": efopt.top_k(k=1)}, {}),
+            axis_name=AXIS,
+            exchange="majority_vote",
         ),
         ValueError,
         ["majority_vote", "cannot work"],
     ),
     "two-phase-of-rounds": (
-        lambda: efopt.error_feedback(efopt.power_sgd(1), AXIS, "two_phase"),
+        lambda: efopt.error_feedback(
+            efopt.power_sgd(1), axis_name=AXIS, exchange="two_phase"
+        ),
         ValueError,
         ["two_phase", "cannot work", "whole leaves"],
     ),
@@ -499,7 +513,7 @@ OPTIONS = {
         ["`stack_workers(tree, num_workers)`", "Python int", "got bool"],
     ),
     "measure-of-text": (
-        lambda: efopt.hlo.measure("%x = f32[8]{0} parameter(0)"),
+        lambda: efopt.wire.measure("%x = f32[8]{0} parameter(0)"),
         TypeError,
         [
             "`measure(fn, ...)`",
@@ -518,7 +532,7 @@ def test_option_is_refused(call, kind, words):
 
 def test_two_phase_of_the_identity_names_a_cure_that_exists():
     with pytest.raises(ValueError) as caught:
-        over_workers(efopt.identity(), exchange="two_phase")
+        over_workers(efopt.compressors.identity(), exchange="two_phase")
     assert "block_size" not in str(caught.value)  # identity() has no such option
 
 
@@ -550,7 +564,9 @@ def test_injected_option_needs_static_args(factory, name, value):
 def test_traced_option_is_refused_under_jit(name):
     factory = {"k": efopt.top_k, "block_size": efopt.scaled_sign, "every": None}[name]
     if factory is None:
-        factory = lambda every: efopt.accumulate(over_workers(), every, AXIS)  # noqa: E731
+        factory = lambda every: efopt.accumulate(
+            over_workers(), every=every, axis_name=AXIS
+        )  # noqa: E731
 
     def make(value):
         factory(**{name: value})
@@ -604,13 +620,15 @@ def test_two_phase_compress_refuses_updates_that_init_did_not_see(shapes):
 
 ON_WORKERS = {
     "error_feedback": over_workers(),
-    "compress": efopt.compress(efopt.identity(), axis_name=AXIS),
-    "per_worker": efopt.per_worker(optax.trace(0.9), AXIS),
+    "compress": efopt.compress(efopt.compressors.identity(), axis_name=AXIS),
+    "per_worker": efopt.per_worker(optax.trace(0.9), axis_name=AXIS),
     "accumulate": efopt.accumulate(over_workers(), every=2, axis_name=AXIS),
 }
 IN_FRONT = {
     **ON_WORKERS,
-    "chained": optax.chain(efopt.per_worker(optax.trace(0.9), AXIS), over_workers()),
+    "chained": optax.chain(
+        efopt.per_worker(optax.trace(0.9), axis_name=AXIS), over_workers()
+    ),
 }
 
 
@@ -745,7 +763,7 @@ def test_distribute_on_a_mesh_without_the_axis_is_refused():
 
 @pytest.mark.parametrize("exchange", ["all_gather", "two_phase"])
 def test_state_of_another_number_of_workers_is_refused(mesh, exchange):
-    tx = efopt.error_feedback(efopt.scaled_sign(4), AXIS, exchange)
+    tx = efopt.error_feedback(efopt.scaled_sign(4), axis_name=AXIS, exchange=exchange)
     half = jax.sharding.Mesh(np.array(jax.devices()[:4]), (AXIS,))
     state = efopt.distribute(tx.init(PARAMS), half)
     words = ["'data'", "(4, 5)", "for 8", "`tx.init(params)`"]
@@ -755,7 +773,7 @@ def test_state_of_another_number_of_workers_is_refused(mesh, exchange):
 
 def test_server_residual_of_another_number_of_workers_is_refused(mesh):
     # 5 blocks are 2 for each of 4 workers, 1 for each of 8.
-    tx = efopt.compress(efopt.scaled_sign(4), AXIS, "two_phase")
+    tx = efopt.compress(efopt.scaled_sign(4), axis_name=AXIS, exchange="two_phase")
     half = jax.sharding.Mesh(np.array(jax.devices()[:4]), (AXIS,))
     state = efopt.distribute(tx.init(PARAMS), half)
     words = ["'data'", "for 8", "`tx.init(params)`"]
