@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from registry import EXCHANGES, KINDS, ROWS
+from registry import COMPRESSORS, EXCHANGES
 from workers_under_test import slow
 
 import efopt
@@ -47,14 +47,14 @@ def each(rows):
     return pytest.mark.parametrize("row", params)
 
 
-each_row = each(ROWS)
+each_row = each(COMPRESSORS)
 # One row for each factory, for what does not depend on the options.
-each_factory = each({r.factory: r for r in ROWS if not r.slow}.values())
+each_factory = each({r.factory: r for r in COMPRESSORS if not r.slow}.values())
 # One for each way to take a leaf apart, for what depends on that alone.
-each_kind = each([r for r in ROWS if r.name in KINDS])
-each_random_row = each([r for r in ROWS if r.random])
-each_message_row = each([r for r in ROWS if r.one_message])
-each_rounding_row = each([r for r in ROWS if r.neighbours is not None])
+each_kind = each([r for r in COMPRESSORS if r.name in KINDS])
+each_random_row = each([r for r in COMPRESSORS if r.random])
+each_message_row = each([r for r in COMPRESSORS if r.one_message])
+each_rounding_row = each([r for r in COMPRESSORS if r.neighbours is not None])
 
 
 def tree(seed, shapes=None):
@@ -625,8 +625,8 @@ def test_compressors_compare_and_travel_by_their_options(row):
 
 
 def test_different_options_make_different_compressors():
-    compressors = [row.make() for row in ROWS]
-    compressors += [row.make(**row.reseeded) for row in ROWS if row.random]
+    compressors = [row.make() for row in COMPRESSORS]
+    compressors += [row.make(**row.reseeded) for row in COMPRESSORS if row.random]
     for one, other in itertools.combinations(compressors, 2):
         assert one != other and repr(one) != repr(other)
 

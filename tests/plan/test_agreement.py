@@ -1,13 +1,13 @@
 """Plan and compiled step, for every compressor, exchange and number of workers."""
 
 import pytest
-from registry import ROWS
+from registry import COMPRESSORS
 from test_wire_plan import agree
 
 pytestmark = pytest.mark.slow
 CASES = {
     f"{row.name}-{exchange}-{n}": (row.make(), exchange, n)
-    for row in ROWS
+    for row in COMPRESSORS
     for exchange in row.exchanges
     for n in (2, 4, 8)
 }

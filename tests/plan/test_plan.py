@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
-from registry import KINDS, ROWS
+from registry import COMPRESSORS
 from workers_under_test import AXIS, FAST, make_mesh
 
 import efopt
@@ -25,7 +25,7 @@ MIXED = efopt.compressors.partition(
 # Every exchange and kind of payload once; test_plan_agreement has all rows.
 CASES = {
     f"{row.name}-{exchange}-8": (row.make(), exchange, 8)
-    for row in ROWS
+    for row in COMPRESSORS
     if row.name in KINDS | {"sign", "quantize_4"}
     for exchange in (row.exchanges if row.name == "sign" else row.exchanges[-1:])
 } | {
@@ -78,7 +78,9 @@ def agree(compressor, exchange, n):
     assert kinds(planned.report) == kinds(measured)
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.slow], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "row", [r for r in COMPRESSORS if r.slow], ids=lambda r: r.name
+)
 def test_every_exchange_of_a_variant_lowers(row):
     """With the types of ``shard_map`` checked; all else of these rows is slow."""
     for exchange in row.exchanges:

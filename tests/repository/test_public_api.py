@@ -12,7 +12,7 @@ from typing import Any
 
 import optax
 import pytest
-from registry import ROWS
+from registry import COMPRESSORS as ROWS
 
 import efopt
 
