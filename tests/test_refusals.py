@@ -618,34 +618,6 @@ def test_two_phase_compress_refuses_updates_that_init_did_not_see(shapes):
     refused(ValueError, words, jax.eval_shape, step, updates, state)
 
 
-ON_WORKERS = {
-    "error_feedback": over_workers(),
-    "compress": efopt.compress(efopt.compressors.identity(), axis_name=AXIS),
-    "per_worker": efopt.per_worker(optax.trace(0.9), axis_name=AXIS),
-    "accumulate": efopt.accumulate(over_workers(), every=2, axis_name=AXIS),
-}
-IN_FRONT = {
-    **ON_WORKERS,
-    "chained": optax.chain(
-        efopt.per_worker(optax.trace(0.9), axis_name=AXIS), over_workers()
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ON_WORKERS)
-@pytest.mark.parametrize("where", ["eager", "jit"])
-def test_update_outside_the_mapped_function_is_refused(name, where):
-    tx = ON_WORKERS[name]
-    update = tx.update if where == "eager" else jax.jit(tx.update)
-    words = [
-        f"`{name}",
-        "'data'",
-        "`jax.shard_map`",
-        "`jax.vmap(..., axis_name='data')`",
-    ]
-    refused(ValueError, words, update, PARAMS, tx.init(PARAMS))
-
-
 def test_local_params_outside_the_mapped_function_is_refused():
     words = ["`local_params`", "'data'", "`jax.shard_map`"]
     refused(ValueError, words, efopt.local_params, PARAMS, AXIS)
@@ -673,24 +645,6 @@ def gradient_step(tx, mark):
     return step
 
 
-@pytest.mark.parametrize("name", IN_FRONT)
-def test_gradients_already_summed_over_workers_are_refused(mesh, name):
-    tx = IN_FRONT[name]
-    state = efopt.distribute(tx.init(PARAMS), mesh)
-    placed = efopt.partition_specs(state)
-    args = (PARAMS, state, GRADS)
-    specs = {"in_specs": (P(), placed, P(AXIS)), "out_specs": (P(), placed)}
-    words = ["already equal on all workers", "'data'", "['b']"]
-    words += ["`efopt.local_params(params, 'data')`"]
-    step = gradient_step(tx, lambda params: params)
-    refused(ValueError, words, trace, mesh, step, *args, **specs)
-    if name == "per_worker":
-        return  # alone it averages nothing, so that no step can end with it
-    # The cure that the message names.
-    step = gradient_step(tx, lambda params: efopt.local_params(params, AXIS))
-    trace(mesh, step, *args, **specs)
-
-
 def test_the_one_leaf_that_is_already_summed_is_named(mesh):
     tx = over_workers()
     state = efopt.distribute(tx.init(PARAMS), mesh)
@@ -709,22 +663,6 @@ PLACED = ["`efopt.distribute(state, mesh)`", "`efopt.partition_specs(state)`"]
 PLACED += ["`efopt.stack_workers(state, n)`", "'data'"]
 
 
-@pytest.mark.parametrize("placed", ["fresh", "whole"])
-@pytest.mark.parametrize("name", ["error_feedback", "per_worker", "accumulate"])
-def test_state_passed_as_replicated_is_refused(mesh, name, placed):
-    tx = ON_WORKERS[name]
-    state = tx.init(PARAMS)
-    if placed == "whole":
-        state = efopt.distribute(state, mesh)
-
-    def step(state, grads):
-        return tx.update(own(grads), state)[0]
-
-    words = [f"`{name}(", "not laid out over the workers", *PLACED]
-    in_specs = (P(), P(AXIS))
-    refused(ValueError, words, trace, mesh, step, state, GRADS, in_specs=in_specs)
-
-
 def test_server_residual_passed_as_replicated_is_refused(mesh):
     tx = efopt.compress(efopt.scaled_sign(4), axis_name=AXIS, exchange="two_phase")
 
@@ -734,15 +672,6 @@ def test_server_residual_passed_as_replicated_is_refused(mesh):
     words = ["`compress(scaled_sign(block_size=4", "not laid out", *PLACED]
     args, in_specs = (tx.init(PARAMS), GRADS), (P(), P(AXIS))
     refused(ValueError, words, trace, mesh, step, *args, in_specs=in_specs)
-
-
-@pytest.mark.parametrize("name", ["error_feedback", "per_worker", "accumulate"])
-def test_state_of_all_workers_given_to_each_under_vmap_is_refused(mesh, name):
-    tx = ON_WORKERS[name]
-    state = efopt.distribute(tx.init(PARAMS), mesh)
-    update = jax.vmap(tx.update, in_axes=(0, None), axis_name=AXIS)
-    words = [f"`{name}(", "not laid out over the workers", "(8, 5)", *PLACED]
-    refused(ValueError, words, update, GRADS, state)
 
 
 def test_state_stacked_without_the_inner_axis_is_refused_under_vmap():

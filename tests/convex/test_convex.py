@@ -29,41 +29,6 @@ def grad_fn(params):
     return jax.tree.map(pull, params)
 
 
-PARAMS = {"b": jnp.zeros(5), "w": jnp.full((3, 4), 2.0, jnp.float32)}
-REFERENCE = jax.tree.map(jnp.zeros_like, PARAMS)
-FACTORIES = {
-    "damped": lambda lr: optax.chain(
-        efopt.feedback.damped_error_feedback(efopt.quantize(4), alpha=0.1, beta=0.9),
-        optax.sgd(lr),
-    ),
-    "ec_sgd": lambda lr: efopt.convex.ec_sgd(TOP_1, lr),
-    "ec_gd_star": lambda lr: efopt.convex.ec_gd_star(
-        TOP_1, lr, reference_grads=REFERENCE
-    ),
-    "ec_sgd_diana": lambda lr: efopt.convex.ec_sgd_diana(
-        TOP_1, lr, shift_compressor=UNBIASED
-    ),
-    "ec_lsvrg": lambda lr: efopt.convex.ec_lsvrg(TOP_1, lr, probability=0.2),
-    "ec_lsvrg_diana": lambda lr: efopt.convex.ec_lsvrg_diana(
-        TOP_1, lr, probability=0.2, shift_compressor=UNBIASED
-    ),
-    "ec_lsvrg_shifted": lambda lr: efopt.convex.ec_lsvrg_shifted(
-        TOP_1, lr, probability=0.2
-    ),
-    "ecq_sgd": lambda lr: efopt.optimizers.ecq_sgd(lr),
-    # Error feedback of one coordinate in twelve bears no steps of 1 / smoothness here.
-    "eclk": lambda lr: efopt.convex.eclk(TOP_1, smoothness=3.0, strong_convexity=0.1),
-    "loopless_katyusha": lambda lr: efopt.convex.loopless_katyusha(
-        smoothness=1.0, strong_convexity=0.1, probability=0.5
-    ),
-}
-each = pytest.mark.parametrize("name", FACTORIES)
-
-
-def make(name, lr=0.3):
-    return FACTORIES[name](lr)
-
-
 def advance(tx, params, state, function=grad_fn):
     updates, state = tx.update(
         function(params),
@@ -74,46 +39,6 @@ def advance(tx, params, state, function=grad_fn):
         loss=1.0,  # for somebody else in the chain
     )
     return optax.apply_updates(params, updates), state
-
-
-def specs(tree):
-    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
-
-
-# ---------------------------------------------------- Optax's entrance exam
-
-
-@each
-def test_it_converges_in_float32(name):
-    tx = make(name)
-    many = jax.jit(
-        lambda c: jax.lax.scan(lambda c, _: (advance(tx, *c), None), c, length=800)[0]
-    )
-    for x in jax.tree.leaves(many((PARAMS, tx.init(PARAMS)))[0]):
-        np.testing.assert_allclose(x, 1, atol=1e-3)
-
-
-@each
-def test_state_and_dtypes_are_stable(name):
-    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
-    params["b"] = PARAMS["b"]
-    tx = make(name, lambda count: 0.3 / (1 + count))
-    new, state = jax.eval_shape(functools.partial(advance, tx), params, tx.init(params))
-    assert specs(new) == specs(params)
-    assert specs(state) == specs(tx.init(params))
-    structs = jax.eval_shape(lambda: params)
-    assert specs(jax.eval_shape(tx.init, structs)) == specs(tx.init(params))
-
-
-@each
-def test_map_params_knows_what_is_shaped_like_parameters(name):
-    tx = make(name)
-    state = tx.init(PARAMS)
-    marked = optax.tree.map_params(
-        tx, lambda x: jnp.full_like(x, 7), state, transform_non_params=jnp.zeros_like
-    )
-    for x in jax.tree.leaves(marked):
-        assert (x == (7 if x.shape in ((5,), (3, 4)) else 0)).all()
 
 
 # -------------------------------------------------------------- what is claimed
@@ -309,70 +234,6 @@ def test_alpha_above_its_bound_needs_force_and_warns_even_so():
 def test_compressor_that_is_not_contractive_is_refused(factory, compressor):
     with pytest.raises(ValueError, match=r"needs a contractive compressor.*top_k"):
         factory(compressor).init(jnp.zeros(100))
-
-
-@pytest.mark.parametrize("name", ["ec_lsvrg", "ec_lsvrg_shifted", "eclk"])
-@pytest.mark.parametrize("missing", ["params", "grad_fn", "full_grad_fn"])
-def test_missing_function_is_named_with_the_call(name, missing):
-    tx = make(name)
-    given = {"params": PARAMS, "grad_fn": grad_fn, "full_grad_fn": grad_fn}
-    del given[missing]
-    params = given.pop("params", None)
-    with pytest.raises(ValueError) as caught:
-        tx.update(PARAMS, tx.init(PARAMS), params, **given)
-    what = "the parameters" if missing == "params" else f"`{missing}`"
-    call = "tx.update(grads, state, params, grad_fn=grad_fn, full_grad_fn=full_grad_fn)"
-    assert f"needs {what}" in str(caught.value) and call in str(caught.value)
-
-
-MAPPED = {
-    "diana": efopt.convex.diana(UNBIASED, axis_name=AXIS),
-    "lsvrg": efopt.convex.lsvrg(0.5, axis_name=AXIS),
-    "star": efopt.convex.star(jnp.zeros((8, 3)), axis_name=AXIS),
-    "damped_error_feedback": efopt.feedback.damped_error_feedback(
-        UNBIASED, alpha=0.1, beta=0.9, axis_name=AXIS
-    ),
-    "eclk": efopt.convex.eclk(
-        TOP_1, smoothness=1.0, strong_convexity=0.1, axis_name=AXIS
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MAPPED)
-def test_update_outside_the_mapped_function_is_refused(name):
-    tx, x = MAPPED[name], jnp.zeros(3)
-    with pytest.raises(ValueError, match="works over the mapped axis 'data'"):
-        tx.update(x, tx.init(x), x, grad_fn=grad_fn, full_grad_fn=grad_fn)
-
-
-@pytest.mark.parametrize("name", MAPPED)
-def test_gradients_already_summed_over_workers_are_refused(mesh, name):
-    tx, x = MAPPED[name], jnp.zeros(3)
-    state = efopt.distribute(tx.init(x), mesh)
-
-    def step(state, x):
-        own = {"grad_fn": grad_fn, "full_grad_fn": grad_fn}
-        return tx.update(grad_fn(x), state, x, **own)[0]
-
-    mapped = jax.shard_map(
-        step, mesh=mesh, in_specs=(efopt.partition_specs(state), P()), out_specs=P()
-    )
-    with pytest.raises(ValueError, match="already equal on all workers along 'data'"):
-        jax.eval_shape(mapped, state, x)
-
-
-@pytest.mark.parametrize("name", [n for n in MAPPED if n != "star"])
-def test_state_that_is_not_placed_is_refused(name):
-    tx, x = MAPPED[name], jnp.zeros((4, 3))
-    state = tx.init(x[0])
-
-    def step(grads):
-        own = {"grad_fn": grad_fn, "full_grad_fn": grad_fn}
-        two = jax.tree.map(lambda s: jnp.stack([s, s]), state)
-        return tx.update(grads, two, grads, **own)[0]
-
-    with pytest.raises(ValueError, match="not laid out over the workers|shape"):
-        jax.eval_shape(jax.vmap(step, axis_name=AXIS), x)
 
 
 def test_star_needs_one_gradient_for_each_worker():

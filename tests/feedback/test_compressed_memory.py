@@ -398,35 +398,3 @@ def test_the_sum_over_workers_is_conserved():
     want = SKETCH.compress(jnp.asarray(unpaid, jnp.float32))["sums"]
     got = state.residual.value["sums"].mean(axis=(0, 1))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
-
-
-def test_the_residual_is_placed_per_worker_and_the_rest_replicated(mesh):
-    tx = scheme(SKETCH, axis_name=AXIS)
-    state = efopt.distribute(tx.init(tree(np.random.default_rng(8))), mesh)
-    specs = efopt.partition_specs(state)
-    is_spec = lambda x: isinstance(x, P)  # noqa: E731
-    assert set(jax.tree.leaves(specs.residual, is_leaf=is_spec)) == {P(AXIS)}
-    assert specs.count == P()
-    for x in jax.tree.leaves(state.residual):
-        assert x.shape[0] == 8 and x.sharding.spec == P(AXIS)
-
-
-def test_inject_hyperparams_takes_the_rate_and_leaves_what_is_static():
-    tx = optax.inject_hyperparams(
-        efopt.contractive_error_feedback,
-        static_args=("compressor", "memory", "damping", "form", "memory_dtype"),
-    )(BLOCK, SKETCH, damping=0.9, learning_rate=0.1)
-    plain = efopt.contractive_error_feedback(
-        BLOCK, memory=SKETCH, damping=0.9, learning_rate=0.1
-    )
-    grads = [tree(np.random.default_rng(9)) for _ in range(3)]
-    assert_equal(steps(tx, grads)[0], steps(plain, grads)[0])
-
-
-@pytest.mark.parametrize("name", ["sketch", "int8", "mixed"])
-def test_map_params_and_structs_work(name):
-    tx, grads = scheme(MEMORIES[name]), tree(np.random.default_rng(10))
-    state = tx.init(grads)
-    assert_equal(optax.tree.map_params(tx, lambda x: x, state), state)
-    shapes = jax.eval_shape(tx.init, grads)
-    assert jax.tree.structure(shapes) == jax.tree.structure(state)
