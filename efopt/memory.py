@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.codecs.codec import compute_dtype
-from efopt.feedback.contractive import ContractiveErrorFeedbackState
+from efopt.feedback import ContractiveErrorFeedbackState
+from efopt.ground.dtypes import compute_dtype
 from efopt.hlo.report import table
 from efopt.workers.node import PerWorker
 

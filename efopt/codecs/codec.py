@@ -8,85 +8,21 @@ averaged and is *sent* the average.
 import dataclasses
 import math
 from collections.abc import Generator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from efopt.codecs.blocks import Blocks, Turn
 from efopt.ground import bits
-from efopt.ground.barriers import fence
+from efopt.ground.barriers import once
 
 # Coordinates from which a wall around a payload is worth the time to compile it.
 LARGE = 1 << 16
 
 Payload = Any
 Rounds = Generator["Message", "Message", tuple["Message", jax.Array, Any]]
-
-
-class Turn(NamedTuple):
-    """When and where a message is made, for codecs that draw random numbers.
-
-    ``step`` is equal on all workers (shared randomness: which coordinates to send).
-    ``worker`` differs (private randomness: which way to round).
-    """
-
-    step: jax.Array  # shape=(), uint32
-    worker: jax.Array  # shape=(), uint32
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """What is known of a batch of ``n`` blocks without looking at their values.
-
-    Attributes:
-      index: uint32 ``(n,)``, the block's number in the whole tree; the same on every
-        worker, so that shared randomness needs no communication.
-      count: int32 ``(n,)``, valid coordinates of each block, which come first; the rest
-        is padding. ``None``: every block is full.
-      weight: ``1 / count``, float ``(n,)``, zero for a block of padding. Ready made,
-        because a division by a constant is not the same under ``jit``. ``None`` as well
-        if every block is full.
-      shape: The shape of one block. Static.
-      dtype: The dtype of the leaf that the blocks were cut from. Static.
-    """
-
-    index: jax.Array
-    count: jax.Array | None
-    weight: jax.Array | None
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    dtype: np.dtype = dataclasses.field(metadata={"static": True})
-
-    @property
-    def compute_dtype(self) -> np.dtype:
-        return compute_dtype(self.dtype)
-
-    @property
-    def size(self) -> int:
-        """Coordinates of one block, padding included."""
-        return math.prod(self.shape)
-
-    def valid(self) -> jax.Array:
-        """Valid coordinates of each block, int32 ``(n,)``."""
-        if self.count is None:
-            return jnp.full(self.index.shape, self.size, jnp.int32)
-        return self.count
-
-    def mean_weight(self) -> jax.Array:
-        """What makes a block's sum its mean: the factor, compute dtype ``(n,)``."""
-        if self.weight is None:
-            return jnp.full(self.index.shape, 1 / self.size, self.compute_dtype)
-        return self.weight.astype(self.compute_dtype)
-
-    def mask(self, x: jax.Array) -> jax.Array:
-        """Sets the padding of ``x``, shape ``(n, *shape)``, to zero."""
-        if self.count is None:
-            return x
-        place = jnp.arange(self.size, dtype=jnp.int32).reshape(1, *self.shape)
-        count = self.count.reshape(-1, *(1 for _ in self.shape))
-        return jnp.where(place < count, x, jnp.zeros((), x.dtype))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,8 +49,7 @@ class Message:
         """The same message; if it is large, its payload is computed only once."""
         if self.blocks.index.size * self.blocks.size < LARGE:
             return self
-        payload, _ = fence(self.payload, self.turn.step)
-        return self.with_payload(payload)
+        return self.with_payload(once(self.payload))
 
     def decode(self) -> jax.Array:
         """The blocks that the payload stands for, ``(n, *shape)``, padding zero."""
@@ -153,10 +88,10 @@ class Codec:
     linear: ClassVar[bool] = False
     unbiased: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
+    one_message: ClassVar[bool] = True  # has a single payload: no dialogue
     one_bit: ClassVar[bool] = False  # the payload is one sign a coordinate
-    stacks: ClassVar[bool] = True  # leaves may be joined along the block axis
-    default_exchange: ClassVar[str] = "all_gather"
-    block_size: ClassVar[int | None] = None
+    exact: ClassVar[bool] = False  # loses nothing: joining leaves would only copy
+    block_size: ClassVar[int | None] = None  # None: whole leaves
 
     def assign(self, tree: Any) -> list["Codec"]:
         """The codec of every leaf of a tree of arrays."""
@@ -178,6 +113,10 @@ class Codec:
             f"`compose({self}, ...)` makes no sense: its payload holds no values to "
             "compress again. Use a sparse or a low-rank compressor outside."
         )
+
+    def keeps_no_residual(self) -> str | None:
+        """Why payloads cannot store what is owed, in words, or ``None``."""
+        return None
 
     def block_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The view ``(num_blocks, *block)`` in which a non-empty leaf is compressed."""
@@ -268,36 +207,3 @@ class Codec:
         """Variance factor for a leaf: ``E C(x) = x, E|C(x) - x|^2 <= omega |x|^2``."""
         del shape
         return None
-
-
-def rows(tree: Any, start: Any, number: int) -> Any:
-    """Some blocks of a tree of arrays with the block axis first."""
-    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, number), tree)
-
-
-def compute_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
-    """float32, or the dtype itself where it is wider: what efopt computes in."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def block_sum(x: jax.Array) -> jax.Array:
-    """Sums ``(n, size)`` over the last axis: ``(n,)``.
-
-    A tree of explicit additions, eight terms at a time: the order is the same with and
-    without ``jit``, which a reduction's is not, and the error grows with the depth
-    instead of the length (a running float32 sum of ten million terms loses the third
-    digit).
-    """
-    while x.shape[1] > 1:
-        n, size = x.shape
-        terms = min(8, size)
-        width = -(-size // terms)
-        x = jnp.pad(x, ((0, 0), (0, terms * width - size))).reshape(n, terms, width)
-        parts = [x[:, j] for j in range(terms)]
-        while len(parts) > 1:
-            parts = [
-                parts[j] + parts[j + 1] if j + 1 < len(parts) else parts[j]
-                for j in range(0, len(parts), 2)
-            ]
-        x = parts[0]
-    return x[:, 0]

@@ -7,27 +7,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from efopt.codecs.codec import Codec, Payload, Turn, compute_dtype
+from efopt.codecs.blocks import Turn
+from efopt.codecs.codec import Codec, Payload
 from efopt.codecs.conversation import alone, converse
-from efopt.codecs.layout import Layout, plan
+from efopt.codecs.layout import lay_out
+from efopt.codecs.states import close_states, init_states, open_states
 from efopt.ground import bits
+from efopt.ground.dtypes import check_float, compute_dtype
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
 
-
-class CompressorState(NamedTuple):
+class RoundTripState(NamedTuple):
     """State of a compressor chained by itself.
 
     Attributes:
       count: Steps taken. shape=(), int32.
-      memory: The codec's state for each leaf; ``()`` for a stateless codec.
+      codec: The compressor's own state for each leaf; ``()`` if it has none.
     """
 
     count: jax.typing.ArrayLike
-    memory: Any
+    codec: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Compressor(optax.GradientTransformationExtraArgs):
         """
         shape, dtype = tuple(shape), jnp.dtype(dtype)
         codec, bits_seen = self._codec(shape, dtype), []
-        layout = plan([codec], [shape], [dtype])
+        layout = lay_out([codec], [shape], [dtype])
 
         def count(messages):
             arrays = jax.tree.leaves([m.payload for m in messages.values()])
@@ -115,9 +115,9 @@ class Compressor(optax.GradientTransformationExtraArgs):
             return alone(messages)
 
         def talk(x, step):
-            memory = layout.join_memory([codec.init(shape, dtype)])
-            xs = layout.join([x], step)
-            converse(layout, xs, memory, _turn(step), count)
+            states = layout.join_blocked([codec.init(shape, dtype)])
+            xs = layout.join([x])
+            converse(layout, xs, states, [_turn(step)] * len(xs), count)
 
         x = jax.ShapeDtypeStruct(shape, compute_dtype(dtype))
         jax.eval_shape(talk, x, jax.ShapeDtypeStruct((), jnp.uint32))
@@ -142,8 +142,8 @@ class Compressor(optax.GradientTransformationExtraArgs):
                 "empty leaf sends nothing."
             )
         codec = self._codec(x.shape, dtype)
-        layout = plan([codec], [x.shape], [dtype])
-        (blocks,) = layout.join([x.astype(compute_dtype(dtype))], jnp.uint32(0))
+        layout = lay_out([codec], [x.shape], [dtype])
+        (blocks,) = layout.join([x])
         return codec.encode(blocks, layout.buckets[0].blocks(), _turn(step))
 
     def decompress(
@@ -162,11 +162,11 @@ class Compressor(optax.GradientTransformationExtraArgs):
           step: The step given to :meth:`compress`.
         """
         codec = self._codec(shape, dtype)
-        layout = plan([codec], [tuple(shape)], [jnp.dtype(dtype)])
+        layout = lay_out([codec], [tuple(shape)], [jnp.dtype(dtype)])
         blocks = layout.buckets[0].blocks()
         decoded = codec.decode(payload, blocks, _turn(step))
         out = bits.cast(blocks.mask(decoded), dtype)
-        return layout.part([out], jnp.uint32(0), [jnp.zeros(shape, dtype)])[0]
+        return layout.part([out], [jnp.zeros(shape, dtype)])[0]
 
 
 def make(codec: Codec) -> Compressor:
@@ -174,58 +174,13 @@ def make(codec: Codec) -> Compressor:
     return Compressor(_Bound(_init, codec), _Bound(_update, codec))  # type: ignore
 
 
-def check_float(path: Any, leaf: Any, api: str) -> np.dtype:
-    """The dtype of a leaf that can be compressed, or a TypeError that names it."""
-    dtype = jnp.result_type(leaf)
-    if dtype.name not in FLOATS:
-        name = jax.tree_util.keystr(path) or "the array"
-        raise TypeError(
-            f"{api} takes real floating-point leaves ({', '.join(FLOATS)}), got "
-            f"{dtype.name} at {name}. Leave such leaves out with `optax.partition`."
-        )
-    return dtype
-
-
-def init_memory(codec: Codec, params: Any, api: str) -> Any:
-    """The codec's state for every leaf of ``params``, after a check of their dtypes.
-
-    It has the structure of ``params``, as ``optax.tree.map_params`` wants it; ``()``
-    for a codec that has none.
-    """
-    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    dtypes = [check_float(path, leaf, api) for path, leaf in paths]
-    if not codec.stateful:
-        return ()
-    if not paths:  # a placeholder of `optax.tree.map_params`
-        return params
-    codecs = codec.assign(params)
-    triples = zip(codecs, paths, dtypes, strict=True)
-    states = [c.init(jnp.shape(leaf), dtype) for c, (_, leaf), dtype in triples]
-    return treedef.unflatten(states)
-
-
-def open_memory(layout: Layout, treedef: Any, memory: Any) -> list[Any]:
-    """One state per bucket from what :func:`init_memory` made."""
-    if not any(b.codec.stateful for b in layout.buckets):
-        return [()] * len(layout.buckets)
-    return layout.join_memory(treedef.flatten_up_to(memory))
-
-
-def close_memory(layout: Layout, treedef: Any, joined: list[Any], memory: Any) -> Any:
-    """Inverse of :func:`open_memory`; ``memory`` is the state before."""
-    if not any(b.codec.stateful for b in layout.buckets):
-        return memory
-    old = treedef.flatten_up_to(memory)
-    return treedef.unflatten(layout.part_memory(joined, old))
-
-
 def _turn(step: jax.typing.ArrayLike) -> Turn:
     return Turn(jnp.asarray(step).astype(jnp.uint32), jnp.uint32(0))
 
 
-def _init(codec: Codec, params: optax.Params) -> CompressorState:
-    memory = init_memory(codec, params, f"`{codec}`")
-    return CompressorState(jnp.zeros([], jnp.int32), memory)
+def _init(codec: Codec, params: optax.Params) -> RoundTripState:
+    state = init_states(codec, params, f"`{codec}`")
+    return RoundTripState(jnp.zeros([], jnp.int32), state)
 
 
 def _update(codec, updates, state, params=None, **extra_args):
@@ -233,13 +188,13 @@ def _update(codec, updates, state, params=None, **extra_args):
     paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
     dtypes = [check_float(path, leaf, f"`{codec}`") for path, leaf in paths]
     arrays = [jnp.asarray(x) for _, x in paths]
-    layout = plan(codec.assign(updates), [x.shape for x in arrays], dtypes)
+    layout = lay_out(codec.assign(updates), [x.shape for x in arrays], dtypes)
     turn = _turn(state.count)
-    xs = [x.astype(compute_dtype(x.dtype)) for x in layout.join(arrays, turn.step)]
-    memory = open_memory(layout, treedef, state.memory)
-    means, _, memory = converse(layout, xs, memory, turn, alone)
-    memory = close_memory(layout, treedef, memory, state.memory)
+    states = open_states(layout, treedef, state.codec)
+    turns = [turn] * len(layout.buckets)
+    means, _, states = converse(layout, layout.join(arrays), states, turns, alone)
+    states = close_states(layout, treedef, states, state.codec)
     pairs = zip(means, layout.buckets, strict=True)
     out = [bits.cast(mean.decode(), b.dtype) for mean, b in pairs]
-    out = treedef.unflatten(layout.part(out, turn.step, arrays))
-    return out, CompressorState(optax.safe_increment(state.count), memory)
+    out = treedef.unflatten(layout.part(out, arrays))
+    return out, RoundTripState(optax.safe_increment(state.count), states)

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from efopt.codecs.codec import Message, Turn
+from efopt.codecs.blocks import Turn
+from efopt.codecs.codec import Message
 from efopt.codecs.layout import Layout
 
 Meet = Callable[[dict[int, Message]], dict[int, Message]]
@@ -19,7 +20,7 @@ def converse(
     layout: Layout,
     xs: Sequence[jax.Array],
     states: Sequence[Any],
-    turn: Turn,
+    turns: Sequence[Turn],
     meet: Meet,
 ) -> tuple[list[Message], list[jax.Array], list[Any]]:
     """Holds the conversations about all buckets at once.
@@ -28,7 +29,7 @@ def converse(
       layout: What the buckets are.
       xs: One array per bucket, ``(n, *block)``, in the compute dtype.
       states: Its codec's state for each bucket.
-      turn: The current step and worker.
+      turns: The step and the worker of each bucket.
       meet: Maps the messages of one round, by number of the bucket, to messages of the
         means over workers; called once a round.
 
@@ -38,7 +39,7 @@ def converse(
     """
     talks = [
         b.codec.rounds(x, b.blocks(), state, turn)
-        for b, x, state in zip(layout.buckets, xs, states, strict=True)
+        for b, x, state, turn in zip(layout.buckets, xs, states, turns, strict=True)
     ]
     results: dict[int, Any] = {}
     replies: dict[int, Any] = dict.fromkeys(range(len(talks)))
@@ -50,13 +51,13 @@ def converse(
             except StopIteration as end:
                 results[i] = end.value
         replies = meet(asked) if asked else {}
-    averages, rests, memories = [], [], []
+    averages, rests, after = [], [], []
     for i in range(len(talks)):
-        average, rest, memory = results[i]
+        average, rest, state = results[i]
         averages.append(average)
         rests.append(rest)
-        memories.append(memory)
-    return averages, rests, memories
+        after.append(state)
+    return averages, rests, after
 
 
 def alone(messages: dict[int, Message]) -> dict[int, Message]:

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efopt.codecs.codec import Blocks, Codec, compute_dtype
-from efopt.ground.barriers import fence
+from efopt.codecs.blocks import Blocks
+from efopt.codecs.codec import Codec
+from efopt.ground.barriers import once, once_with
+from efopt.ground.dtypes import compute_dtype
 
 # Coordinates that may be joined in one bucket; a larger leaf has a bucket of its own.
 BUCKET_SIZE = 1 << 20
@@ -83,19 +85,22 @@ class Layout:
     shapes: tuple[tuple[int, ...], ...]
     buckets: tuple[Bucket, ...]
 
-    def join(self, arrays: Sequence[jax.Array], step: jax.Array) -> list[jax.Array]:
-        """One array per leaf to one per bucket, blocks ``(n, *block)``, zero-padded."""
+    def join(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """One array per leaf to one per bucket, blocks ``(n, *block)``, zero-padded.
+
+        In the compute dtype.
+        """
         xs = [_join(b, arrays) for b in self.buckets]
         shared = [i for i, b in enumerate(self.buckets) if len(b.leaves) > 1]
-        if not shared:
-            return xs
-        whole, _ = fence([xs[i] for i in shared], step)
-        for i, x in zip(shared, whole, strict=True):
-            xs[i] = x
-        return xs
+        if shared:
+            whole = once([xs[i] for i in shared])
+            for i, x in zip(shared, whole, strict=True):
+                xs[i] = x
+        pairs = zip(xs, self.buckets, strict=True)
+        return [x.astype(compute_dtype(b.dtype)) for x, b in pairs]
 
     def part(
-        self, xs: Sequence[jax.Array], step: jax.Array, like: Sequence[jax.Array]
+        self, xs: Sequence[jax.Array], like: Sequence[jax.Array]
     ) -> list[jax.Array]:
         """Inverse of :meth:`join`; empty leaves take their dtype from ``like``."""
         arrays = [jnp.zeros(a.shape, a.dtype) if a.size == 0 else a for a in like]
@@ -109,7 +114,7 @@ class Layout:
         if not shared:
             return arrays
         starts = [s for b, _ in shared for s in b.starts()]
-        whole, starts = fence([x.reshape(-1) for _, x in shared], step, starts)
+        whole, starts = once_with([x.reshape(-1) for _, x in shared], starts)
         offsets = iter(starts)
         for (b, _), flat in zip(shared, whole, strict=True):
             for i, size in zip(b.leaves, b.sizes, strict=True):
@@ -117,21 +122,21 @@ class Layout:
                 arrays[i] = piece.reshape(self.shapes[i])
         return arrays
 
-    def join_memory(self, memory: Sequence[Any]) -> list[Any]:
-        """The codec's state per leaf to one per bucket, along the block axis."""
+    def join_blocked(self, trees: Sequence[Any]) -> list[Any]:
+        """Trees of arrays with the block axis first: one a leaf to one a bucket."""
         return [
-            jax.tree.map(_concatenate, *(memory[i] for i in b.leaves))
+            jax.tree.map(_concatenate, *(trees[i] for i in b.leaves))
             for b in self.buckets
         ]
 
-    def part_memory(self, joined: Sequence[Any], memory: Sequence[Any]) -> list[Any]:
-        """Inverse of :meth:`join_memory`; leaves in no bucket keep their state."""
-        out = list(memory)
-        for b, state in zip(self.buckets, joined, strict=True):
+    def part_blocked(self, joined: Sequence[Any], before: Sequence[Any]) -> list[Any]:
+        """Inverse of :meth:`join_blocked`; leaves in no bucket keep what was before."""
+        out = list(before)
+        for b, tree in zip(self.buckets, joined, strict=True):
             end = 0
             for i, n in zip(b.leaves, b.num_blocks, strict=True):
                 start, end = end, end + n
-                out[i] = jax.tree.map(lambda m, s=start, e=end: m[s:e], state)
+                out[i] = jax.tree.map(lambda x, s=start, e=end: x[s:e], tree)
         return out
 
 
@@ -144,7 +149,7 @@ def _join(b: Bucket, arrays: Sequence[jax.Array]) -> jax.Array:
     return _concatenate(*parts).reshape(b.shape)
 
 
-def plan(
+def lay_out(
     codecs: Sequence[Codec],
     shapes: Sequence[tuple[int, ...]],
     dtypes: Sequence[np.dtype],
@@ -158,7 +163,7 @@ def plan(
         groups.setdefault((codec, tuple(block), dtype), []).append((i, n))
     buckets, start = [], 0
     for (codec, block, dtype), members in groups.items():
-        for run in _runs(members, math.prod(block), codec.stacks):
+        for run in _runs(members, math.prod(block), codec.exact):
             leaves, counts = zip(*run, strict=True)
             sizes = tuple(math.prod(shapes[i]) for i in leaves)
             buckets.append(Bucket(codec, leaves, sizes, counts, block, dtype, start))
@@ -166,12 +171,12 @@ def plan(
     return Layout(tuple(shapes), tuple(buckets))
 
 
-def _runs(members, block_size, stacks):
+def _runs(members, block_size, alone):
     """Splits ``(leaf, num_blocks)`` pairs into runs of at most ``BUCKET_SIZE``."""
     run, filled = [], 0
     for member in members:
         size = member[1] * block_size
-        if run and (not stacks or filled + size > BUCKET_SIZE):
+        if run and (alone or filled + size > BUCKET_SIZE):
             yield run
             run, filled = [], 0
         run.append(member)

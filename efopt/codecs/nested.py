@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efopt.codecs.codec import Blocks, Codec, Payload, Turn
+from efopt.codecs.blocks import Blocks, Turn
+from efopt.codecs.codec import Codec, Payload
 
 
 def write(codec: Codec, values: jax.Array, blocks: Blocks, turn: Turn) -> Payload:

@@ -1,7 +1,7 @@
 """Compressors: how one array becomes a payload and back. One family a file."""
 
 from efopt.codecs.compressor import Compressor as Compressor
-from efopt.codecs.compressor import CompressorState as CompressorState
+from efopt.codecs.compressor import RoundTripState as RoundTripState
 from efopt.compressors.compose import compose as compose
 from efopt.compressors.count_sketch import count_sketch as count_sketch
 from efopt.compressors.floating import cast as cast

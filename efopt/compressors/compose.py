@@ -1,6 +1,5 @@
 """Mixtures: one compressor's values written by another."""
 
-from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.identity import identity
 
@@ -49,7 +48,7 @@ def compose(outer: Compressor, inner: Compressor) -> Compressor:
                 f"`compose({name})` takes an `efopt.Compressor`, got {value!r}."
             )
     codec = inner.codec
-    if type(codec).encode is Codec.encode or codec.stateful:
+    if not codec.one_message or codec.stateful:
         raise TypeError(
             f"`compose(..., {inner})` makes no sense: the inner compressor must have "
             "one message a step and no state."

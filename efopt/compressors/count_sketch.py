@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efopt.codecs.codec import Blocks, Codec, block_sum
+from efopt.codecs.blocks import Blocks
+from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
-from efopt.ground import bits, checks
+from efopt.ground import bits, checks, randomness
+from efopt.ground.sums import block_sum
 
 HASHES = ("structured", "random")
 OFFSET = 0x5BD1E995  # tells what places are hashed to from their signs
@@ -37,7 +39,6 @@ class CountSketch(Codec):
 
     linear: ClassVar[bool] = True
     unbiased: ClassVar[bool] = True
-    default_exchange: ClassVar[str] = "all_reduce"
 
     def __repr__(self):
         size = f"fraction={self.fraction}" if self.width is None else f"{self.width}"
@@ -84,7 +85,7 @@ class CountSketch(Codec):
         return {"sums": bits.cast(new, old.dtype)}
 
     def _key(self, turn, row):
-        return bits.hash_words(np.uint32(self.seed), turn.step, np.uint32(row))
+        return randomness.hash_words(np.uint32(self.seed), turn.step, np.uint32(row))
 
     def _estimate(self, payload, blocks, turn, place):
         """Coordinates of each block from their sums: ``(n, len(place))``."""
@@ -105,7 +106,7 @@ class CountSketch(Codec):
         """The sum to which each place belongs: int32."""
         width = np.uint32(self.columns(size))
         if self.hash == "random":
-            word = bits.hash_words(key ^ np.uint32(OFFSET), place)
+            word = randomness.hash_words(key ^ np.uint32(OFFSET), place)
             return (word % width).astype(jnp.int32)
         lines = self.lines(size)
         if lines > UNROLLED:
@@ -164,13 +165,13 @@ class CountSketch(Codec):
 
 def _signs(key: jax.Array, blocks: Blocks, place: jax.Array) -> jax.Array:
     """Which coordinates keep their sign: bool ``(n, len(place))``."""
-    word = bits.hash_words(key, blocks.index)
-    return bits.hash_words(word[:, None], place[None, :]) >= np.uint32(2**31)
+    word = randomness.hash_words(key, blocks.index)
+    return randomness.hash_words(word[:, None], place[None, :]) >= np.uint32(2**31)
 
 
 def _offset(key: jax.Array, line: jax.typing.ArrayLike, width: np.uint32) -> jax.Array:
     """How far a line is rotated: uint32 in ``[0, width)``."""
-    return bits.hash_words(key ^ np.uint32(OFFSET), line) % width
+    return randomness.hash_words(key ^ np.uint32(OFFSET), line) % width
 
 
 def count_sketch(

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import jax
 
-from efopt.codecs.codec import Blocks, Codec, Message, Turn
+from efopt.codecs.blocks import Blocks, Turn
+from efopt.codecs.codec import Codec, Message
 from efopt.codecs.compressor import Compressor, make
 from efopt.ground import bits
 
@@ -16,8 +17,7 @@ class Identity(Codec):
 
     linear: ClassVar[bool] = True
     unbiased: ClassVar[bool] = True
-    stacks: ClassVar[bool] = False  # joining would change the order of a ring's sums
-    default_exchange: ClassVar[str] = "all_reduce"
+    exact: ClassVar[bool] = True
 
     def __repr__(self):
         return "identity()"

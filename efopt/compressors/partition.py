@@ -29,6 +29,10 @@ class Partition(Codec):
         return all(codec.linear for codec in self.members())
 
     @property
+    def one_message(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
     def unbiased(self) -> bool:  # type: ignore[override]
         return all(codec.unbiased for codec in self.members())
 

@@ -10,10 +10,11 @@ import numpy as np
 from jax import lax
 
 from efopt.codecs import nested
-from efopt.codecs.codec import Blocks, Codec, Turn
+from efopt.codecs.blocks import Blocks, Turn
+from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.identity import Identity, plain
-from efopt.ground import bits, checks
+from efopt.ground import checks, randomness
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class PowerSGD(Codec):
     seed: int = 0
     values: Codec = Identity()
 
-    stacks: ClassVar[bool] = True
+    one_message: ClassVar[bool] = False
 
     def __repr__(self):
         outer = (
@@ -44,10 +45,6 @@ class PowerSGD(Codec):
     @property
     def linear(self) -> bool:  # type: ignore[override]
         return self.values.linear
-
-    @property
-    def default_exchange(self) -> str:  # type: ignore[override]
-        return self.values.default_exchange
 
     @property
     def stateful(self) -> bool:  # type: ignore[override]
@@ -113,9 +110,9 @@ class PowerSGD(Codec):
 
     def _start(self, blocks, step):
         """Normal numbers ``(n, columns, rank)``, the same on every worker."""
-        key = bits.hash_words(np.uint32(self.seed), step, blocks.index)
+        key = randomness.hash_words(np.uint32(self.seed), step, blocks.index)
         place = jnp.arange(blocks.shape[1] * self.rank, dtype=jnp.uint32)
-        word = bits.hash_words(key[:, None], place[None, :]) >> np.uint32(8)
+        word = randomness.hash_words(key[:, None], place[None, :]) >> np.uint32(8)
         uniform = (2 * word + 1).astype(jnp.int32) - np.int32(2**24)
         normal = lax.erf_inv(uniform.astype(blocks.compute_dtype) * 2.0**-24)
         return normal.reshape(-1, blocks.shape[1], self.rank) * math.sqrt(2)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efopt.codecs.codec import Codec, block_sum
+from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
-from efopt.ground import bits, checks
+from efopt.ground import bits, checks, randomness
+from efopt.ground.sums import block_sum
 
 SCALES = ("absmax", "l2")
 FRACTION = 23  # binary digits after the point of a coordinate in units of its step
@@ -147,9 +148,9 @@ def private_bits(seed: int, blocks: Any, turn: Any, number: int) -> jax.Array:
     Returns int32 ``(n, size)`` in ``[0, 2**number)``. A counter is hashed: several
     times cheaper than a cryptographic generator.
     """
-    key = bits.hash_words(np.uint32(seed), turn.step, turn.worker, blocks.index)
+    key = randomness.hash_words(np.uint32(seed), turn.step, turn.worker, blocks.index)
     place = jnp.arange(blocks.size, dtype=jnp.uint32)[None, :]
-    word = bits.hash_words(key[:, None], place)
+    word = randomness.hash_words(key[:, None], place)
     return (word >> np.uint32(32 - number)).astype(jnp.int32)
 
 

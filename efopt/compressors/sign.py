@@ -6,9 +6,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from efopt.codecs.codec import Codec, block_sum
+from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.ground import bits, checks
+from efopt.ground.sums import block_sum
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,11 @@ import optax
 from jax import lax
 
 from efopt.codecs import nested
-from efopt.codecs.codec import Blocks, Codec, Turn
+from efopt.codecs.blocks import Blocks, Turn
+from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.identity import Identity
-from efopt.ground import bits, checks
+from efopt.ground import checks, randomness
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,16 +154,12 @@ class _Shared(Sparse):
     def unbiased(self) -> bool:  # type: ignore[override]
         return self.rescaled and self.values.unbiased
 
-    @property
-    def default_exchange(self) -> str:  # type: ignore[override]
-        return self.values.default_exchange
-
     def options(self):
         return f"{super().options()}, unbiased={self.rescaled}, seed={self.seed}"
 
     def key(self, blocks: Blocks, turn: Turn) -> jax.Array:
         """One word for every block, the same on every worker: uint32 ``(n,)``."""
-        return bits.hash_words(np.uint32(self.seed), turn.step, blocks.index)
+        return randomness.hash_words(np.uint32(self.seed), turn.step, blocks.index)
 
     def select(self, x, blocks, turn):
         k = self.kept(blocks.size)
@@ -199,7 +196,7 @@ class RandomK(_Shared):
     def places(self, payload, blocks, turn):
         del payload
         k, size = self.kept(blocks.size), blocks.size
-        return bits.stratified_sample(self.key(blocks, turn), k, size)
+        return randomness.stratified_sample(self.key(blocks, turn), k, size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

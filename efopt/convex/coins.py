@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efopt.ground import bits, checks
+from efopt.ground import checks, randomness
 from efopt.workers import axes
 
 GradFn = Callable[[Any], Any]  # from parameters to gradients
@@ -32,7 +32,7 @@ def coin(probability: float, seed: int, step: Any, worker: Any = NOBODY) -> jax.
     if probability == 1:
         return jnp.ones_like(step, bool)
     threshold = max(1, int(probability * 2**32))
-    return bits.hash_words(np.uint32(seed), worker, step) < jnp.uint32(threshold)
+    return randomness.hash_words(np.uint32(seed), worker, step) < jnp.uint32(threshold)
 
 
 def this_worker(axis_name: str | None) -> Any:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.codecs.codec import Codec, compute_dtype
+from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor
-from efopt.exchanges.link import open_channel
+from efopt.exchanges.link import open_link
 from efopt.ground import checks
+from efopt.ground.dtypes import compute_dtype
 from efopt.workers.node import unwrap, wrap
 
 
@@ -98,7 +99,7 @@ def diana(
       Gorbunov et al, `Linearly Converging Error Compensated SGD
       <https://arxiv.org/abs/2010.12292>`_, 2020 (EC-SGD-DIANA)
     """
-    channel = open_channel("diana", compressor, axis_name, None)
+    channel = open_link("diana", compressor, axis_name, None)
     if not compressor.unbiased:
         raise ValueError(
             f"`diana({compressor!r})` needs an unbiased compressor, such as "

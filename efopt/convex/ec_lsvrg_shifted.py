@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.codecs.codec import compute_dtype
 from efopt.compressors import Compressor
 from efopt.convex import lsvrg
 from efopt.convex.ec_sgd import check_contractive
-from efopt.exchanges.link import open_channel
+from efopt.exchanges.link import open_link
 from efopt.feedback import error_feedback
+from efopt.ground.dtypes import compute_dtype
 from efopt.workers.node import unwrap, wrap
 
 
@@ -102,9 +102,11 @@ def ec_lsvrg_shifted(
     api = "ec_lsvrg_shifted"
     shifts = compressor if shift_compressor is None else shift_compressor
     estimator = lsvrg(probability, axis_name, "shared", seed)
-    channel = open_channel(api, shifts, axis_name, None)
+    channel = open_link(api, shifts, axis_name, None)
     rate = optax.scale_by_learning_rate(learning_rate)
-    feedback = error_feedback(compressor, axis_name, exchange, learning_rate=-1.0)
+    feedback = error_feedback(
+        compressor, axis_name=axis_name, exchange=exchange, learning_rate=-1.0
+    )
 
     def init_fn(params: Any) -> Any:
         check_contractive(api, compressor, params)

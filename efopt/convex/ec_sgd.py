@@ -145,7 +145,9 @@ def error_compensated(
 ) -> optax.GradientTransformationExtraArgs:
     """EC-SGD's template: what estimators say of the gradient, with error feedback."""
     # A rate of minus one: what follows the feedback adds updates as they are.
-    feedback = error_feedback(compressor, axis_name, exchange, learning_rate=-1.0)
+    feedback = error_feedback(
+        compressor, axis_name=axis_name, exchange=exchange, learning_rate=-1.0
+    )
 
     def init_fn(params: Any) -> Any:
         check_contractive(api, compressor, params)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from efopt.codecs.codec import compute_dtype
 from efopt.compressors import Compressor, identity
 from efopt.convex import coins
 from efopt.convex.ec_sgd import check_contractive
 from efopt.exchanges import exchange
 from efopt.feedback import error_feedback
 from efopt.ground import checks
+from efopt.ground.dtypes import compute_dtype
 from efopt.workers.node import unwrap, wrap
 
 Prox = Callable[[Any, float], Any]  # of a tree of parameters and a step size
@@ -148,7 +148,7 @@ def eclk(
     if probability is not None:
         probability = coins.probability("eclk", probability)
     checks.seed("eclk", seed)
-    feedback = error_feedback(compressor, axis_name)
+    feedback = error_feedback(compressor, axis_name=axis_name)
 
     def constants(params):
         """theta_1, theta_2 and the probability: Python numbers."""

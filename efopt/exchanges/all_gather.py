@@ -1,32 +1,43 @@
-"""Every worker receives every payload and averages what it decodes."""
+"""All-gather: every worker receives every payload and averages what it decodes."""
 
 import dataclasses
 from typing import ClassVar
 
 from efopt.compressors.identity import plain
-from efopt.exchanges import carrier, exchange
-from efopt.exchanges.exchange import Exchange
+from efopt.exchanges import carrier
+from efopt.exchanges.exchange import Exchange, decode_mean
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AllGather(Exchange):
-    """One ``all_gather`` of the packed payloads of all leaves.
-
-    Bytes on the link grow with the number of workers: fit for a few workers, or for
-    payloads far smaller than the leaf.
-    """
+    """One ``all_gather`` of the packed payloads of all leaves."""
 
     name: ClassVar[str] = "all_gather"
 
-    def meet(self, messages, axis_name, server, dense):
-        del dense
+    def meet(self, messages, axes, server):
         payloads = [m.payload for m in messages]
-        carriers = exchange.all_gather(carrier.pack(payloads, 1)[0], axis_name)
+        carriers = axes.all_gather(carrier.pack(payloads, 1)[0])
 
         def decode(payloads):
             pairs = zip(messages, payloads, strict=True)
             return [m.with_payload(payload).once().decode() for m, payload in pairs]
 
-        means = exchange.decode_mean(carriers, payloads, decode)
+        means = decode_mean(carriers, payloads, decode)
         pairs = zip(messages, means, strict=True)
         return [plain(mean, m.blocks, m.turn) for m, mean in pairs], server
+
+
+def all_gather() -> Exchange:
+    """All-gather of payloads, which every worker decodes and averages.
+
+    Carries every compressor. ``b`` bytes of payload are ``(n - 1) b`` link bytes a
+    worker: for a few workers, or for payloads far smaller than the leaf. The default of
+    compressors that are not linear.
+
+    Examples:
+      >>> import efopt
+      >>> tx = efopt.error_feedback(
+      ...     efopt.scaled_sign(), axis_name="data",
+      ...     exchange=efopt.exchanges.all_gather())
+    """
+    return AllGather()

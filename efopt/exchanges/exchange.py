@@ -1,5 +1,6 @@
-"""What an exchange is, and the pieces that several of them use."""
+"""The contract of an exchange: how the workers' payloads become one average."""
 
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -10,59 +11,71 @@ from jax import lax
 
 from efopt.codecs.codec import Codec, Message
 from efopt.exchanges import carrier
-from efopt.workers import axes
+from efopt.workers.axes import Axes, zeros_like
 
 
 @dataclasses.dataclass(frozen=True)
-class Exchange:
+class Exchange(abc.ABC):
     """One way for the workers' messages to become one average.
 
-    What must hold: the average is bit-identical on every worker, and no worker ever
-    holds the decoded messages of all.
+    A subclass is a frozen dataclass that implements :meth:`meet`; pass an instance as
+    ``exchange=`` of any scheme. What must hold: the average is bit-identical on every
+    worker; no worker ever holds the decoded messages of all; all workers call the same
+    collectives of ``axes`` in the same order.
 
     Attributes:
-      name: The name users choose it by.
-      splits: Workers own ranges of blocks, so messages must be blocked.
-      keeps: Owners keep a server residual.
+      name: What it is called in plans and errors.
+      keeps: Owners of ranges of blocks keep a server residual, which :meth:`meet` is
+        given and returns: one array for each group of equal blocks.
       pays_average: What a worker has paid is the average, not its own message.
     """
 
     name: ClassVar[str]
-    splits: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
     pays_average: ClassVar[bool] = False
 
+    def __repr__(self) -> str:
+        return f"{self.name}()"
+
     def refusal(self, codec: Codec) -> str | None:
-        """Why this exchange cannot carry ``codec``, or ``None``."""
+        """Why this exchange cannot carry ``codec``, in words, or ``None``."""
         del codec
         return None
 
+    def settled(self, codecs: Sequence[Codec]) -> "Exchange":
+        """This exchange, where these codecs write all the buckets of a tree."""
+        del codecs
+        return self
+
+    def level(self, axes: Axes) -> Axes:
+        """The axes along which messages differ; along all others they are equal."""
+        return axes
+
+    def enter(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """What is made of a bucket before anything is encoded, equal off the level.
+
+        An exchange of two levels averages here over the fast axes.
+
+        Args:
+          x: This worker's blocks ``(n, *block)``, in the compute dtype.
+          axes: All axes of the workers.
+        """
+        del axes
+        return x
+
+    @abc.abstractmethod
     def meet(
-        self, messages: Sequence[Message], axis_name: str, server: Any, dense: bool
+        self, messages: Sequence[Message], axes: Axes, server: Any
     ) -> tuple[list[Message], Any]:
         """A message of the mean over workers of each, and the new server residual.
 
         Args:
-          messages: Those of one round.
-          axis_name: The workers' axis.
+          messages: Those of one round, in the order of the buckets.
+          axes: The axes of :meth:`level`.
           server: What this worker, as an owner, still owes: one array per group of
-            messages (see :mod:`efopt.exchanges.groups`), or ``()``.
-          dense: Whether nothing in the tree is compressed. Then the mean of every leaf
-            is that of ``lax.pmean``, to the bit.
+            messages, ``(blocks, *block)`` in the compute dtype; ``()`` unless
+            :attr:`keeps`.
         """
-        raise TypeError("`Exchange.meet` is for subclasses to implement.")
-
-
-def all_gather(x: jax.Array, axis_name: str) -> jax.Array:
-    """Every worker's ``x`` along a new first axis, typed as equal everywhere."""
-    if axes.is_typed(axis_name):
-        return lax.all_gather(x, axis_name, to="invarying")
-    return lax.all_gather(x, axis_name)
-
-
-def mean(tree: Any, axis_name: str) -> Any:
-    """The mean over workers of every leaf, uncompressed."""
-    return lax.pmean(tree, axis_name)
 
 
 def decode_mean(
@@ -93,5 +106,5 @@ def decode_mean(
         return share(0)
     # The types of the start must be those of the sum, over every mapped axis.
     start = jax.eval_shape(share, jnp.int32(0))
-    total = lax.fori_loop(0, n, add, [axes.zeros_like(s) for s in start])
+    total = lax.fori_loop(0, n, add, [zeros_like(s) for s in start])
     return [t / n for t in total]

@@ -1,4 +1,4 @@
-"""Messages in ranges of blocks, one range a worker.
+"""Groups of equal blocks, cut into ranges, one range a worker.
 
 Messages with the same codec, block shape and dtype form a group: their payloads are
 joined along the block axis, and the group is padded once to a multiple of the workers.
@@ -6,7 +6,6 @@ Worker ``i`` owns the ``i``-th range of every group.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efopt.codecs.codec import Blocks, Message, Turn, compute_dtype
+from efopt.codecs.blocks import Blocks, Turn
+from efopt.codecs.codec import Message
 from efopt.codecs.layout import Bucket
+from efopt.ground.dtypes import compute_dtype
+from efopt.workers.ranges import range_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +27,13 @@ class Group:
 
     Attributes:
       messages: The messages, in order.
+      places: Their places among all messages.
       rows: Blocks that one worker owns.
       whole: The joined message, padded.
     """
 
     messages: tuple[Message, ...]
+    places: tuple[int, ...]
     rows: int
     whole: Message
 
@@ -53,13 +57,14 @@ class Group:
 
 def group(messages: Sequence[Message], num_workers: int) -> list[Group]:
     """Joins messages of one codec, block shape and dtype; pads them to whole ranges."""
-    members: dict[Any, list[Message]] = {}
-    for m in messages:
-        members.setdefault((m.codec, m.blocks.shape, m.blocks.dtype), []).append(m)
+    members: dict[Any, list[int]] = {}
+    for i, m in enumerate(messages):
+        members.setdefault((m.codec, m.blocks.shape, m.blocks.dtype), []).append(i)
     groups = []
-    for same in members.values():
+    for places in members.values():
+        same = [messages[i] for i in places]
         total = sum(m.blocks.index.shape[0] for m in same)
-        rows = -(-total // num_workers)
+        rows = range_size(total, num_workers)
         extra = rows * num_workers - total
         blocks = [m.blocks for m in same]
         first = blocks[0]
@@ -72,7 +77,7 @@ def group(messages: Sequence[Message], num_workers: int) -> list[Group]:
             lambda *xs, extra=extra: _join(xs, extra), *(m.payload for m in same)
         )
         whole = Message(same[0].codec, payload, joined, same[0].turn)
-        groups.append(Group(tuple(same), rows, whole))
+        groups.append(Group(tuple(same), tuple(places), rows, whole))
     return groups
 
 
@@ -92,7 +97,7 @@ def server_shapes(buckets: Iterable[Bucket]) -> list[tuple[tuple[int, ...], np.d
 
 def owner_turn(turn: Turn, num_workers: int) -> Turn:
     """The turn of a worker as an owner: private randomness of its own."""
-    return Turn(turn.step, turn.worker + np.uint32(num_workers))
+    return turn._replace(worker=turn.worker + np.uint32(num_workers))
 
 
 def _join(xs: Sequence[jax.Array], extra: int) -> jax.Array:
@@ -100,8 +105,3 @@ def _join(xs: Sequence[jax.Array], extra: int) -> jax.Array:
     if not extra:
         return x
     return jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1))
-
-
-def range_size(num_blocks: int, num_workers: int) -> int:
-    """Blocks that each of ``num_workers`` owns of ``num_blocks``."""
-    return math.ceil(num_blocks / num_workers)

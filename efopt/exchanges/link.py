@@ -1,189 +1,249 @@
-"""A compressor, an exchange and an axis: what a feedback scheme talks through."""
+"""The link: a compressor, an exchange and axes, through which trees are averaged.
+
+A scheme opens one and sees trees alone; blocks, buckets, messages, the codec's state
+and the owners' residuals stay behind it.
+"""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
-from efopt.codecs.codec import Codec, Message, Turn, compute_dtype
-from efopt.codecs.compressor import (
-    Compressor,
-    check_float,
-    close_memory,
-    init_memory,
-    open_memory,
-)
+from efopt.codecs.blocks import Turn
+from efopt.codecs.codec import Codec, Message
+from efopt.codecs.compressor import Compressor
 from efopt.codecs.conversation import alone, converse
-from efopt.codecs.layout import Bucket, Layout, plan
-from efopt.compressors.identity import Identity
-from efopt.exchanges.all_gather import AllGather
-from efopt.exchanges.all_reduce import AllReduce
-from efopt.exchanges.exchange import Exchange, all_gather
-from efopt.exchanges.groups import group_key, range_size, server_shapes
-from efopt.exchanges.two_phase import MajorityVote, TwoPhase
-from efopt.workers import axes
+from efopt.codecs.layout import Bucket, Layout, lay_out
+from efopt.codecs.states import close_states, init_states, open_states
+from efopt.exchanges import table
+from efopt.exchanges.exchange import Exchange
+from efopt.exchanges.groups import group_key, server_shapes
+from efopt.ground import bits, checks
+from efopt.ground.barriers import zeros_after
+from efopt.ground.dtypes import check_float, compute_dtype, wide_zeros
+from efopt.workers import node
+from efopt.workers.axes import Axes
 from efopt.workers.node import PerWorker
+from efopt.workers.ranges import range_size
 
-EXCHANGES: dict[str, Exchange] = {
-    e.name: e for e in (AllReduce(), AllGather(), TwoPhase(), MajorityVote())
-}
+
+class LinkState(NamedTuple):
+    """State of a link.
+
+    Attributes:
+      codec: The compressor's own state for each leaf, ``()`` if it has none. Equal on
+        all workers.
+      server: What the owners of ranges still owe, under ``exchange="two_phase"``: one
+        :class:`efopt.PerWorker` per group of equal blocks, at least float32. Else
+        ``()``.
+    """
+
+    codec: Any
+    server: Any
+
+
+class Averaged(NamedTuple):
+    """What came of :meth:`Link.average`.
+
+    Attributes:
+      mean: The average over workers, a tree, equal on all of them.
+      lost: What this worker's message did not say, a tree in the compute dtypes; or
+        what became of it, if the caller said how it is kept.
+      state: The new state of the link.
+    """
+
+    mean: Any
+    lost: Any
+    state: LinkState
 
 
 @dataclasses.dataclass(frozen=True)
-class Channel:
-    """Averages arrays over workers; alone (``axis_name=None``) it is a round trip.
+class Link:
+    """Averages trees over workers, compressed; alone it is a round trip.
 
     Attributes:
       api: The transformation that opened it, for errors.
       codec: How an array is written.
       exchange: How workers meet, where it can carry a leaf's codec; ``None``, or where
-        it cannot: the codec's own way.
-      axis_name: The mapped axis of the workers, or ``None``.
+        it cannot: as suits that codec.
+      axes: The axes of the workers; ``None`` for a single one.
+      start: Steps that are averaged uncompressed first.
+      stream: Tells its random numbers from those of other roles in the same chain.
     """
 
     api: str
     codec: Codec
     exchange: Exchange | None
-    axis_name: str | None
+    axes: Axes | None
+    start: int = 0
+    stream: int = 0
 
-    def route(self, codec: Codec) -> Exchange:
-        """How messages of ``codec`` travel."""
+    # ------------------------------------------------------------------------- state
+
+    def init(self, params: Any) -> LinkState:
+        """The state for a tree of parameters, arrays or structs."""
+        states = init_states(self.codec, params, self.api)
+        keeps = any(self._route(c).keeps for c in self.codec.members())
+        if self.axes is None or not keeps:
+            return LinkState(states, ())
+        if not jax.tree.leaves(params):
+            # A placeholder of `optax.tree.map_params`: stand in for params.
+            return LinkState(states, params)
+        n = self.axes.size() if self.axes.bound() else 1
+        server = []
+        for (blocks, *block), dtype in self._server_shapes(self._layout(params)):
+            zeros = jnp.zeros((range_size(blocks, n), *block), dtype)
+            server.append(PerWorker.wrap(zeros, self.axes, blocks))
+        return LinkState(states, tuple(server))
+
+    def zeros(self, params: Any) -> Any:
+        """A residual of zero, one worker's, in the compute dtypes."""
+        return wide_zeros(params)
+
+    def wrap(self, tree: Any) -> Any:
+        """Marks what is this worker's own, if there are several workers."""
+        return node.wrap(tree, self.axes)
+
+    def unwrap(self, value: Any) -> Any:
+        """Inverse of :meth:`wrap`, inside the mapped function."""
+        return node.unwrap(self.api, value)
+
+    # ------------------------------------------------------------------------ routing
+
+    def routes(self, tree: Any) -> list[Exchange]:
+        """The exchange that carries each leaf of a tree of arrays or structs."""
+        return [self._route(codec) for codec in self.codec.assign(tree)]
+
+    def _route(self, codec: Codec) -> Exchange:
         if self.exchange is not None and self.exchange.refusal(codec) is None:
             return self.exchange
-        return EXCHANGES[codec.default_exchange]
+        return table.default(codec)
 
-    def _kept(self, layout: Layout) -> list[Bucket]:
-        """The buckets whose owners keep a server residual."""
-        return [b for b in layout.buckets if self.route(b.codec).keeps]
+    # ------------------------------------------------------------------------- a trip
 
-    def init(self, params: Any) -> tuple[Any, Any]:
-        """The codec's memory and the server residual for a tree of parameters."""
-        memory = init_memory(self.codec, params, self.api)
-        keeps = any(self.route(c).keeps for c in self.codec.members())
-        if self.axis_name is None or not keeps:
-            return memory, ()
-        leaves = jax.tree.leaves(params)
-        if not leaves:  # a placeholder of `optax.tree.map_params`: stand in for params
-            return memory, params
-        shapes = [jnp.shape(x) for x in leaves]
-        dtypes = [jnp.result_type(x) for x in leaves]
-        layout = plan(self.codec.assign(params), shapes, dtypes)
-        n = lax.axis_size(self.axis_name) if axes.is_bound(self.axis_name) else 1
-        server = []
-        for (blocks, *block), dtype in server_shapes(self._kept(layout)):
-            zeros = jnp.zeros((range_size(blocks, n), *block), dtype)
-            server.append(PerWorker.wrap(zeros, self.axis_name, blocks))
-        return memory, tuple(server)
-
-    def receive(self, updates: Any, count: jax.Array, like: Any = None) -> "Inbound":
-        """Checks updates on their way in, and lays them out in buckets.
+    def receive(self, updates: Any, like: Any = None) -> Any:
+        """Updates on their way in, as arrays, or an error.
 
         Args:
           updates: The updates of this worker.
-          count: The step, equal on all workers.
           like: A tree of arrays with the structure and shapes that they must have.
         """
-        if self.axis_name is not None:
-            alone = ", or pass `axis_name=None` for a single worker"
-            axes.require_bound(self.api, self.axis_name, alone)
+        if self.axes is not None:
+            single = ", or pass `axis_name=None` for a single worker"
+            self.axes.require_bound(self.api, single)
         paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
         if like is not None:
             _check_like(self.api, paths, treedef, like)
-        dtypes = [check_float(path, x, self.api) for path, x in paths]
-        arrays = [jnp.asarray(x) for _, x in paths]
-        if self.axis_name is not None:
-            axes.require_local(self.api, self.axis_name, updates)
-        worker = jnp.uint32(0)
-        if self.axis_name is not None:
-            worker = lax.axis_index(self.axis_name).astype(jnp.uint32)
-        turn = Turn(count.astype(jnp.uint32), worker)
-        codecs = self.codec.assign(updates)
-        layout = plan(codecs, [x.shape for x in arrays], dtypes)
-        return Inbound(treedef, arrays, layout, turn)
+        for path, x in paths:
+            check_float(path, x, self.api)
+        if self.axes is not None:
+            self.axes.require_local(self.api, updates)
+        return treedef.unflatten([jnp.asarray(x) for _, x in paths])
+
+    def turn(self, count: jax.Array) -> Turn:
+        """The step, and this worker, for what draws random numbers."""
+        worker = jnp.uint32(0) if self.axes is None else self.axes.index()
+        return Turn(count.astype(jnp.uint32), worker.astype(jnp.uint32), self.stream)
 
     def average(
         self,
-        inbound: "Inbound",
-        xs: Sequence[jax.Array],
-        memory: Any,
-        server: Any,
+        tree: Any,
+        state: LinkState,
+        count: jax.Array,
+        *,
+        like: Any = None,
         ratio: jax.Array | None = None,
-    ) -> tuple[list[Message], list[jax.Array], Any, Any]:
-        """Averages one array per bucket over the workers.
+        wide: bool = False,
+        keep: Callable[[Any], Any] | None = None,
+    ) -> Averaged:
+        """Averages a tree over the workers.
 
         Args:
-          inbound: What :meth:`receive` returned for this step's updates.
-          xs: One array per bucket, ``(n, *block)``, in the compute dtype.
-          memory: As returned by :meth:`init`.
-          server: As returned by :meth:`init`, or by this method.
+          tree: What this worker has to say: a tree of floating-point arrays.
+          state: As returned by :meth:`init`, or by this method.
+          count: The step, equal on all workers.
+          like: The updates in whose dtypes payloads travel and the average is applied;
+            ``None``: ``tree``.
           ratio: Factor on the server residual before it is added, or ``None``.
-
-        Returns:
-          Messages of the averages (equal on all workers), what this worker has not yet
-          paid of its arrays, the new memory, and the new server residual.
+          wide: Whether the average stays in the compute dtypes. Else it comes in the
+            dtypes of ``like``, and its rounding, which every worker owes, is among
+            what is lost.
+          keep: What becomes of what is lost; called before the average is decoded, so
+            that this can take its place in memory.
         """
-        layout, treedef, name = inbound.layout, inbound.treedef, self.axis_name
-        memories = open_memory(layout, treedef, memory)
-        if name is None:
-            averages, rests, memories = converse(
-                layout, xs, memories, inbound.turn, alone
+        arrays, treedef = jax.tree.flatten(tree)
+        given = arrays if like is None else jax.tree.leaves(like)
+        layout = self._layout(tree if like is None else like)
+        states = open_states(layout, treedef, state.codec)
+        xs, turn = layout.join(arrays), self.turn(count)
+        if self.axes is None:
+            turns = [turn] * len(xs)
+            means, rests, states = converse(layout, xs, states, turns, alone)
+            server = ()
+        else:
+            means, rests, states, server = self._meet(
+                layout, xs, states, turn, state.server, ratio
             )
-            return averages, rests, close_memory(layout, treedef, memories, memory), ()
+        if not wide:
+            rests = [_and_rounding(m, r) for m, r in zip(means, rests, strict=True)]
+        wides = [jax.ShapeDtypeStruct(x.shape, compute_dtype(x.dtype)) for x in given]
+        lost: Any = treedef.unflatten(layout.part(rests, wides))
+        if keep is None:
+            decoded = [mean.decode() for mean in means]
+        else:
+            lost = keep(lost)
+            decoded = _decoded_last(layout, means, rests, treedef.flatten_up_to(lost))
+        if not wide:
+            pairs = zip(decoded, layout.buckets, strict=True)
+            decoded = [bits.cast(x, b.dtype) for x, b in pairs]
+        mean = treedef.unflatten(layout.part(decoded, wides if wide else given))
+        states = close_states(layout, treedef, states, state.codec)
+        return Averaged(mean, lost, LinkState(states, server))
 
-        routes = [self.route(b.codec) for b in layout.buckets]
-        dense = all(isinstance(b.codec, Identity) for b in layout.buckets)
-        owed = self._owed(layout, server, lax.axis_size(name), ratio)
+    def dense_first(self, update: Callable[..., Any]) -> Callable[..., Any]:
+        """``update_fn`` of a scheme, with the first updates averaged uncompressed.
 
-        def meet(messages: dict[int, Message]) -> dict[int, Message]:
-            nonlocal owed
-            ways: dict[Exchange, list[int]] = {}
-            for i, message in messages.items():
-                # A conversation may ask through another codec than the bucket's own.
-                way = routes[i]
-                if way.refusal(message.codec) is not None:
-                    way = EXCHANGES[message.codec.default_exchange]
-                ways.setdefault(way, []).append(i)
-            means = {}
-            for way, numbers in ways.items():
-                asked = [messages[i] for i in numbers]
-                got, left = way.meet(asked, name, owed if way.keeps else (), dense)
-                means.update(zip(numbers, got, strict=True))
-                owed = left if way.keeps else owed
-            return means
+        Until then nothing is owed and nothing learned: of the state, which has a field
+        ``count``, that alone moves on.
+        """
+        if not self.start:
+            return update
 
-        averages, rests, memories = converse(layout, xs, memories, inbound.turn, meet)
-        memory = close_memory(layout, treedef, memories, memory)
-        rests = [
-            x - average.decode() if way.pays_average else rest
-            for way, x, average, rest in zip(routes, xs, averages, rests, strict=True)
-        ]
-        if owed:
-            pairs = zip(owed, server, strict=True)
-            server = tuple(PerWorker.wrap(x, s.axis_name, s.split) for x, s in pairs)
-        return averages, rests, memory, server
+        def update_fn(updates, state, params=None, **extra_args):
+            def dense(updates, state):
+                out = updates if self.axes is None else self.axes.pmean(updates)
+                return out, state._replace(count=optax.safe_increment(state.count))
 
-    def owed_by_owners(self, params: Any, server: Any) -> list[jax.Array]:
-        """What the owners still owe of each leaf, whole.
+            def compressed(updates, state):
+                return update(updates, state, params, **extra_args)
+
+            updates = self.receive(updates)
+            return lax.cond(state.count < self.start, dense, compressed, updates, state)
+
+        return update_fn
+
+    def owed_by_owners(self, params: Any, server: Any) -> Any:
+        """What the owners still owe of each leaf, whole: a tree like ``params``.
 
         Args:
           params: The parameters given to :meth:`init`, or their structs.
           server: The server residual, laid out in any way; inside the mapped function
             it is gathered.
         """
-        leaves = jax.tree.leaves(params)
-        shapes = [jnp.shape(x) for x in leaves]
-        dtypes = [jnp.result_type(x) for x in leaves]
-        layout = plan(self.codec.assign(params), shapes, dtypes)
+        leaves, treedef = jax.tree.flatten(params)
+        layout = self._layout(params)
         kept = self._kept(layout)
         wholes = {}
-        for node, key in zip(server, dict.fromkeys(map(group_key, kept)), strict=True):
-            x = node.value
-            if axes.is_bound(node.axis_name):
-                x = all_gather(node.local(self.api), node.axis_name)
-            wholes[key] = x.reshape(-1, *key[1])[: node.split]
+        for own, key in zip(server, dict.fromkeys(map(group_key, kept)), strict=True):
+            x, axes = own.value, Axes.of(self.api, own.axis_name)
+            if axes.bound():
+                x = axes.all_gather(own.local(self.api))
+            wholes[key] = x.reshape(-1, *key[1])[: own.split]
         xs, ends = [], dict.fromkeys(wholes, 0)
         for b in layout.buckets:
             if b not in kept:
@@ -192,12 +252,62 @@ class Channel:
             key = group_key(b)
             start, ends[key] = ends[key], ends[key] + b.shape[0]
             xs.append(wholes[key][start : ends[key]])
-        zeros = [jnp.zeros(s, d) for s, d in zip(shapes, dtypes, strict=True)]
-        return layout.part(xs, jnp.uint32(0), zeros)
+        zeros = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in leaves]
+        return treedef.unflatten(layout.part(xs, zeros))
 
-    def _owed(self, layout, server, num_workers, ratio):
-        shapes = [shape for shape, _ in server_shapes(self._kept(layout))]
-        known = [(node.split, *jnp.shape(node.value)[2:]) for node in server]
+    # ------------------------------------------------------------------------ inside
+
+    def _layout(self, tree: Any) -> Layout:
+        leaves = jax.tree.leaves(tree)
+        shapes = [jnp.shape(x) for x in leaves]
+        dtypes = [jnp.result_type(x) for x in leaves]
+        return lay_out(self.codec.assign(tree), shapes, dtypes)
+
+    def _kept(self, layout: Layout) -> list[Bucket]:
+        """The buckets whose owners keep a server residual."""
+        return [b for b in layout.buckets if self._route(b.codec).keeps]
+
+    def _server_shapes(self, layout: Layout) -> list[Any]:
+        return server_shapes(self._kept(layout))
+
+    def _meet(self, layout, xs, states, turn, server, ratio):
+        """The conversations about all buckets, each by the way of its codec."""
+        assert self.axes is not None
+        axes, codecs = self.axes, [b.codec for b in layout.buckets]
+        ways = [self._route(codec).settled(codecs) for codec in codecs]
+        # Where messages are equal, so must be what they draw.
+        turns = [_at(turn, way.level(axes), axes) for way in ways]
+        xs = [way.enter(x, axes) for way, x in zip(ways, xs, strict=True)]
+        owed = self._owed(layout, server, ratio)
+
+        def meet(messages: dict[int, Message]) -> dict[int, Message]:
+            nonlocal owed
+            means: dict[int, Message] = {}
+            for way in dict.fromkeys(ways):
+                numbers = [i for i in messages if ways[i] == way]
+                if not numbers:
+                    continue
+                asked = [messages[i] for i in numbers]
+                given = owed if way.keeps else ()
+                got, left = way.meet(asked, way.level(axes), given)
+                means.update(zip(numbers, got, strict=True))
+                owed = left if way.keeps else owed
+            return means
+
+        means, rests, states = converse(layout, xs, states, turns, meet)
+        rests = [
+            x - mean.decode() if way.pays_average else rest
+            for way, x, mean, rest in zip(ways, xs, means, rests, strict=True)
+        ]
+        pairs = zip(owed, server, strict=True)
+        server = tuple(PerWorker.wrap(x, axes, s.split) for x, s in pairs)
+        return means, rests, states, server
+
+    def _owed(self, layout, server, ratio):
+        """What this worker owes as an owner, one array per group of blocks."""
+        assert self.axes is not None
+        shapes = [shape for shape, _ in self._server_shapes(layout)]
+        known = [(own.split, *jnp.shape(own.value)[2:]) for own in server]
         if known != shapes:
             raise ValueError(
                 f"{self.api} keeps a server residual for the blocks that `init` saw, "
@@ -207,72 +317,90 @@ class Channel:
                 "mesh axis: use another exchange there."
             )
         owed = []
-        for node in server:
-            x = node.local(self.api, range_size(node.split, num_workers))
+        for own in server:
+            x = own.local(self.api, range_size(own.split, self.axes.size()))
             owed.append(x if ratio is None else x * ratio.astype(x.dtype))
         return tuple(owed)
 
 
-@dataclasses.dataclass(frozen=True)
-class Inbound:
-    """One step's updates, checked, with their layout.
+def open_link(
+    api: str,
+    compressor: Any,
+    *,
+    axis_name: Any = None,
+    exchange: Any = None,
+    start: int = 0,
+    role: str = "",
+) -> Link:
+    """Checks the options that every scheme around a compressor shares.
 
-    Attributes:
-      treedef: Their structure.
-      arrays: Their leaves.
-      layout: How the leaves are cut into buckets.
-      turn: The step and this worker.
+    Args:
+      api: The name of the scheme, for errors.
+      compressor: An :class:`efopt.Compressor`.
+      axis_name: The mapped axis of the workers, a tuple of axes, or ``None``.
+      exchange: An :class:`efopt.exchanges.Exchange`, the name of one, or ``None``.
+      start: Steps that are averaged uncompressed first.
+      role: Names what it is used for where a chain may hold several: two roles never
+        draw the same random numbers.
+
+    Raises:
+      TypeError: If ``compressor``, ``axis_name``, ``exchange`` or ``start`` is not what
+        it must be.
+      ValueError: If the exchange is unknown, needs an axis or cannot carry the
+        compressor.
     """
-
-    treedef: Any
-    arrays: list[jax.Array]
-    layout: Layout
-    turn: Turn
-
-    def join(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
-        """One array per leaf to one per bucket, in the compute dtype."""
-        xs = self.layout.join(leaves, self.turn.step)
-        buckets = self.layout.buckets
-        pairs = zip(xs, buckets, strict=True)
-        return [x.astype(compute_dtype(b.dtype)) for x, b in pairs]
-
-    def part(self, xs: Sequence[jax.Array], like: Sequence[jax.Array]) -> Any:
-        """One array per bucket to a tree of the updates' structure."""
-        return self.treedef.unflatten(self.layout.part(xs, self.turn.step, like))
-
-
-def open_channel(
-    api: str, compressor: Any, axis_name: str | None, exchange: str | None
-) -> Channel:
-    """Checks the options that every transformation around a compressor shares."""
     if not isinstance(compressor, Compressor):
         raise TypeError(
             f"`{api}(compressor)` takes an `efopt.Compressor`, such as "
             f"`efopt.scaled_sign()`; got {compressor!r}."
         )
-    axes.check_axis_name(api, axis_name)
-    codec, label = compressor.codec, f"`{api}({compressor!r})`"
-    if axis_name is None:
-        if exchange is not None:
+    axes = Axes.maybe(api, axis_name)
+    checks.static_int(api, "start", start, least=0)
+    way = table.read(api, exchange)
+    if axes is None and way is not None:
+        raise ValueError(
+            f"`{api}(exchange={exchange!r})` needs `axis_name`: with "
+            "`axis_name=None` there is one worker and nobody to meet."
+        )
+    if way is not None:
+        reasons = [way.refusal(member) for member in compressor.codec.members()]
+        if None not in reasons:
             raise ValueError(
-                f"`{api}(exchange={exchange!r})` needs `axis_name`: with "
-                "`axis_name=None` there is one worker and nobody to meet."
+                f"`{api}({compressor!r}, exchange={exchange!r})` cannot work: "
+                f"{reasons[0]}."
             )
-        return Channel(label, codec, None, None)
-    if exchange is None:
-        return Channel(label, codec, None, axis_name)
-    if not isinstance(exchange, str) or exchange not in EXCHANGES:
-        raise ValueError(
-            f"`{api}(exchange=...)` must be one of {', '.join(map(repr, EXCHANGES))} "
-            f"or None for the compressor's own, got {exchange!r}."
-        )
-    way = EXCHANGES[exchange]
-    reasons = [way.refusal(member) for member in codec.members()]
-    if None not in reasons:
-        raise ValueError(
-            f"`{api}({compressor!r}, exchange={exchange!r})` cannot work: {reasons[0]}."
-        )
-    return Channel(label, codec, way, axis_name)
+    stream = zlib.crc32(role.encode()) if role else 0
+    label = f"`{api}({compressor!r})`"
+    return Link(label, compressor.codec, way, axes, start, stream)
+
+
+def _at(turn: Turn, level: Axes, axes: Axes) -> Turn:
+    """The turn of a worker as its exchange counts them."""
+    if level == axes:
+        return turn
+    return turn._replace(worker=level.index().astype(jnp.uint32))
+
+
+def _and_rounding(mean: Message, rest: jax.Array) -> jax.Array:
+    """What is lost, and what the average loses when it is applied in a leaf's dtype."""
+    if mean.blocks.dtype == rest.dtype:
+        return rest
+    average = mean.decode()
+    return rest + (average - bits.round_to(average, mean.blocks.dtype))
+
+
+def _decoded_last(
+    layout: Layout,
+    means: Sequence[Message],
+    rests: Sequence[jax.Array],
+    kept: Sequence[Any],
+) -> list[jax.Array]:
+    """The averages, each in the place of what was lost, once that is kept."""
+    averages = []
+    for b, mean, x in zip(layout.buckets, means, rests, strict=True):
+        zeros = zeros_after(jax.tree.leaves(kept[b.leaves[0]])[0], x)
+        averages.append(mean.decode_in(zeros))
+    return averages
 
 
 def _check_like(api, paths, treedef, like):

@@ -1,51 +1,36 @@
-"""Reduce-scatter and all-gather, compressed both ways; and the vote, which is one."""
+"""Compressed reduce-scatter and all-gather: two-way compression."""
 
 import dataclasses
 from typing import ClassVar
 
 import jax
-from jax import lax
 
 from efopt.codecs.codec import Message
-from efopt.exchanges import carrier, exchange
-from efopt.exchanges.exchange import Exchange
+from efopt.exchanges import carrier
+from efopt.exchanges.exchange import Exchange, decode_mean
 from efopt.exchanges.groups import group, owner_turn
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TwoPhase(Exchange):
-    """Workers own ranges of blocks; each averages its range and compresses it again.
-
-    ``all_to_all`` brings every owner all payloads of its range. It adds what it still
-    owes (its server residual), compresses the sum, keeps the new error, and
-    ``all_gather`` brings its payload to everybody. About two payloads leave each
-    worker, however many workers there are.
-
-    References:
-      Zheng et al, `Communication-Efficient Distributed Blockwise Momentum SGD with
-      Error-Feedback <https://arxiv.org/abs/1905.10936>`_, 2019 (Algorithm 2)
-      Tang et al, `DoubleSqueeze <https://arxiv.org/abs/1905.05957>`_, 2019
-    """
+    """Workers own ranges of blocks; each averages its range and compresses it again."""
 
     name: ClassVar[str] = "two_phase"
-    splits: ClassVar[bool] = True
     keeps: ClassVar[bool] = True
 
     def refusal(self, codec):
-        if codec.block_size is None:
-            cure = 'use exchange="' + codec.default_exchange + '"'
-            if "block_size" in {f.name for f in dataclasses.fields(codec)}:
-                cure = f"give it a `block_size` or {cure}"
-            return f"it sends whole leaves, which cannot be split over workers; {cure}"
-        return None
+        if codec.block_size is not None:
+            return None
+        cure = f'use exchange="{"all_reduce" if codec.linear else "all_gather"}"'
+        if "block_size" in {f.name for f in dataclasses.fields(codec)}:
+            cure = f"give it a `block_size` or {cure}"
+        return f"it sends whole leaves, which cannot be split over workers; {cure}"
 
-    def meet(self, messages, axis_name, server, dense):
-        del dense
-        n, my = lax.axis_size(axis_name), lax.axis_index(axis_name)
+    def meet(self, messages, axes, server):
+        n, my = axes.size(), axes.index()
         groups = group(messages, n)
         payloads = [g.whole.payload for g in groups]
-        words = carrier.pack(payloads, n)
-        words = lax.all_to_all(words, axis_name, 0, 0, tiled=True)
+        arrived = axes.all_to_all(carrier.pack(payloads, n))
 
         owned = [g.owned(my) for g in groups]
         mine = [_structs(p, n) for p in payloads]
@@ -57,9 +42,10 @@ class TwoPhase(Exchange):
                 for g, p, blocks in triples
             ]
 
-        means = exchange.decode_mean(words, mine, decode)
+        # 1905.10936 Algorithm 2, the server: s = mean of C(p_i) + ratio e, then C(s)
+        means = decode_mean(arrived, mine, decode)
         if self.keeps:
-            means = [m + s for m, s in zip(means, server, strict=True)]
+            means = [m + e for m, e in zip(means, server, strict=True)]
         replies = []
         for g, mean, blocks in zip(groups, means, owned, strict=True):
             turn = owner_turn(g.whole.turn, n)
@@ -68,39 +54,36 @@ class TwoPhase(Exchange):
             pairs = zip(means, replies, strict=True)
             server = tuple(reply.rest(mean) for mean, reply in pairs)
 
-        words = carrier.pack([r.payload for r in replies], 1)[0]
-        carriers = exchange.all_gather(words, axis_name)
+        carriers = axes.all_gather(carrier.pack([r.payload for r in replies], 1)[0])
         gathered = carrier.unpack(carriers, mine, 1)
-        parts = [g.part(p) for g, p in zip(groups, gathered, strict=True)]
-        by_message = {
-            id(m): p
-            for g, ps in zip(groups, parts, strict=True)
-            for m, p in zip(g.messages, ps, strict=True)
-        }
-        return [by_message[id(m)].once() for m in messages], server
+        answers: dict[int, Message] = {}
+        for g, payload in zip(groups, gathered, strict=True):
+            answers.update(zip(g.places, g.part(payload), strict=True))
+        return [answers[i].once() for i in range(len(messages))], server
 
 
-@dataclasses.dataclass(frozen=True)
-class MajorityVote(TwoPhase):
-    """Every worker sends signs and receives the sign of their sum: one bit each way.
+def two_phase() -> Exchange:
+    """Compressed reduce-scatter and all-gather, with a residual at the owners' end.
 
-    A tie, which an even number of workers allows, counts as +1, like a zero gradient.
-    What a worker has paid is the vote, not its own sign, so error feedback around it
-    stays conservative.
+    ``all_to_all`` brings every worker all payloads of the range of blocks that it owns.
+    It averages them, adds what it still owes (its server residual), compresses the sum,
+    keeps the new error, and ``all_gather`` brings its payload to everybody: two-way, or
+    bidirectional, compression. ``b`` bytes of payload are ``2 (n - 1) / n b`` link
+    bytes a worker, however many workers there are. For compressors with a
+    ``block_size``.
+
+    Examples:
+      >>> import efopt
+      >>> tx = efopt.error_feedback(
+      ...     efopt.scaled_sign(1024), axis_name="data",
+      ...     exchange=efopt.exchanges.two_phase())
 
     References:
-      Bernstein et al, `signSGD with Majority Vote is Communication Efficient And Fault
-      Tolerant <https://arxiv.org/abs/1810.05291>`_, 2018 (Algorithm 1)
+      Zheng et al, `Communication-Efficient Distributed Blockwise Momentum SGD with
+      Error-Feedback <https://arxiv.org/abs/1905.10936>`_, 2019 (Algorithm 2)
+      Tang et al, `DoubleSqueeze <https://arxiv.org/abs/1905.05957>`_, 2019
     """
-
-    name: ClassVar[str] = "majority_vote"
-    keeps: ClassVar[bool] = False
-    pays_average: ClassVar[bool] = True
-
-    def refusal(self, codec):
-        if not codec.one_bit:
-            return "a vote counts plain signs; use `efopt.sign()`"
-        return super().refusal(codec)
+    return TwoPhase()
 
 
 def _structs(payload, num_workers):

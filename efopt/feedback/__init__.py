@@ -3,18 +3,13 @@
 from efopt.feedback.compress import CompressState as CompressState
 from efopt.feedback.compress import compress as compress
 from efopt.feedback.contractive import (
-    ContractiveErrorFeedbackState as ContractiveErrorFeedbackState,
-)
-from efopt.feedback.contractive import (
     contractive_error_feedback as contractive_error_feedback,
 )
-from efopt.feedback.damped_error_feedback import (
-    DampedErrorFeedbackState as DampedErrorFeedbackState,
-)
-from efopt.feedback.damped_error_feedback import (
-    damped_error_feedback as damped_error_feedback,
+from efopt.feedback.damped import DampedErrorFeedbackState as DampedErrorFeedbackState
+from efopt.feedback.damped import damped_error_feedback as damped_error_feedback
+from efopt.feedback.error_feedback import (
+    ContractiveErrorFeedbackState as ContractiveErrorFeedbackState,
 )
 from efopt.feedback.error_feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback.error_feedback import error_feedback as error_feedback
 from efopt.feedback.virtual import virtual_params as virtual_params
-from efopt.feedback.warm_up import warm_up as warm_up

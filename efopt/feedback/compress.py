@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from efopt.codecs.compressor import Compressor
-from efopt.exchanges.link import open_channel
-from efopt.feedback.parts import applied
+from efopt.exchanges.exchange import Exchange
+from efopt.exchanges.link import open_link
+from efopt.ground.checks import keyword_only
+from efopt.workers.axes import AxisName
 
 
 class CompressState(NamedTuple):
@@ -16,21 +18,21 @@ class CompressState(NamedTuple):
 
     Attributes:
       count: Steps taken. shape=(), int32. Equal on all workers.
-      memory: The compressor's own state for each leaf, ``()`` if it has none. Equal on
-        all workers.
-      server: What the owners of ranges still owe, under ``exchange="two_phase"``: one
-        :class:`efopt.PerWorker` per group of blocks, at least float32. Else ``()``.
+      link: The compressor's own state and the owners' residual, an
+        :class:`efopt.exchanges.LinkState`.
     """
 
     count: jax.typing.ArrayLike
-    memory: Any
-    server: Any
+    link: Any
 
 
+@keyword_only
 def compress(
     compressor: Compressor,
-    axis_name: str | None = None,
-    exchange: str | None = None,
+    *,
+    axis_name: AxisName | None = None,
+    exchange: Exchange | str | None = None,
+    start: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages updates over workers, compressed, and forgets what compression lost.
 
@@ -50,15 +52,16 @@ def compress(
 
     Args:
       compressor: An :class:`efopt.Compressor`.
-      axis_name: The mapped axis to average over; ``None`` for one worker.
-      exchange: ``"all_reduce"``, ``"all_gather"``, ``"two_phase"`` or
-        ``"majority_vote"``; ``None`` for the compressor's own.
+      axis_name: As for :func:`efopt.error_feedback`.
+      exchange: As there.
+      start: As there.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      TypeError: If ``compressor`` is not one, or a leaf is not floating-point.
+      TypeError: If ``compressor`` is not one, a leaf is not floating-point, or an
+        option is of another type.
       ValueError: If the exchange is unknown or cannot carry the compressor; at trace
         time, if the axis is not bound or updates are already averaged.
 
@@ -76,22 +79,18 @@ def compress(
       Bernstein et al, `signSGD with Majority Vote is Communication Efficient And Fault
       Tolerant <https://arxiv.org/abs/1810.05291>`_, 2018 (Algorithm 1)
     """
-    channel = open_channel("compress", compressor, axis_name, exchange)
+    link = open_link(
+        "compress", compressor, axis_name=axis_name, exchange=exchange, start=start
+    )
 
     def init_fn(params: Any) -> Any:
-        memory, server = channel.init(params)
-        return CompressState(jnp.zeros([], jnp.int32), memory, server)
+        return CompressState(jnp.zeros([], jnp.int32), link.init(params))
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         del params, extra_args
-        inbound = channel.receive(updates, state.count)
-        means, _, memory, server = channel.average(
-            inbound, inbound.join(inbound.arrays), state.memory, state.server
-        )
-        updates = applied(inbound, [mean.decode() for mean in means])
-        count = optax.safe_increment(state.count)
-        return updates, CompressState(count, memory, server)
+        got = link.average(link.receive(updates), state.link, state.count)
+        return got.mean, CompressState(optax.safe_increment(state.count), got.state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, link.dense_first(update_fn))

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.codecs.codec import compute_dtype
 from efopt.codecs.compressor import Compressor
-from efopt.exchanges.link import open_channel
-from efopt.feedback.parts import applied, check_float_dtype, hold, rates, unpaid
-from efopt.ground import bits
-from efopt.workers.node import unwrap, wrap
+from efopt.exchanges.exchange import Exchange
+from efopt.exchanges.link import open_link
+from efopt.feedback.rates import hold, rates
+from efopt.feedback.residual import open_residual
+from efopt.ground.checks import keyword_only
+from efopt.workers.axes import AxisName
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -21,27 +22,47 @@ class ErrorFeedbackState(NamedTuple):
       count: Steps taken. shape=(), int32. Equal on all workers.
       residual: What this worker still owes, shaped like the parameters. A
         :class:`efopt.PerWorker` if there is an axis.
-      memory: The compressor's own state for each leaf, ``()`` if it has none. Equal on
-        all workers.
-      server: What the owners of ranges still owe, under ``exchange="two_phase"``: one
-        :class:`efopt.PerWorker` per group of blocks, at least float32. Else ``()``.
-      learning_rate: The last learning rate that was not zero, zero before the first
-        step. shape=(), float32. ``()`` if no learning rate was given.
+      link: The compressor's own state and the owners' residual, an
+        :class:`efopt.exchanges.LinkState`.
+      last_rate: The last learning rate that was not zero, zero before the first step.
+        shape=(), float32. ``()`` if no learning rate was given.
     """
 
     count: jax.typing.ArrayLike
     residual: Any
-    memory: Any
-    server: Any
-    learning_rate: Any
+    link: Any
+    last_rate: Any
 
 
+class ContractiveErrorFeedbackState(NamedTuple):
+    """State of error feedback with a ``memory``: all but ``residual`` as without.
+
+    Attributes:
+      count: As of :class:`ErrorFeedbackState`.
+      residual: What this worker still owes: the payload of each leaf, arrays with the
+        block axis first. A :class:`efopt.PerWorker` if there is an axis.
+      link: As there.
+      last_rate: As there.
+    """
+
+    count: jax.typing.ArrayLike
+    residual: Any
+    link: Any
+    last_rate: Any
+
+
+@keyword_only
 def error_feedback(
     compressor: Compressor,
-    axis_name: str | None = None,
-    exchange: str | None = None,
+    *,
+    axis_name: AxisName | None = None,
+    exchange: Exchange | str | None = None,
     learning_rate: optax.ScalarOrSchedule | None = None,
     residual_dtype: jax.typing.DTypeLike | None = None,
+    memory: Compressor | None = None,
+    damping: float | None = None,
+    form: str | None = None,
+    start: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages updates over workers, compressed, and owes what compression lost.
 
@@ -59,21 +80,29 @@ def error_feedback(
     units of parameters, and parameters minus the mean residual follow SGD exactly. In
     the usual Optax order, ``chain(error_feedback(C), sgd(lr))``, the residual is in
     units of gradients; the two agree for a constant rate and a positively homogeneous
-    ``C``, such as all of efopt's but :func:`efopt.sign`. Under a schedule pass the same
-    schedule as
-    ``learning_rate``: the factor above then keeps parameters minus rate times residual
-    on SGD's path. At a rate of zero nothing is sent or owed: updates are zero and the
-    residual is held.
+    ``C``: scaled signs, top-k, random coordinates, PowerSGD, sketches, but neither
+    ``sign``, ``threshold``, ``natural`` nor what rounds to a grid. Under a schedule
+    pass the same schedule as ``learning_rate``: the factor above then keeps parameters
+    minus rate times residual on SGD's path. At a rate of zero nothing is sent or owed:
+    updates are zero and the residual is held.
 
     *What stands around it.* State in front of it must be each worker's own, for example
-    ``per_worker(optax.trace(0.9), axis_name)`` for local momentum. Momentum behind a
-    coarse compressor such as :func:`efopt.scaled_sign` amplifies the residual's delayed
-    bursts and does not train at ordinary rates: put it in front. Do not wrap the
-    exchange in ``optax.MultiSteps`` (use :func:`efopt.accumulate`),
+    ``per_worker(optax.trace(0.9), axis_name=...)`` for local momentum. Momentum behind
+    a coarse compressor such as :func:`efopt.scaled_sign` amplifies the residual's
+    delayed bursts and does not train at ordinary rates: put it in front. Do not wrap
+    the exchange in ``optax.MultiSteps`` (use :func:`efopt.accumulate`),
     ``optax.apply_if_finite`` or other conditional wrappers, whose branch may differ
-    between workers, nor in
-    ``optax.masked``, which leaves the other leaves un-averaged: use ``optax.partition``
-    with ``compress(identity(), axis_name)`` for them.
+    between workers, nor in ``optax.masked``, which leaves the other leaves un-averaged:
+    use ``optax.partition`` with ``compress(identity(), axis_name=...)`` for them.
+
+    *The residual* is kept exact, or compressed by ``memory``: see
+    :func:`efopt.contractive_error_feedback`, which is the same transformation by the
+    name of its paper.
+
+    *Warm-up.* For ``start`` steps updates are averaged uncompressed and nothing is
+    owed: while a network finds its scale, gradients are large and change quickly, and
+    what is owed of them is soon wrong. The program then holds both exchanges, each in a
+    branch that all workers take together.
 
     *Exchanges*, for ``n`` workers and a payload of ``b`` bytes over all leaves, in
     bytes that leave each worker: ``all_reduce`` (linear compressors) ``2 b (n-1)/n``,
@@ -86,27 +115,35 @@ def error_feedback(
     Cost: ``compressor.payload_bits`` per leaf, worker and step.
     Properties: conservative, as above; converges for any contraction ``delta > 0``; the
     average is bit-identical on all workers; with the identity it is ``pmean``.
-    Placement: ``residual`` and ``server`` per worker, all else replicated. Place the
-    state with :func:`efopt.distribute` or :func:`efopt.stack_workers`.
+    Placement: ``residual`` and the link's ``server`` per worker, all else replicated.
+    Place the state with :func:`efopt.distribute` or :func:`efopt.stack_workers`.
 
     Args:
       compressor: An :class:`efopt.Compressor`.
-      axis_name: The mapped axis to average over; ``None`` for the single-worker
-        algorithm.
-      exchange: ``"all_reduce"``, ``"all_gather"``, ``"two_phase"`` or
-        ``"majority_vote"``; ``None`` for the compressor's own.
+      axis_name: The mapped axis to average over, or a tuple of axes; ``None`` for the
+        single-worker algorithm.
+      exchange: An :class:`efopt.exchanges.Exchange` or its name: ``"all_reduce"``,
+        ``"all_gather"``, ``"two_phase"``, ``"majority_vote"``; ``None``: all-reduce for
+        linear compressors, all-gather for others.
       learning_rate: The rate or schedule that is applied *after* this transformation,
         to keep the residual's units under a schedule. ``None``: never rescale.
       residual_dtype: The dtype that the residual is kept in. ``None``: float32, or the
         leaf's dtype where that is wider. A narrower one loses part of what is owed.
+        With ``memory``, the dtype of what that stores unchanged.
+      memory: What stores the residual compressed, as in
+        :func:`efopt.contractive_error_feedback`; ``None``: nothing does. Never sent.
+      damping: As there.
+      form: As there.
+      start: Steps that are averaged uncompressed first, at least 0. Static.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      TypeError: If ``compressor`` is not one, ``residual_dtype`` or a leaf is not
-        floating-point.
-      ValueError: If the exchange is unknown or cannot carry the compressor; at trace
+      TypeError: If ``compressor`` or ``memory`` is none, ``residual_dtype`` or a leaf
+        is not floating-point, or an option is of another type.
+      ValueError: If the exchange is unknown or cannot carry the compressor, or the
+        memory cannot keep a residual; at trace
         time, if the axis is not bound, updates are already averaged or differ from what
         ``init`` saw, or the state was not placed.
 
@@ -126,65 +163,72 @@ def error_feedback(
       Error-Feedback <https://arxiv.org/abs/1905.10936>`_, 2019 (the learning-rate
       ratio)
     """
-    channel = open_channel("error_feedback", compressor, axis_name, exchange)
-    check_float_dtype("error_feedback", "residual_dtype", residual_dtype)
+    return feedback_through(
+        "error_feedback",
+        compressor,
+        axis_name=axis_name,
+        exchange=exchange,
+        learning_rate=learning_rate,
+        residual_dtype=residual_dtype,
+        memory=memory,
+        damping=damping,
+        form=form,
+        start=start,
+    )
+
+
+def feedback_through(
+    api: str,
+    compressor: Compressor,
+    *,
+    axis_name: Any,
+    exchange: Any,
+    learning_rate: Any,
+    residual_dtype: Any,
+    memory: Any,
+    damping: Any,
+    form: Any,
+    start: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`error_feedback`, under the name by which it was called."""
+    link = open_link(
+        api, compressor, axis_name=axis_name, exchange=exchange, start=start
+    )
+    store = open_residual(api, residual_dtype, memory, damping, form)
+    state_of = ErrorFeedbackState if memory is None else ContractiveErrorFeedbackState
 
     def init_fn(params: Any) -> Any:
-        memory, server = channel.init(params)
-
-        def zeros(p):
-            dtype = residual_dtype or compute_dtype(jnp.result_type(p))
-            return jnp.zeros(jnp.shape(p), dtype)
-
-        return ErrorFeedbackState(
+        return state_of(
             count=jnp.zeros([], jnp.int32),
-            residual=wrap(jax.tree.map(zeros, params), axis_name),
-            memory=memory,
-            server=server,
-            learning_rate=() if learning_rate is None else jnp.zeros([], jnp.float32),
+            residual=link.wrap(store.init(params)),
+            link=link.init(params),
+            last_rate=() if learning_rate is None else jnp.zeros([], jnp.float32),
         )
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         del params, extra_args
-        residual = unwrap(channel.api, state.residual)
-        inbound = channel.receive(updates, state.count, residual)
-        old = jax.tree.leaves(residual)
-        rate, last, ratio = rates(learning_rate, state)
+        owed, turn = link.unwrap(state.residual), link.turn(state.count)
+        updates = store.receive(link, updates, owed)
+        rate, last, ratio = rates(learning_rate, state.count, state.last_rate)
 
-        # p = g + (rate of last step / rate of this step) e, 1905.10936 Algorithm 2
-        full = inbound.join(
-            [_owed(g, e, ratio) for g, e in zip(inbound.arrays, old, strict=True)]
+        # 1901.09847 Algorithm 2, 1905.10936 Algorithm 2: p = g + (rate' / rate) e,
+        p = store.recall(updates, owed, turn, ratio)
+        # u = mean of C(p), e <- p - C(p); 2312.08538: e kept as its memory's payload
+        got = link.average(
+            p,
+            state.link,
+            state.count,
+            like=updates,
+            ratio=ratio,
+            keep=store.keeper(updates, owed, turn, ratio),
         )
-        means, rests, memory, server = channel.average(
-            inbound, full, state.memory, state.server, ratio
-        )
-        new = unpaid(inbound, means, rests)
-        out = applied(inbound, [mean.decode() for mean in means])
-        if residual_dtype is not None:
-            new = [bits.cast(e, residual_dtype) for e in new]
-        new = inbound.part(new, old)
+        out, new = got.mean, (got.lost, got.state)
         if rate is not None:
-            out, (new, memory, server) = hold(
-                rate,
-                out,
-                (new, memory, server),
-                (residual, state.memory, state.server),
-            )
-        return out, ErrorFeedbackState(
-            count=optax.safe_increment(state.count),
-            residual=wrap(new, axis_name),
-            memory=memory,
-            server=server,
-            learning_rate=last,
-        )
+            out, new = hold(rate, out, new, (owed, state.link))
+        count = optax.safe_increment(state.count)
+        residual, link_state = new
+        return out, state_of(count, link.wrap(residual), link_state, last)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _owed(g: jax.Array, e: jax.Array, ratio: Any) -> jax.Array:
-    """A leaf of the updates and what is owed of it, rescaled, in the compute dtype."""
-    wide = compute_dtype(g.dtype)
-    e = e if ratio is None else e * ratio.astype(e.dtype)
-    return g.astype(wide) + e.astype(wide)
+    return optax.GradientTransformationExtraArgs(init_fn, link.dense_first(update_fn))

@@ -1,9 +1,9 @@
-"""A residual that is kept compressed, in the payloads of a codec."""
+"""Contractive error feedback's memory: a residual kept in the payloads of a codec."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efopt.codecs.codec import Codec, Turn, compute_dtype, rows
+from efopt.codecs.blocks import Turn, rows
+from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
-from efopt.codecs.layout import BUCKET_SIZE, Bucket, Layout, plan
+from efopt.codecs.layout import BUCKET_SIZE, Bucket, Layout, lay_out
 from efopt.compressors.identity import Identity
-from efopt.compressors.quantize import Quantize
-from efopt.ground import bits
-from efopt.ground.barriers import fence
+from efopt.exchanges.link import Link
+from efopt.ground import checks, randomness
+from efopt.ground.barriers import once
+from efopt.ground.dtypes import compute_dtype, wide
 
 DAMPING = 0.9  # of a memory that is linear and noisy
 FORMS = ("increment", "rewrite")
@@ -27,8 +29,8 @@ PIECES = 32  # in which a large leaf is written, at most
 
 
 @dataclasses.dataclass(frozen=True)
-class Store:
-    """Reads and writes a residual, leaf by leaf, as payloads.
+class StoredResidual:
+    """A residual in payloads, read and written leaf by leaf.
 
     Attributes:
       api: The transformation it belongs to, for errors.
@@ -44,7 +46,7 @@ class Store:
     form: str | None
     dtype: np.dtype | None
 
-    def layout(self, tree: Any) -> Layout:
+    def _layout(self, tree: Any) -> Layout:
         """How the leaves of ``tree``, arrays or structs, are cut into buckets."""
         codecs, shapes, dtypes = [], [], []
         leaves = jax.tree.leaves(tree)
@@ -56,27 +58,28 @@ class Store:
             codecs.append(codec)
             shapes.append(shape)
             dtypes.append(dtype)
-        return plan(codecs, shapes, dtypes)
+        return lay_out(codecs, shapes, dtypes)
 
     def init(self, params: Any) -> Any:
         """A residual of zero: the structure of ``params``, a payload at every leaf."""
         leaves, treedef = jax.tree.flatten(params)
         if not leaves:  # a placeholder of `optax.tree.map_params`
             return params
-        layout, turn = self.layout(params), Turn(jnp.uint32(0), jnp.uint32(0))
+        layout, turn = self._layout(params), Turn(jnp.uint32(0), jnp.uint32(0))
 
         def zeros(b: Bucket) -> Any:
             x = jax.ShapeDtypeStruct(b.shape, compute_dtype(b.dtype))
             payload = jax.eval_shape(lambda x: b.codec.encode(x, b.blocks(), turn), x)
             return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), payload)
 
-        payloads = layout.part_memory(
+        payloads = layout.part_blocked(
             [zeros(b) for b in layout.buckets], [()] * len(leaves)
         )
         return treedef.unflatten(payloads)
 
-    def check(self, residual: Any, updates: Any) -> None:
-        """Raises unless ``residual`` is what :meth:`init` makes for such updates."""
+    def receive(self, link: Link, updates: Any, residual: Any) -> Any:
+        """Updates on their way in, or an error if ``residual`` is not theirs."""
+        updates = link.receive(updates)
         structs = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), updates
         )
@@ -90,6 +93,7 @@ class Store:
                 "parameters given to `init`: the residual of these updates is stored "
                 f"in arrays of shapes {shapes[0]}, and the state holds {shapes[1]}."
             )
+        return updates
 
     def damping_of(self, layout: Layout, b: Bucket) -> float:
         """What is not recalled of the leaves of a bucket.
@@ -112,28 +116,21 @@ class Store:
         exact = b.codec.delta(layout.shapes[b.leaves[0]]) == 1
         return b.codec.linear and not (exact and self.damping_of(layout, b) == 0)
 
-    def recall(
-        self,
-        layout: Layout,
-        payloads: Sequence[Any],
-        arrays: Sequence[jax.Array],
-        turn: Turn,
-        ratio: Any,
-    ) -> list[jax.Array]:
-        """``arrays`` plus what is recalled of the residual, in the compute dtype.
+    def recall(self, updates: Any, residual: Any, turn: Turn, ratio: Any) -> Any:
+        """``updates`` plus what is recalled of the residual, in the compute dtype.
 
         Args:
-          layout: The layout of this step's updates.
-          payloads: The payload of every leaf.
-          arrays: One array per leaf.
+          updates: A tree of arrays.
+          residual: The payload of every leaf.
           turn: The step and this worker.
           ratio: Factor on the residual, or ``None``.
         """
-        wide = [x.astype(compute_dtype(x.dtype)) for x in arrays]
-        still, xs = _still(turn), []
-        given = layout.join(wide, turn.step)
+        arrays, treedef = jax.tree.flatten(updates)
+        payloads = treedef.flatten_up_to(residual)
+        layout, still, xs = self._layout(updates), _still(turn), []
+        given = _joined_small(layout, arrays)
         for b, x, payload in zip(
-            layout.buckets, given, layout.join_memory(payloads), strict=True
+            layout.buckets, given, layout.join_blocked(payloads), strict=True
         ):
             damping = self.damping_of(layout, b)
             factor = 1 - damping if damping else None
@@ -141,99 +138,84 @@ class Store:
                 factor = ratio.astype(x.dtype) * (1 - damping)
             recalled = b.codec.decode(payload, b.blocks(), still).astype(x.dtype)
             if _is_large(b):
-                x = wide[b.leaves[0]].reshape(-1)
                 recalled = recalled.reshape(-1)[: x.size]
             x = x + (recalled if factor is None else recalled * factor)
             # Once, and not again in everything that reads it.
-            xs.append(fence(x, turn.step)[0] if _is_large(b) else x)
-        return layout.part(xs, turn.step, wide)
+            xs.append(once(x) if _is_large(b) else x)
+        structs = [
+            jax.ShapeDtypeStruct(x.shape, compute_dtype(x.dtype)) for x in arrays
+        ]
+        return treedef.unflatten(layout.part(xs, structs))
 
-    def write(
-        self,
-        layout: Layout,
-        payloads: Sequence[Any],
-        owed: Sequence[jax.Array],
-        turn: Turn,
-        ratio: Any,
-    ) -> list[Any]:
-        """The payloads of a new residual.
+    def keeper(
+        self, updates: Any, residual: Any, turn: Turn, ratio: Any
+    ) -> Callable[[Any], Any]:
+        """What makes of the tree that is lost the payloads of a new residual.
 
         Args:
-          layout: As for :meth:`recall`.
-          payloads: As for :meth:`recall`.
-          owed: What is left of recalled residual and update, one array per leaf.
-          turn: As for :meth:`recall`.
-          ratio: As for :meth:`recall`.
+          updates: As for :meth:`recall`, and so are all others.
+          residual: The payloads of the residual that was recalled.
+          turn: The step and this worker.
+          ratio: Factor on the residual, or ``None``.
         """
-        still, new = _still(turn), []
-        joined = layout.join(owed, turn.step)
-        for b, x, payload in zip(
-            layout.buckets, joined, layout.join_memory(payloads), strict=True
-        ):
-            blocks, wide = b.blocks(), compute_dtype(b.dtype)
-            if not self.adds(layout, b):
+
+        def keep(lost: Any) -> Any:
+            owed, treedef = jax.tree.flatten(lost)
+            payloads = treedef.flatten_up_to(residual)
+            layout, still, new = self._layout(updates), _still(turn), []
+            for b, x, payload in zip(
+                layout.buckets,
+                _joined_small(layout, owed),
+                layout.join_blocked(payloads),
+                strict=True,
+            ):
+                if not self.adds(layout, b):
+                    if _is_large(b):
+                        new.append(_encode_in_pieces(x, b, payload, still))
+                    else:
+                        new.append(b.codec.encode(x, b.blocks(), still))
+                    continue
                 if _is_large(b):
-                    leaf = owed[b.leaves[0]].reshape(-1).astype(wide)
-                    new.append(_encode_in_pieces(leaf, b, payload, still))
-                else:
-                    new.append(b.codec.encode(x.astype(wide), blocks, still))
-                continue
-            kept = 1 - self.damping_of(layout, b)
-            x = x.astype(wide)
-            fresh = b.codec.increment(payload, x, kept, ratio, blocks, still)
-            new.append(fence(fresh, turn.step)[0] if _is_large(b) else fresh)
-        return layout.part_memory(new, payloads)
+                    x = _blocked(x, b)
+                kept = 1 - self.damping_of(layout, b)
+                fresh = b.codec.increment(payload, x, kept, ratio, b.blocks(), still)
+                new.append(once(fresh) if _is_large(b) else fresh)
+            return treedef.unflatten(layout.part_blocked(new, payloads))
+
+        return keep
 
 
-def open_store(api: str, memory: Any, damping: Any, form: Any, dtype: Any) -> Store:
+def stored_residual(
+    api: str, memory: Any, damping: Any, form: Any, dtype: Any
+) -> StoredResidual:
     """Checks the options of a compressed residual."""
     if not isinstance(memory, Compressor):
         raise TypeError(
-            f"`{api}(compressor, memory)` takes an `efopt.Compressor` as memory, such "
-            f"as `efopt.quantize(8)`; got {memory!r}."
+            f"`{api}(memory=...)` takes an `efopt.Compressor`, such as "
+            f"`efopt.quantize(8, stochastic=True)`; got {memory!r}."
         )
-    if damping is not None:
-        if isinstance(damping, bool) or not isinstance(damping, int | float):
-            raise TypeError(
-                f"`{api}(damping=...)` must be None or a Python number, because it "
-                f"chooses the program; got {type(damping).__name__}. With "
-                "`optax.inject_hyperparams` pass `static_args=('damping',)`."
-            )
-        if not 0 <= damping <= 1:
-            raise ValueError(f"`{api}(damping=...)` must be in [0, 1], got {damping}.")
-    if form is not None and form not in FORMS:
-        raise ValueError(
-            f"`{api}(form=...)` must be None or one of "
-            f"{', '.join(map(repr, FORMS))}, got {form!r}."
-        )
+    if damping is not None and checks.static_float(api, "damping", damping) > 1:
+        raise ValueError(f"`{api}(damping=...)` must be in [0, 1], got {damping}.")
+    checks.choice(api, "form", form, (None, *FORMS))
     for member in memory.codec.members():
         reason = _refusal(member, form)
         if reason is not None:
             raise ValueError(f"`{api}(memory={member!r})` cannot work: {reason}.")
     label = f"`{api}(memory={memory!r})`"
     dtype = None if dtype is None else jnp.dtype(dtype)
-    return Store(label, memory.codec, damping, form, dtype)
+    return StoredResidual(label, memory.codec, damping, form, dtype)
 
 
 def _refusal(codec: Codec, form: str | None) -> str | None:
     """Why a codec cannot keep a residual, or ``None``."""
-    if type(codec).encode is Codec.encode or codec.stateful:
+    if not codec.one_message or codec.stateful:
         return (
             "a memory must have one message a step and no state; store the residual "
-            "with `efopt.quantize(8)` or `efopt.count_sketch(fraction=0.2)`"
+            "with `efopt.quantize(8)` or `efopt.compressors.count_sketch(fraction=0.2)`"
         )
-    if codec.one_bit and codec.delta((1,)) is None:
-        return (
-            "it forgets all magnitudes; store the residual with `efopt.quantize(4)` or "
-            "`efopt.scaled_sign(64)`"
-        )
-    values = getattr(codec, "values", codec)
-    if isinstance(values, Quantize) and not values.stochastic and values.bits <= 4:
-        return (
-            f"rounded to the nearest, {values.bits} bits lose the small coordinates of "
-            "a residual at every step, and training stalls or diverges; pass "
-            "`stochastic=True`, or use 8 bits"
-        )
+    reason = codec.keeps_no_residual()
+    if reason is not None:
+        return reason
     if form == "rewrite" and _is_noisy(codec, (1 << 20,)):
         return (
             "written anew at every step, it takes its own noise for something owed, "
@@ -269,6 +251,21 @@ def _is_large(b: Bucket) -> bool:
     return len(b.leaves) == 1 and b.sizes[0] > BUCKET_SIZE
 
 
+def _joined_small(layout: Layout, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """One array a bucket, computed in: small leaves joined, large ones flat."""
+    small = [b for b in layout.buckets if not _is_large(b)]
+    joined = iter(dataclasses.replace(layout, buckets=tuple(small)).join(arrays))
+    return [
+        wide(arrays[b.leaves[0]]).reshape(-1) if _is_large(b) else next(joined)
+        for b in layout.buckets
+    ]
+
+
+def _blocked(x: jax.Array, b: Bucket) -> jax.Array:
+    """A flat leaf as padded blocks."""
+    return jnp.pad(x, (0, math.prod(b.shape) - x.size)).reshape(b.shape)
+
+
 def _encode_in_pieces(x: jax.Array, b: Bucket, payload: Any, turn: Turn) -> Any:
     """The payload of a flat leaf, in the place of an older one.
 
@@ -290,8 +287,7 @@ def _encode_in_pieces(x: jax.Array, b: Bucket, payload: Any, turn: Turn) -> Any:
         part = jnp.pad(part, (0, blocks.size))
         part = lax.dynamic_slice(part, (first * blocks.size - start,), (length,))
         part = part.reshape(number, *blocks.shape)
-        part, _ = fence(part, i.astype(jnp.uint32))  # once, not in all that reads it
-        fresh = b.codec.encode(part, rows(blocks, first, number), turn)
+        fresh = b.codec.encode(once(part), rows(blocks, first, number), turn)
         return jax.tree.map(
             lambda old, new: lax.dynamic_update_slice_in_dim(old, new, first, 0),
             payload,
@@ -306,5 +302,5 @@ def _still(turn: Turn) -> Turn:
 
     Only what is equal at every step can be read again, and added to.
     """
-    private = bits.hash_words(np.uint32(PRIVATE), turn.step, turn.worker)
-    return Turn(jnp.uint32(0), private)
+    private = randomness.hash_words(np.uint32(PRIVATE), turn.step, turn.worker)
+    return Turn(jnp.uint32(0), private, PRIVATE)

@@ -6,17 +6,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.compressors import Compressor
-from efopt.exchanges import exchange
-from efopt.exchanges.link import open_channel
-from efopt.feedback import ErrorFeedbackState
-from efopt.workers import PerWorker
-from efopt.workers.axes import is_bound
+from efopt.codecs.compressor import Compressor
+from efopt.exchanges.link import open_link
+from efopt.feedback.error_feedback import ErrorFeedbackState
+from efopt.ground.checks import keyword_only
+from efopt.workers.axes import Axes
+from efopt.workers.node import PerWorker
 
 
+@keyword_only
 def virtual_params(
     params: optax.Params,
     state: Any,
+    *,
     learning_rate: jax.typing.ArrayLike | None = None,
     compressor: Compressor | None = None,
 ) -> Any:
@@ -76,11 +78,12 @@ def virtual_params(
     if not feedbacks:
         raise ValueError(
             "`virtual_params(params, state)` needs a state that holds an "
-            "`efopt.ErrorFeedbackState`, and finds none: nothing is owed."
+            "`efopt.feedback.ErrorFeedbackState`, and finds none: nothing is owed, or "
+            "the residual is stored compressed."
         )
     for path, feedback in feedbacks:
         _refuse_momentum(path, found, params)
-        rate = feedback.learning_rate if learning_rate is None else learning_rate
+        rate = feedback.last_rate if learning_rate is None else learning_rate
         if isinstance(rate, tuple):
             raise ValueError(
                 "`virtual_params(params, state)` does not know what the residual is "
@@ -118,7 +121,7 @@ def _refuse_momentum(path: Any, found: Any, params: Any) -> None:
                 "`virtual_params(params, state)` cannot know the iterate of SGD with "
                 "momentum behind the feedback, as at "
                 f"{jax.tree_util.keystr(other)}: it depends on all past residuals. Put "
-                "momentum in front, `per_worker(optax.trace(0.9), axis_name)`."
+                "momentum in front, `per_worker(optax.trace(0.9), axis_name=...)`."
             )
 
 
@@ -138,9 +141,9 @@ def _owed(params: Any, feedback: ErrorFeedbackState, compressor: Any) -> Any:
     node = feedback.residual
     if not isinstance(node, PerWorker):
         return node
-    if is_bound(node.axis_name):
-        local = node.local("`virtual_params`")
-        owed = exchange.mean(local, node.axis_name)
+    axes = Axes.of("virtual_params", node.axis_name)
+    if axes.bound():
+        owed = axes.pmean(node.local("`virtual_params`"))
     else:
         owed = jax.tree.map(lambda e: jnp.mean(e, axis=0), node.value)
     # The parameters of this feedback alone: `optax.partition` leaves out the others.
@@ -154,7 +157,7 @@ def _owed(params: Any, feedback: ErrorFeedbackState, compressor: Any) -> Any:
                 f"stacked as the state is, got parameters of shape {p.shape} where a "
                 f"worker's residual has shape {e.shape}."
             )
-    if not feedback.server:
+    if not feedback.link.server:
         return owed
     if compressor is None:
         raise ValueError(
@@ -162,10 +165,11 @@ def _owed(params: Any, feedback: ErrorFeedbackState, compressor: Any) -> Any:
             '`exchange="two_phase"`, to tell which part of the server\'s residual '
             "belongs to which leaf."
         )
-    channel = open_channel("virtual_params", compressor, node.axis_name, "two_phase")
+    link = open_link(
+        "virtual_params", compressor, axis_name=node.axis_name, exchange="two_phase"
+    )
     unstacked = jax.tree.map(_unstacked, owed, own)
-    server = channel.owed_by_owners(unstacked, feedback.server)
-    server = jax.tree.unflatten(jax.tree.structure(owed), server)
+    server = link.owed_by_owners(unstacked, feedback.link.server)
     return jax.tree.map(lambda e, s: e + s.reshape(e.shape), owed, server)
 
 

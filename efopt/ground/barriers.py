@@ -1,4 +1,4 @@
-"""Walls inside a program, for the sake of its speed and of its compile time.
+"""Optimization barriers: walls inside a program, for its speed and compile time.
 
 A compiler fuses what it computes into everything that uses it. For a bucket of many
 leaves that means one program a leaf; for a packed byte, that it is packed again for
@@ -14,33 +14,17 @@ import numpy as np
 from jax import lax
 
 
-def fence(
-    tree: Any, step: jax.Array, offsets: Sequence[int] = ()
-) -> tuple[Any, list[jax.Array]]:
-    """Keeps the arrays of ``tree`` in one piece, each computed once.
+def once(tree: Any) -> Any:
+    """The arrays of ``tree``, each computed once and kept in one piece."""
+    return _walled(tree, ())[0]
 
-    The CPU compiler drops barriers before it fuses, but not a branch; this one is never
-    taken. Because ``offsets`` pass through it, the compiler does not know them either,
-    and slices of one size at different offsets share one program.
 
-    Args:
-      tree: Arrays of numbers.
-      step: The current step, uint32.
-      offsets: Numbers that the compiler must not know.
+def once_with(tree: Any, numbers: Sequence[int]) -> tuple[Any, list[jax.Array]]:
+    """:func:`once`, and numbers that come out unknown to the compiler.
+
+    Slices of one size at different unknown offsets share one program.
     """
-
-    def barrier(tree):
-        return lax.optimization_barrier(tree), [jnp.int32(o) for o in offsets]
-
-    def branch(tree):
-        return lax.cond(
-            step == np.uint32(2**32 - 1),
-            lambda t: (jax.tree.map(jnp.negative, t), [jnp.int32(0) for _ in offsets]),
-            lambda t: (t, [jnp.int32(o) for o in offsets]),
-            tree,
-        )
-
-    return lax.platform_dependent(tree, cpu=branch, default=barrier)
+    return _walled(tree, numbers)
 
 
 def zeros_after(done: jax.Array, like: jax.Array) -> jax.Array:
@@ -52,13 +36,35 @@ def zeros_after(done: jax.Array, like: jax.Array) -> jax.Array:
     workers, whatever ``done`` is on each, and are typed so.
 
     Args:
-      done: An array of numbers that comes out of a loop or a fence.
+      done: An array of numbers that comes out of a loop or a barrier.
       like: An array of the shape and dtype.
     """
-    word = done.reshape(-1)[0]
+    one, zero = jnp.ones((), like.dtype), jnp.zeros((), like.dtype)
+    return jnp.broadcast_to(
+        lax.cond(_never(done), lambda: one, lambda: zero), like.shape
+    )
+
+
+def _walled(tree: Any, numbers: Sequence[int]) -> tuple[Any, list[jax.Array]]:
+    def barrier(tree):
+        return lax.optimization_barrier(tree), [jnp.int32(i) for i in numbers]
+
+    def branch(tree):
+        # The CPU compiler drops barriers before it fuses, but not a branch.
+        return lax.cond(
+            _never(jax.tree.leaves(tree)[0]),
+            lambda t: (jax.tree.map(jnp.negative, t), [jnp.int32(0) for _ in numbers]),
+            lambda t: (t, [jnp.int32(i) for i in numbers]),
+            tree,
+        )
+
+    return lax.platform_dependent(tree, cpu=branch, default=barrier)
+
+
+def _never(x: jax.Array) -> jax.Array:
+    """False, computed from an array of numbers: no compiler looks that far."""
+    word = x.reshape(-1)[0]
     if not jnp.issubdtype(word.dtype, jnp.unsignedinteger):
         word = lax.bitcast_convert_type(word, f"uint{8 * word.dtype.itemsize}")
-    # Thirty-two bits, shifted out one half at a time: no compiler looks that far.
-    never = (word.astype(jnp.uint32) >> np.uint32(16)) >> np.uint32(16) != 0
-    one, zero = jnp.ones((), like.dtype), jnp.zeros((), like.dtype)
-    return jnp.broadcast_to(lax.cond(never, lambda: one, lambda: zero), like.shape)
+    # Thirty-two bits, shifted out one half at a time.
+    return (word.astype(jnp.uint32) >> np.uint32(16)) >> np.uint32(16) != 0

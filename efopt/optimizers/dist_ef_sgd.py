@@ -83,8 +83,8 @@ def dist_ef_sgd(
         parts.local(trace, axis_name),
         error_feedback(
             scaled_sign(block_size=1024) if compressor is None else compressor,
-            axis_name,
-            None if axis_name is None else "two_phase",
+            axis_name=axis_name,
+            exchange=None if axis_name is None else "two_phase",
             learning_rate=learning_rate,
         ),
         optax.scale_by_learning_rate(learning_rate),

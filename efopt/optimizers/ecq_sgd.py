@@ -56,7 +56,9 @@ def ecq_sgd(
     """
     if compressor is None:
         compressor = quantize(4, stochastic=True)
-    feedback = damped_error_feedback(compressor, alpha, beta, axis_name)
+    feedback = damped_error_feedback(
+        compressor, alpha=alpha, beta=beta, axis_name=axis_name
+    )
     if not compressor.unbiased:
         raise ValueError(
             f"`ecq_sgd(compressor={compressor!r})` needs an unbiased quantiser, such "

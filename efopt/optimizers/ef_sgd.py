@@ -92,7 +92,9 @@ def ef_sgd(
     trace = parts.momentum("ef_sgd", momentum, nesterov, accumulator_dtype)
     # The rate stands in front. What follows the feedback adds updates as they are: a
     # rate of minus one, which tells `virtual_params` in what units residuals are.
-    feedback = error_feedback(compressor, axis_name, exchange, learning_rate=-1.0)
+    feedback = error_feedback(
+        compressor, axis_name=axis_name, exchange=exchange, learning_rate=-1.0
+    )
     behind = momentum is not None and momentum_at == "server"
     return optax.chain(
         parts.weight_decay(weight_decay, mask),

@@ -13,7 +13,7 @@ def local(
     inner: optax.GradientTransformation, axis_name: str | None
 ) -> optax.GradientTransformation:
     """``inner`` in front of the exchange: with a state of its own on each worker."""
-    return inner if axis_name is None else per_worker(inner, axis_name)
+    return inner if axis_name is None else per_worker(inner, axis_name=axis_name)
 
 
 def momentum(

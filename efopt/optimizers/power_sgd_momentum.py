@@ -80,7 +80,7 @@ def power_sgd_momentum(
     compressor = power_sgd(rank, min_compression=min_compression, seed=seed)
     parts.check_decay("power_sgd_momentum", "momentum", momentum)
     return optax.chain(
-        error_feedback(compressor, axis_name),
+        error_feedback(compressor, axis_name=axis_name),
         parts.weight_decay(weight_decay, mask),
         _added(optax.trace(momentum, accumulator_dtype=accumulator_dtype)),
         optax.scale_by_learning_rate(learning_rate),

@@ -85,4 +85,4 @@ def signs(
     """The workers' signs as one update."""
     checks.choice(api, "aggregation", aggregation, tuple(AGGREGATIONS))
     exchange = None if axis_name is None else AGGREGATIONS[aggregation]
-    return compress(sign(), axis_name, exchange)
+    return compress(sign(), axis_name=axis_name, exchange=exchange)

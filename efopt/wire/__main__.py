@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import jax
 
-from efopt.codecs.compressor import FLOATS
-from efopt.exchanges.link import EXCHANGES
+from efopt.exchanges.table import EXCHANGES
+from efopt.ground.dtypes import FLOATS
 from efopt.wire.expression import compressor
 from efopt.wire.plan import plan
 from efopt.wire.target import PLATFORMS
@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = plan(
             compressor(given.compressor),
             params,
-            given.workers,
-            given.exchange,
+            num_workers=given.workers,
+            exchange=given.exchange,
             bandwidth=given.bandwidth,
             latency=given.latency,
             compute_seconds=given.compute,

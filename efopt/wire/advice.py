@@ -8,7 +8,7 @@ from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.floating import cast
 from efopt.compressors.power_sgd import power_sgd
 from efopt.compressors.sign import scaled_sign
-from efopt.exchanges.link import EXCHANGES
+from efopt.exchanges.table import EXCHANGES
 from efopt.hlo.links import duration
 from efopt.hlo.tpu import tpu_compiler_options
 from efopt.wire.plan_report import Plan

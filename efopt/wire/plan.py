@@ -11,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from efopt.codecs.codec import Codec
-from efopt.codecs.compressor import Compressor, check_float, make
+from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.partition import partition
-from efopt.exchanges.link import Channel, open_channel
+from efopt.exchanges.exchange import Exchange
+from efopt.exchanges.link import Link as WorkersLink
+from efopt.exchanges.link import open_link
+from efopt.ground.checks import keyword_only
+from efopt.ground.dtypes import check_float
 from efopt.hlo.links import Link
 from efopt.hlo.report import WireReport
 from efopt.wire.advice import advise
@@ -22,12 +26,13 @@ from efopt.wire.target import Target
 from efopt.wire.trace import AXIS
 
 
+@keyword_only
 def plan(
     compressor: Compressor,
     params: Any,
-    num_workers: int,
-    exchange: str | None = None,
     *,
+    num_workers: int,
+    exchange: Exchange | str | None = None,
     bandwidth: float | None = None,
     latency: float = 0.0,
     compute_seconds: float = 0.0,
@@ -85,7 +90,7 @@ def plan(
     _check_numbers(num_workers, bandwidth, latency, compute_seconds, compress_seconds)
     target = Target(num_workers, platform, topology)
     target.check()
-    channel = open_channel("plan", compressor, AXIS, exchange)
+    link = open_link("plan", compressor, axis_name=AXIS, exchange=exchange)
     tree = _structs(params)
     report = target.report(compressor, tree, exchange)
     leaves = jax.tree.leaves(tree)
@@ -93,7 +98,7 @@ def plan(
     result = Plan(
         compressor=repr(compressor),
         num_workers=num_workers,
-        leaves=_leaves(channel, tree, report, target),
+        leaves=_leaves(link, tree, report, target),
         report=report,
         dense_float32=target.dense(tree, "float32"),
         dense_bfloat16=target.dense(tree, "bfloat16"),
@@ -139,12 +144,12 @@ def _structs(params: Any) -> Any:
 
 
 def _leaves(
-    channel: Channel, tree: Any, report: WireReport, target: Target
+    link: WorkersLink, tree: Any, report: WireReport, target: Target
 ) -> tuple[LeafPlan, ...]:
     """Each leaf's share of what travels by the same exchange as it does."""
     named = jax.tree_util.tree_flatten_with_path(tree)[0]
-    codecs = channel.codec.assign(tree)
-    routes = [channel.route(codec).name for codec in codecs]
+    codecs = link.codec.assign(tree)
+    routes = [way.name for way in link.routes(tree)]
     bits = [
         _payload_bits(codec, x.shape, x.dtype)
         for codec, (_, x) in zip(codecs, named, strict=True)

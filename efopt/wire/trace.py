@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
 
 from efopt.codecs.compressor import Compressor
-from efopt.exchanges.link import open_channel
+from efopt.exchanges.link import open_link
 from efopt.hlo import links
 from efopt.hlo.report import Collective
 
@@ -42,14 +42,10 @@ def exchanged(
       exchange: The exchange; ``None`` for the compressor's own.
       sums: The dtype in which a platform sums another, by their names.
     """
-    channel = open_channel("plan", compressor, AXIS, exchange)
+    link = open_link("plan", compressor, axis_name=AXIS, exchange=exchange)
 
     def step(tree):
-        memory, server = channel.init(tree)
-        inbound = channel.receive(tree, jnp.int32(0))
-        xs = inbound.join(inbound.arrays)
-        means = channel.average(inbound, xs, memory, server)[0]
-        return [mean.decode() for mean in means]
+        return link.average(link.receive(tree), link.init(tree), jnp.int32(0)).mean
 
     return traced(step, tree, num_workers, sums or {})
 

@@ -1,10 +1,10 @@
 """Which state differs from worker to worker, and where it lives."""
 
+from efopt.workers.accumulate import AccumulateState as AccumulateState
+from efopt.workers.accumulate import accumulate as accumulate
 from efopt.workers.axes import local_params as local_params
 from efopt.workers.node import PerWorker as PerWorker
+from efopt.workers.per_worker import per_worker as per_worker
 from efopt.workers.placement import distribute as distribute
 from efopt.workers.placement import partition_specs as partition_specs
 from efopt.workers.placement import stack_workers as stack_workers
-from efopt.workers.transforms import AccumulateState as AccumulateState
-from efopt.workers.transforms import accumulate as accumulate
-from efopt.workers.transforms import per_worker as per_worker

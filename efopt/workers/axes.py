@@ -1,69 +1,134 @@
-"""What is known of the mapped axis at trace time: is it bound, are its types on?
+"""The mapped axes of the workers: the one caller of collectives, by one name or many.
 
 Under ``shard_map`` with its default checks an array's type says over which axes its
 value varies. Under ``pmap``, ``vmap`` and without the checks, types say nothing. All
 questions about that are asked here and nowhere else.
 """
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-
-def check_axis_name(api: str, axis_name: Any) -> None:
-    """Raises unless ``axis_name`` is ``None`` or a string."""
-    if axis_name is not None and not isinstance(axis_name, str):
-        raise TypeError(
-            f"`{api}(axis_name=...)` must be None or the name of one mapped axis, got "
-            f"{axis_name!r}."
-        )
+AxisName = str | tuple[str, ...]
 
 
-def is_bound(axis_name: str) -> bool:
-    """Whether the trace is inside a function mapped over ``axis_name``."""
-    try:
-        lax.axis_index(axis_name)
-    except NameError:
-        return False
-    return True
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The axes along which workers are laid out, the slowest first.
 
+    Several axes are one: workers are numbered as in the flattened mesh, row by row.
 
-def need_axis_name(api: str, axis_name: Any) -> None:
-    """Raises unless ``axis_name`` is a string."""
-    if not isinstance(axis_name, str):
-        raise TypeError(
-            f"`{api}(axis_name=...)` must be the name of a mapped axis, got "
-            f"{axis_name!r}."
-        )
+    Attributes:
+      names: Their names, at least one.
+    """
 
+    names: tuple[str, ...]
 
-def require_bound(api: str, axis_name: str, cure: str = "") -> None:
-    """Raises unless the axis is bound."""
-    if not is_bound(axis_name):
-        raise ValueError(
-            f"{api} works over the mapped axis {axis_name!r}, and none of that name is "
-            "bound here. Call it inside `jax.shard_map`, `jax.pmap` or "
-            f"`jax.vmap(..., axis_name={axis_name!r})`{cure}."
-        )
-
-
-def require_local(api: str, axis_name: str, updates: Any) -> None:
-    """Raises if types say that updates are already equal on all workers."""
-    if not is_typed(axis_name):
-        return
-    for path, x in jax.tree_util.tree_flatten_with_path(updates)[0]:
-        if axis_name not in varying(x):
-            raise ValueError(
-                f"{api} got updates that are already equal on all workers along "
-                f"{axis_name!r}, at {jax.tree_util.keystr(path) or 'the root'}: there "
-                "is nothing left to compress. Inside `jax.shard_map`, `jax.grad` sums "
-                "over workers when parameters are replicated; differentiate with "
-                f"respect to `efopt.local_params(params, {axis_name!r})`. To gather "
-                "several mini-batches, use `efopt.accumulate` in place of "
-                "`optax.MultiSteps`."
+    @classmethod
+    def of(cls, api: str, axis_name: Any) -> "Axes":
+        """The axes of an ``axis_name=``: a string, or a tuple of them, or an error."""
+        names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError(
+                f"`{api}(axis_name=...)` must be the name of a mapped axis, or a tuple "
+                f"of such names, got {axis_name!r}."
             )
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"`{api}(axis_name=...)` names an axis twice, got {axis_name!r}."
+            )
+        return cls(names)
+
+    @classmethod
+    def maybe(cls, api: str, axis_name: Any) -> "Axes | None":
+        """The same, or ``None`` for ``None``: a single worker."""
+        return None if axis_name is None else cls.of(api, axis_name)
+
+    @property
+    def key(self) -> AxisName:
+        """The name itself if there is one, else the tuple; for a ``PartitionSpec``."""
+        return self.names[0] if len(self.names) == 1 else self.names
+
+    # ------------------------------------------------------------ what is known of them
+
+    def bound(self) -> bool:
+        """Whether the trace is inside functions mapped over all of them."""
+        return all(map(_is_bound, self.names))
+
+    def typed(self) -> bool:
+        """Whether types tell which arrays vary over them."""
+        return all(_is_typed(name) for name in self.names)
+
+    def size(self) -> int:
+        """The number of workers."""
+        return math.prod(lax.axis_size(name) for name in self.names)
+
+    def index(self) -> jax.Array:
+        """The number of this worker: int32, shape=()."""
+        index = lax.axis_index(self.names[0])
+        for name in self.names[1:]:
+            index = index * lax.axis_size(name) + lax.axis_index(name)
+        return index
+
+    def require_bound(self, api: str, cure: str = "") -> None:
+        """Raises unless the trace is inside functions mapped over all of them."""
+        for name in self.names:
+            if not _is_bound(name):
+                raise ValueError(
+                    f"{api} works over the mapped axis {name!r}, and none of that name "
+                    "is bound here. Call it inside `jax.shard_map`, `jax.pmap` or "
+                    f"`jax.vmap(..., axis_name={name!r})`{cure}."
+                )
+
+    def require_local(self, api: str, updates: Any) -> None:
+        """Raises if types say that updates are already equal on all workers."""
+        typed = [name for name in self.names if _is_typed(name)]
+        for path, x in jax.tree_util.tree_flatten_with_path(updates)[0]:
+            for name in typed:
+                if name in varying(x):
+                    continue
+                raise ValueError(
+                    f"{api} got updates that are already equal on all workers along "
+                    f"{name!r}, at {jax.tree_util.keystr(path) or 'the root'}: there "
+                    "is nothing left to compress. Inside `jax.shard_map`, `jax.grad` "
+                    "sums over workers when parameters are replicated; differentiate "
+                    f"with respect to `efopt.local_params(params, {self.key!r})`. To "
+                    "gather several mini-batches, use `efopt.accumulate` in place of "
+                    "`optax.MultiSteps`."
+                )
+
+    # -------------------------------------------------------------------- what they do
+
+    def vary(self, tree: Any) -> Any:
+        """Casts every leaf to varying over them, where types are on."""
+        return vary(tree, *self.names)
+
+    def pmean(self, tree: Any) -> Any:
+        """The mean over workers of every leaf."""
+        return lax.pmean(tree, self.key)
+
+    def all_gather(self, x: jax.Array) -> jax.Array:
+        """Every worker's ``x`` along a new first axis, typed as equal everywhere."""
+        if self.typed():
+            return lax.all_gather(x, self.key, to="invarying")
+        for name in reversed(self.names):
+            x = lax.all_gather(x, name)
+        return x.reshape(-1, *x.shape[len(self.names) :])
+
+    def all_to_all(self, x: jax.Array) -> jax.Array:
+        """Row ``i`` of ``(workers, ...)`` goes to worker ``i``."""
+        if len(self.names) == 1 or self.typed():
+            return lax.all_to_all(x, self.key, 0, 0, tiled=True)
+        # Not every mapping takes several names at once: one axis after the other.
+        sizes = [lax.axis_size(name) for name in self.names]
+        y = x.reshape(*sizes, *x.shape[1:])
+        for i, name in enumerate(self.names):
+            y = lax.all_to_all(y, name, i, i, tiled=True)
+        return y.reshape(x.shape)
 
 
 def varying(x: Any) -> frozenset[str]:
@@ -74,16 +139,11 @@ def varying(x: Any) -> frozenset[str]:
     return frozenset(kind.varying) if kind is not None else frozenset()
 
 
-def is_typed(axis_name: str) -> bool:
-    """Whether the axis is bound and types tell which arrays vary over it."""
-    return is_bound(axis_name) and axis_name in varying(lax.axis_index(axis_name))
-
-
-def vary(tree: Any, *axis_names: str) -> Any:
+def vary(tree: Any, *names: str) -> Any:
     """Casts every leaf to varying over the axes, where types are on."""
 
     def cast(x):
-        missing = tuple(a for a in axis_names if a not in varying(x) and is_typed(a))
+        missing = tuple(a for a in names if a not in varying(x) and _is_typed(a))
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, tree)
@@ -94,7 +154,19 @@ def zeros_like(x: Any) -> jax.Array:
     return vary(jnp.zeros(x.shape, x.dtype), *varying(x))
 
 
-def local_params(params: Any, axis_name: str) -> Any:
+def _is_bound(name: str) -> bool:
+    try:
+        lax.axis_index(name)
+    except NameError:
+        return False
+    return True
+
+
+def _is_typed(name: str) -> bool:
+    return _is_bound(name) and name in varying(lax.axis_index(name))
+
+
+def local_params(params: Any, axis_name: AxisName) -> Any:
     """Marks parameters as this worker's own, so that gradients stay local.
 
     Inside ``shard_map``, ``jax.grad`` with respect to replicated parameters returns the
@@ -104,14 +176,15 @@ def local_params(params: Any, axis_name: str) -> Any:
 
     Args:
       params: Any pytree of arrays.
-      axis_name: The mapped axis over which the workers are laid out.
+      axis_name: The mapped axis over which the workers are laid out, or a tuple of
+        axes.
 
     Returns:
       The same values, typed as varying over ``axis_name``.
 
     Raises:
-      TypeError: If ``axis_name`` is not a string.
-      ValueError: If the axis is not bound.
+      TypeError: If ``axis_name`` is neither a string nor a tuple of strings.
+      ValueError: If an axis is not bound, or named twice.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -120,6 +193,6 @@ def local_params(params: Any, axis_name: str) -> Any:
       ...     jnp.arange(2.0))
       Array([0., 1.], dtype=float32)
     """
-    need_axis_name("local_params", axis_name)
-    require_bound("`local_params`", axis_name)
-    return vary(params, axis_name)
+    axes = Axes.of("local_params", axis_name)
+    axes.require_bound("`local_params`")
+    return axes.vary(params)

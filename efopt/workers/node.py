@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from efopt.workers import axes
+from efopt.workers.axes import Axes, AxisName, varying
 
 
 @jax.tree_util.register_dataclass
@@ -22,14 +22,14 @@ class PerWorker:
 
     Attributes:
       value: Pytree of arrays ``(1 or n, ...)``.
-      axis_name: The mapped axis of the workers. Static.
+      axis_name: The mapped axis of the workers, or a tuple of axes. Static.
       split: ``None``: each worker owns a copy of its own (residuals). An int: the
         workers own consecutive ranges of that many blocks, which stand on the second
         axis; fresh from ``init`` one holds all of them (server residuals). Static.
     """
 
     value: Any
-    axis_name: str = dataclasses.field(metadata={"static": True})
+    axis_name: AxisName = dataclasses.field(metadata={"static": True})
     split: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self):
@@ -42,12 +42,13 @@ class PerWorker:
           api: The caller, for the error.
           extent: The length that a split value must have on this worker.
         """
+        axes = Axes.of(api, self.axis_name)
+        typed = set(axes.names) if axes.typed() else set()
         for path, x in jax.tree_util.tree_flatten_with_path(self.value)[0]:
             placed = x.shape[:1] == (1,)
             if placed and extent is not None:
                 placed = x.shape[1] == extent
-            if placed and axes.is_typed(self.axis_name):
-                placed = self.axis_name in axes.varying(x)
+            placed = placed and typed <= varying(x)
             if not placed:
                 raise ValueError(
                     f"{api} got per-worker state that is not laid out over the "
@@ -61,15 +62,15 @@ class PerWorker:
         return jax.tree.map(lambda x: x[0], self.value)
 
     @classmethod
-    def wrap(cls, value: Any, axis_name: str, split: int | None = None) -> "PerWorker":
+    def wrap(cls, value: Any, axes: Axes, split: int | None = None) -> "PerWorker":
         """The node around one worker's value, given without its worker axis."""
-        value = axes.vary(value, axis_name)
-        return cls(jax.tree.map(lambda x: x[None], value), axis_name, split)
+        value = axes.vary(value)
+        return cls(jax.tree.map(lambda x: x[None], value), axes.key, split)
 
 
-def wrap(value: Any, axis_name: str | None) -> Any:
+def wrap(value: Any, axes: Axes | None) -> Any:
     """Marks what is each worker's own, if there are several workers."""
-    return value if axis_name is None else PerWorker.wrap(value, axis_name)
+    return value if axes is None else PerWorker.wrap(value, axes)
 
 
 def unwrap(api: str, value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Where state lives: laying a pytree out over workers, on a mesh or stacked."""
 
+import math
 from typing import Any
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.sharding import PartitionSpec as P
 
+from efopt.workers.axes import Axes
 from efopt.workers.node import PerWorker, is_node
+from efopt.workers.ranges import range_size
 
 
 def partition_specs(tree: Any, params_specs: Any = None) -> Any:
@@ -93,13 +96,14 @@ def distribute(tree: Any, mesh: jax.sharding.Mesh, params_specs: Any = None) -> 
     """
 
     def spread(node):
-        if node.axis_name not in mesh.shape:
-            raise ValueError(
-                f"`distribute(tree, mesh)` needs a mesh with the axis "
-                f"{node.axis_name!r} of the per-worker state, got axes "
-                f"{tuple(mesh.axis_names)}."
-            )
-        return _spread(node, mesh.shape[node.axis_name])
+        names = Axes.of("distribute", node.axis_name).names
+        for name in names:
+            if name not in mesh.shape:
+                raise ValueError(
+                    f"`distribute(tree, mesh)` needs a mesh with the axis {name!r} of "
+                    f"the per-worker state, got axes {tuple(mesh.axis_names)}."
+                )
+        return _spread(node, math.prod(mesh.shape[name] for name in names))
 
     def lay_out(tree):
         return jax.tree.map(
@@ -123,20 +127,22 @@ def distribute(tree: Any, mesh: jax.sharding.Mesh, params_specs: Any = None) -> 
     return jax.tree.map(place, tree, partition_specs(tree, params_specs))
 
 
-def stack_workers(tree: Any, num_workers: int) -> Any:
+def stack_workers(tree: Any, num_workers: int | tuple[int, ...]) -> Any:
     """Stacks a state for ``pmap`` or ``vmap``: a leading worker axis on every leaf.
 
     Args:
       tree: A state fresh from ``init``, a ``TrainState``, or anything that holds one.
-      num_workers: The number of workers, at least 1.
+      num_workers: The number of workers, at least 1; for several mapped axes a tuple,
+        their lengths in the order of ``axis_name``.
 
     Returns:
-      The same pytree, every leaf with a leading axis of length ``num_workers``. Map
-      over it with ``in_axes=0``; inside, the state looks as under ``shard_map``.
+      The same pytree, every leaf with a leading axis of length ``num_workers``, or one
+      for each of them. Map over it with ``in_axes=0``, the first axis outermost;
+      inside, the state looks as under ``shard_map``.
 
     Raises:
-      TypeError: If ``num_workers`` is not a Python int.
-      ValueError: If it is below 1, or the state is laid out over another number.
+      TypeError: If ``num_workers`` is neither a Python int nor a tuple of such.
+      ValueError: If one is below 1, or the state is laid out over another number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -145,22 +151,29 @@ def stack_workers(tree: Any, num_workers: int) -> Any:
       >>> efopt.stack_workers(tx.init(jnp.zeros(3)), 4).residual.value.shape
       (4, 1, 3)
     """
-    if isinstance(num_workers, bool) or not isinstance(num_workers, int):
-        raise TypeError(
-            "`stack_workers(tree, num_workers)` takes a Python int, got "
-            f"{type(num_workers).__name__}."
-        )
-    if num_workers < 1:
-        raise ValueError(
-            f"`stack_workers(tree, num_workers)` needs at least 1, got {num_workers}."
-        )
+    sizes = num_workers if isinstance(num_workers, tuple) else (num_workers,)
+    for size in sizes or (None,):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(
+                "`stack_workers(tree, num_workers)` takes a Python int, or a tuple of "
+                f"such, got {num_workers!r}."
+            )
+        if size < 1:
+            raise ValueError(
+                "`stack_workers(tree, num_workers)` needs at least 1, got "
+                f"{num_workers!r}."
+            )
+
+    def apart(x):
+        return x.reshape(*sizes, *x.shape[1:])
 
     def stack(x):
         if is_node(x):
-            value = jax.tree.map(lambda v: v[:, None], _spread(x, num_workers).value)
+            value = _spread(x, math.prod(sizes)).value
+            value = jax.tree.map(lambda v: apart(v[:, None]), value)
             return PerWorker(value, x.axis_name, x.split)
         x = _strong(x)
-        return jnp.broadcast_to(x, (num_workers, *x.shape)).copy()
+        return jnp.broadcast_to(x, (*sizes, *x.shape)).copy()
 
     return jax.tree.map(stack, tree, is_leaf=is_node)
 
@@ -172,10 +185,10 @@ def _spread(node: PerWorker, n: int) -> PerWorker:
         x = _strong(x)
         if node.split is not None:
             if x.shape[:2] == (1, node.split):
-                rows = -(-node.split // n)
+                rows = range_size(node.split, n)
                 padding = [(0, rows * n - node.split)] + [(0, 0)] * (x.ndim - 2)
                 return jnp.pad(x[0], padding).reshape(n, rows, *x.shape[2:])
-            if x.shape[:2] == (n, -(-node.split // n)):
+            if x.shape[:2] == (n, range_size(node.split, n)):
                 return x
         elif x.shape[:1] == (1,):
             return jnp.broadcast_to(x, (n, *x.shape[1:])).copy()

@@ -1,4 +1,4 @@
-"""Error feedback that forgets, and pays in part: that of ECQ-SGD."""
+"""Damped error feedback: what is owed is paid in part and forgotten in part."""
 
 from typing import Any, NamedTuple
 
@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.codecs.codec import compute_dtype
 from efopt.codecs.compressor import Compressor
-from efopt.exchanges.link import open_channel
-from efopt.feedback.parts import applied
+from efopt.exchanges.exchange import Exchange
+from efopt.exchanges.link import open_link
 from efopt.ground import checks
-from efopt.workers.node import unwrap, wrap
+from efopt.workers.axes import AxisName
 
 
 class DampedErrorFeedbackState(NamedTuple):
@@ -19,23 +18,27 @@ class DampedErrorFeedbackState(NamedTuple):
 
     Attributes:
       count: Steps taken. shape=(), int32. Equal on all workers.
-      error: The decayed sum of what compression lost of this worker's updates, shaped
-        like the parameters, at least float32. A :class:`efopt.PerWorker` if there is an
-        axis.
-      memory: The compressor's own state for each leaf, ``()`` if it has none. Equal on
-        all workers.
+      residual: The decayed sum of what compression lost of this worker's updates,
+        shaped like the parameters, at least float32. A :class:`efopt.PerWorker` if
+        there is an axis.
+      link: The compressor's own state and the owners' residual, an
+        :class:`efopt.exchanges.LinkState`.
     """
 
     count: jax.typing.ArrayLike
-    error: Any
-    memory: Any
+    residual: Any
+    link: Any
 
 
+@checks.keyword_only
 def damped_error_feedback(
     compressor: Compressor,
+    *,
     alpha: float,
     beta: float,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
+    exchange: Exchange | str | None = None,
+    start: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages updates over workers, compressed, and owes a part of what was lost.
 
@@ -46,20 +49,22 @@ def damped_error_feedback(
 
     The feedback of ECQ-SGD, for unbiased quantisers: they lose nothing in the mean, so
     that what feedback gains is variance, and damping keeps that of the feedback itself
-    small. For biased compressors take :func:`efopt.error_feedback`, to which
-    ``alpha = beta = 1`` is equal.
+    small. For biased compressors take :func:`efopt.error_feedback`, which this is, bit
+    for bit, at ``alpha = beta = 1``.
 
     Shapes: any tree of floating-point leaves -> the same, dtypes kept.
     Cost: ``compressor.payload_bits`` per leaf, worker and step.
     Properties: not conservative unless both factors are 1; the average is bit-identical
     on all workers.
-    Placement: ``error`` per worker, all else replicated.
+    Placement: ``residual`` and the link's ``server`` per worker, all else replicated.
 
     Args:
       compressor: An :class:`efopt.Compressor`.
       alpha: The part of the error that is paid, in [0, 1].
       beta: The part of the error that is remembered, in [0, 1].
-      axis_name: The mapped axis to average over; ``None`` for one worker.
+      axis_name: As for :func:`efopt.error_feedback`.
+      exchange: As there.
+      start: As there.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.
@@ -74,10 +79,11 @@ def damped_error_feedback(
     Examples:
       >>> import jax.numpy as jnp
       >>> import efopt
-      >>> tx = efopt.damped_error_feedback(efopt.top_k(k=1), alpha=0.5, beta=1.0)
+      >>> tx = efopt.feedback.damped_error_feedback(
+      ...     efopt.top_k(k=1), alpha=0.5, beta=1.0)
       >>> grads = jnp.array([1.0, -3.0])
       >>> _, state = tx.update(grads, tx.init(grads))
-      >>> print(state.error)
+      >>> print(state.residual)
       [1. 0.]
       >>> print(tx.update(jnp.zeros(2), state)[0])  # half of what was lost
       [0.5 0. ]
@@ -90,31 +96,27 @@ def damped_error_feedback(
     for name, factor in (("alpha", alpha), ("beta", beta)):
         if checks.static_float(api, name, factor) > 1:
             raise ValueError(f"`{api}({name}=...)` must be in [0, 1], got {factor}.")
-    channel = open_channel(api, compressor, axis_name, None)
+    link = open_link(
+        api, compressor, axis_name=axis_name, exchange=exchange, start=start
+    )
 
     def init_fn(params: Any) -> Any:
-        memory, _ = channel.init(params)
-        zeros = jax.tree.map(
-            lambda p: jnp.zeros(jnp.shape(p), compute_dtype(jnp.result_type(p))), params
-        )
+        residual = link.wrap(link.zeros(params))
         count = jnp.zeros([], jnp.int32)
-        return DampedErrorFeedbackState(count, wrap(zeros, axis_name), memory)
+        return DampedErrorFeedbackState(count, residual, link.init(params))
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         del params, extra_args
-        error = unwrap(channel.api, state.error)
-        inbound = channel.receive(updates, state.count, error)
-        given, old = inbound.join(inbound.arrays), inbound.join(jax.tree.leaves(error))
-        full = [g + alpha * h for g, h in zip(given, old, strict=True)]
-        means, rests, memory, _ = channel.average(inbound, full, state.memory, ())
-        averages = [mean.decode() for mean in means]
-        # beta h + g - q, of which g + alpha h - q is what is left
-        new = [rest + (beta - alpha) * h for rest, h in zip(rests, old, strict=True)]
-        new = inbound.part(new, jax.tree.leaves(error))
+        h = link.unwrap(state.residual)
+        updates = link.receive(updates, h)
+        # 1806.08054 eq. (6): q = Q(g + alpha h),
+        p = jax.tree.map(lambda g, h: g.astype(h.dtype) + alpha * h, updates, h)
+        got = link.average(p, state.link, state.count, like=updates)
+        # and eq. (5): h <- beta h + g - q, of which g + alpha h - q is what is lost
+        h = jax.tree.map(lambda lost, h: lost + (beta - alpha) * h, got.lost, h)
         count = optax.safe_increment(state.count)
-        state = DampedErrorFeedbackState(count, wrap(new, axis_name), memory)
-        return applied(inbound, averages), state
+        return got.mean, DampedErrorFeedbackState(count, link.wrap(h), got.state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, link.dense_first(update_fn))

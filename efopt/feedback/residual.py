@@ -1,0 +1,70 @@
+"""Two kinds of memory for what a worker owes: exact, and stored compressed."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from efopt.codecs.blocks import Turn
+from efopt.exchanges.link import Link
+from efopt.feedback.stored import StoredResidual, stored_residual
+from efopt.ground import bits
+from efopt.ground.dtypes import check_float_dtype, compute_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactResidual:
+    """A tree like the parameters, in at least float32 unless ``dtype`` says less."""
+
+    dtype: Any
+
+    def init(self, params: Any) -> Any:
+        """A residual of zero."""
+
+        def zeros(p):
+            dtype = self.dtype or compute_dtype(jnp.result_type(p))
+            return jnp.zeros(jnp.shape(p), dtype)
+
+        return jax.tree.map(zeros, params)
+
+    def receive(self, link: Link, updates: Any, residual: Any) -> Any:
+        """Updates on their way in, or an error if ``residual`` is not theirs."""
+        return link.receive(updates, residual)
+
+    def recall(self, updates: Any, residual: Any, turn: Turn, ratio: Any) -> Any:
+        """``updates + ratio * residual`` in the compute dtypes."""
+        del turn
+
+        def add(g, e):
+            wide = compute_dtype(g.dtype)
+            e = e if ratio is None else e * ratio.astype(e.dtype)
+            return g.astype(wide) + e.astype(wide)
+
+        return jax.tree.map(add, updates, residual)
+
+    def keeper(
+        self, updates: Any, residual: Any, turn: Turn, ratio: Any
+    ) -> Callable[[Any], Any] | None:
+        """What makes of the tree that is lost the new residual; ``None``: nothing."""
+        del updates, residual, turn, ratio
+        if self.dtype is None:
+            return None
+        return lambda lost: jax.tree.map(lambda e: bits.cast(e, self.dtype), lost)
+
+
+def open_residual(
+    api: str, dtype: Any, memory: Any, damping: Any, form: Any
+) -> ExactResidual | StoredResidual:
+    """Checks the options of a residual, and chooses its memory."""
+    check_float_dtype(api, "residual_dtype", dtype)
+    if memory is not None:
+        return stored_residual(api, memory, damping, form, dtype)
+    for name, value in (("damping", damping), ("form", form)):
+        if value is not None:
+            raise ValueError(
+                f"`{api}({name}={value!r})` needs `memory`: an exact residual is "
+                "recalled whole."
+            )
+    return ExactResidual(dtype)
