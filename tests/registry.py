@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import optax
 import oracle
+from proofs.ef21 import ef21
+from proofs.two_level import two_level
 
 import efopt
 
@@ -40,6 +42,8 @@ class Row:
       published: Whether there is a paper to refer to.
       kind: Whether it stands for a way to take a leaf apart: whole leaves, blocks,
         shared random coordinates, rounds with a memory.
+      one_bit: Whether its payload is a sign a coordinate and nothing else, so that
+        every exchange of signs can carry it.
       scales: The magnitudes of inputs on which it rounds to a neighbour.
       slow: Whether it is one more variant, tested by `pytest -m slow`.
       oracle: `tests/oracle.py`'s word on one leaf in float64, `(x, mask) -> C(x)`;
@@ -60,6 +64,7 @@ class Row:
     says_zero: bool = True
     published: bool = True
     kind: bool = False
+    one_bit: bool = False
     scales: tuple[float, ...] = (1.0, 1e-20, 1e20)
     slow: bool = False
     oracle: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
@@ -200,6 +205,7 @@ COMPRESSORS = (
         {},
         ("all_gather", "two_phase", "majority_vote"),
         says_zero=False,
+        one_bit=True,
         oracle=lambda x, mask: oracle.sign(x),
     ),
     _scaled_sign("scaled_sign", None),
@@ -306,7 +312,7 @@ class Exchange:
 
     Attributes:
       name: The id of its tests.
-      make: What is passed as ``exchange=``.
+      make: Makes what is passed as ``exchange=``.
       carries: The name under which a row of COMPRESSORS lists it.
       operations: The collectives of a step of one message, in order of the alphabet.
       carrier: The type in which they travel.
@@ -314,6 +320,8 @@ class Exchange:
       says: `tests/oracle.py`'s word on a worker's message, for that compressor.
       keeps: Whether there is a second compression, with a residual of its own.
       votes: Whether the average is the sign of the sum of signs.
+      alias: Whether its name alone will do.
+      groups: The number of groups within which workers average first, if they do.
       axis_name: The axes of the workers.
     """
 
@@ -326,13 +334,15 @@ class Exchange:
     says: Callable[[np.ndarray], np.ndarray]
     keeps: bool = False
     votes: bool = False
+    alias: bool = True
+    groups: int | None = None
     axis_name: Any = AXIS
 
 
 EXCHANGES = (
     Exchange(
         "all_reduce",
-        lambda: "all_reduce",
+        efopt.exchanges.all_reduce,
         "all_reduce",
         ("all-reduce",),
         "f32",
@@ -341,7 +351,7 @@ EXCHANGES = (
     ),
     Exchange(
         "all_gather",
-        lambda: "all_gather",
+        efopt.exchanges.all_gather,
         "all_gather",
         ("all-gather",),
         "u32",
@@ -350,7 +360,7 @@ EXCHANGES = (
     ),
     Exchange(
         "two_phase",
-        lambda: "two_phase",
+        efopt.exchanges.two_phase,
         "two_phase",
         ("all-gather", "all-to-all"),
         "u32",
@@ -360,13 +370,25 @@ EXCHANGES = (
     ),
     Exchange(
         "majority_vote",
-        lambda: "majority_vote",
+        efopt.exchanges.majority_vote,
         "majority_vote",
         ("all-gather", "all-to-all"),
         "u32",
         efopt.sign(),
         oracle.sign,
         votes=True,
+    ),
+    Exchange(
+        "two_level",
+        lambda: two_level("fast"),
+        "all_gather",
+        ("all-gather", "all-reduce"),
+        "u32",
+        efopt.top_k(k=3),
+        lambda x: oracle.top_k(x, k=3),
+        alias=False,
+        groups=2,
+        axis_name=("slow", "fast"),
     ),
 )
 
@@ -512,6 +534,7 @@ SCHEMES = (
         owes=True,
         exact=False,
     ),
+    Scheme("ef21", ef21, lambda axis: {"compressor": TOP}, own=True),
     Scheme(
         "diana",
         efopt.convex.diana,

@@ -51,7 +51,7 @@ each_row = each(COMPRESSORS)
 # One row for each factory, for what does not depend on the options.
 each_factory = each({r.factory: r for r in COMPRESSORS if not r.slow}.values())
 # One for each way to take a leaf apart, for what depends on that alone.
-each_kind = each([r for r in COMPRESSORS if r.name in KINDS])
+each_kind = each([r for r in COMPRESSORS if r.kind])
 each_random_row = each([r for r in COMPRESSORS if r.random])
 each_message_row = each([r for r in COMPRESSORS if r.one_message])
 each_rounding_row = each([r for r in COMPRESSORS if r.neighbours is not None])
@@ -98,8 +98,8 @@ def both(row, seed=0):
 
 def at_step(step, compressor=None, grads=None):
     """The state of a compressor at a step, of one without memory by default."""
-    memory = () if compressor is None else compressor.init(grads).memory
-    return efopt.compressors.CompressorState(jnp.asarray(step, jnp.int32), memory)
+    memory = () if compressor is None else compressor.init(grads).codec
+    return efopt.compressors.RoundTripState(jnp.asarray(step, jnp.int32), memory)
 
 
 # ------------------------------------------------------------- shapes and zeros
@@ -198,8 +198,8 @@ def test_map_params_maps_the_bare_state(row):
         transform_non_params=lambda x: "other",
     )
     assert marked.count == "other"
-    memory = jax.tree.leaves(marked.memory)
-    assert memory == ["params"] * len(jax.tree.leaves(compressor.init(params).memory))
+    memory = jax.tree.leaves(marked.codec)
+    assert memory == ["params"] * len(jax.tree.leaves(compressor.init(params).codec))
     assert bool(memory) == compressor.codec.stateful
 
 
@@ -389,7 +389,7 @@ def test_exchanges_carry_it_or_refuse_with_the_reason(row):
     compressor = row.make()
     for scheme in (efopt.error_feedback, efopt.compress):
         scheme(compressor, axis_name="data")
-        for exchange in EXCHANGES:
+        for exchange in (e.name for e in EXCHANGES if e.alias):
             if exchange in row.exchanges:
                 scheme(compressor, axis_name="data", exchange=exchange)
             else:
@@ -529,9 +529,7 @@ def test_random_coordinates_are_drawn_anew_for_every_block_and_leaf(factory):
 def test_every_coordinate_is_rounded_to_a_neighbour(row):
     """The grid is the oracle's; rounding to the nearest goes to the nearer end."""
     compressor, rng = row.make(), np.random.default_rng(11)
-    for scale in (1.0, 1e-20, 1e20):
-        if row.name == "cast_float16" and scale != 1:
-            continue
+    for scale in row.scales:
         x = (rng.standard_normal(1035) * scale).astype(np.float32)
         x[::50] = 0
         low, high = row.neighbours(x.astype(np.float64))
@@ -608,8 +606,7 @@ def test_compressors_compare_and_travel_by_their_options(row):
     assert isinstance(compressor, optax.GradientTransformation)
     assert isinstance(compressor, efopt.Compressor)
     assert not callable(compressor)  # `inject_hyperparams` would call it a schedule
-    names: dict = {}
-    exec("from efopt import *", names)
+    names = dict(vars(efopt.compressors))
     for other in (
         twin,
         pickle.loads(pickle.dumps(compressor)),

@@ -10,10 +10,10 @@ import pytest
 from workers_under_test import AXIS, slow
 
 import efopt
-from efopt.codecs.codec import Blocks, Turn
+from efopt.codecs.blocks import Blocks, Turn
 from efopt.compressors.power_sgd import orthonormalise
 from efopt.compressors.quantize import private_bits
-from efopt.ground import bits
+from efopt.ground import randomness
 
 
 def workers(tx, params, n):
@@ -107,7 +107,7 @@ def test_power_sgd_follows_numpy_for_twenty_steps_on_four_workers():
     tx = efopt.error_feedback(efopt.power_sgd(2, min_compression=1), axis_name=AXIS)
     update, state = workers(tx, params, 4)
     flat = {"m": (16, 12), "n": (16, 12), "k": (9, 16)}
-    q = {k: np.asarray(state.memory[k][0, 0], np.float64) for k in flat}
+    q = {k: np.asarray(state.link.codec[k][0, 0], np.float64) for k in flat}
     owed = {k: np.zeros((4, *s)) for k, s in flat.items()}
     base = {k: rng.standard_normal(s) for k, s in shapes.items()}
     for k, (rows, cols) in flat.items():
@@ -360,7 +360,7 @@ def test_partitions_keep_the_contract_of_each_leaf():
     assert compressor.delta((64,)) == 1 / 16
     grads = {"a": jnp.ones((64, 64)), "b": jnp.arange(64.0)}
     state = compressor.init(grads)
-    assert state.memory["a"].shape == (1, 64, 1) and state.memory["b"] == ()
+    assert state.codec["a"].shape == (1, 64, 1) and state.codec["b"] == ()
     out, _ = compressor.update(grads, state)
     alone = efopt.scaled_sign(16)
     np.testing.assert_array_equal(
@@ -371,7 +371,7 @@ def test_partitions_keep_the_contract_of_each_leaf():
 
 def test_stratified_draws_need_no_loop_and_no_sort():
     text = (
-        jax.jit(lambda key: bits.stratified_sample(key, 100, 10_000))
+        jax.jit(lambda key: randomness.stratified_sample(key, 100, 10_000))
         .lower(jnp.zeros(1, jnp.uint32))
         .as_text()
     )

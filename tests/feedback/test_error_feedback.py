@@ -252,7 +252,7 @@ def _owed(state):
     owed = {
         k: np.asarray(v, np.float64).mean(0) for k, v in state.residual.value.items()
     }
-    groups = [np.asarray(s.value, np.float64) for s in state.server]
+    groups = [np.asarray(s.value, np.float64) for s in state.link.server]
     for k, blocks in _server_parts(groups).items():
         owed[k] = owed[k] + blocks
     return owed
@@ -345,13 +345,13 @@ def test_two_phase_is_its_oracle(mesh):
     for _ in range(6):
         grads = {"w": rng.standard_normal((8, 150)).astype(np.float32)}
         old = [_per_worker(state.residual.value, i) for i in range(8)]
-        server = np.asarray(state.server[0].value, np.float64).reshape(-1)[:150]
+        server = np.asarray(state.link.server[0].value, np.float64).reshape(-1)[:150]
         out, state = update(grads, state)
         average, residuals, new_server = oracle.two_phase_step(
             [_per_worker(grads, i) for i in range(8)], old, [server], compress
         )
         np.testing.assert_allclose(leaves(out)[0], average[0], rtol=0, atol=1e-5)
-        flat = np.asarray(state.server[0].value, np.float64).reshape(-1)
+        flat = np.asarray(state.link.server[0].value, np.float64).reshape(-1)
         np.testing.assert_allclose(flat[:150], new_server[0], rtol=0, atol=1e-5)
         np.testing.assert_array_equal(flat[150:], 0)
         for i in range(8):

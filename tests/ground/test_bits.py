@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from efopt.exchanges import carrier
-from efopt.ground import bits
+from efopt.ground import bits, randomness
 
 SIGMAS = 6
 
@@ -118,7 +118,7 @@ COUNTERS = 2**16
 @pytest.mark.parametrize("keys", [(0,), (1,), (7, 9)], ids=str)
 def test_hash_has_no_collisions_and_even_bits(keys):
     """65536 counters; each bit and each pair of bits even to 6 standard errors."""
-    words = np.asarray(bits.hash_words(*keys, jnp.arange(COUNTERS, dtype=jnp.uint32)))
+    words = np.asarray(randomness.hash_words(*keys, jnp.arange(COUNTERS, dtype=jnp.uint32)))
     assert words.dtype == np.uint32
     assert np.unique(words).size == COUNTERS
     ones = (words[:, None] >> np.arange(32, dtype=np.uint32)) & 1
@@ -137,10 +137,10 @@ def test_hash_spreads_every_bit_of_every_word(word):
     """
     rng = np.random.default_rng(1)
     words = rng.integers(0, 2**32, (2, 4096), dtype=np.uint64).astype(np.uint32)
-    before = np.asarray(bits.hash_words(*words))
+    before = np.asarray(randomness.hash_words(*words))
     flipped = np.repeat(words[:, None], 32, axis=1)
     flipped[word] ^= np.uint32(1) << np.arange(32, dtype=np.uint32)[:, None]
-    changed = np.asarray(bits.hash_words(*flipped)) ^ before
+    changed = np.asarray(randomness.hash_words(*flipped)) ^ before
     ones = (changed[..., None] >> np.arange(32, dtype=np.uint32)) & 1
     assert np.abs(ones.mean(axis=1) - 0.5).max() <= SIGMAS * 0.5 / np.sqrt(4096)
 
@@ -148,11 +148,11 @@ def test_hash_spreads_every_bit_of_every_word(word):
 def test_hash_broadcasts_and_is_the_same_under_jit():
     a, b = (jnp.arange(n, dtype=jnp.uint32) for n in (5, 3))
     a, b = a[:, None], b[None]
-    hashed = bits.hash_words(3, a, b)
+    hashed = randomness.hash_words(3, a, b)
     assert hashed.shape == (5, 3)
-    np.testing.assert_array_equal(hashed, jax.jit(bits.hash_words)(3, a, b))
-    assert int(hashed[4, 2]) == int(bits.hash_words(3, 4, 2))
-    assert int(bits.hash_words(1, 2)) != int(bits.hash_words(2, 1))
+    np.testing.assert_array_equal(hashed, jax.jit(randomness.hash_words)(3, a, b))
+    assert int(hashed[4, 2]) == int(randomness.hash_words(3, 4, 2))
+    assert int(randomness.hash_words(1, 2)) != int(randomness.hash_words(2, 1))
 
 
 # --------------------------------------------------------------------- sampling
@@ -162,8 +162,8 @@ def test_hash_broadcasts_and_is_the_same_under_jit():
     "num, size", [(1, 1), (1, 7), (2, 5), (5, 5), (16, 17), (999, 1000), (65536, 65537)]
 )
 def test_a_sample_has_distinct_indices_in_range(num, size):
-    keys = bits.hash_words(jnp.arange(64, dtype=jnp.uint32))
-    sample = np.asarray(bits.stratified_sample(keys, num, size))
+    keys = randomness.hash_words(jnp.arange(64, dtype=jnp.uint32))
+    sample = np.asarray(randomness.stratified_sample(keys, num, size))
     assert sample.dtype == np.int32 and sample.shape == (64, num)
     assert sample.min() >= 0 and sample.max() < size
     assert all(len(set(row)) == num for row in sample.tolist())
@@ -175,8 +175,8 @@ def test_a_sample_has_every_index_equally_often(num, size):
 
     A count is binomial with p = num / size, and the counts of one sample add up to num.
     """
-    keys = bits.hash_words(jnp.arange(4000, dtype=jnp.uint32))
-    sample = np.asarray(bits.stratified_sample(keys, num, size))
+    keys = randomness.hash_words(jnp.arange(4000, dtype=jnp.uint32))
+    sample = np.asarray(randomness.stratified_sample(keys, num, size))
     counts = np.bincount(sample.ravel(), minlength=size)
     p, freedom = num / size, size - 1
     z = (counts - 4000 * p) / np.sqrt(4000 * p * (1 - p))

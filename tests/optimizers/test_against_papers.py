@@ -191,7 +191,7 @@ def test_power_sgd_momentum_is_its_oracle():
         [[x[t, i] for x in leaves(grads)] for i in range(WORKERS)] for t in range(STEPS)
     ]
     tx = efopt.power_sgd_momentum(schedule, rank=2, weight_decay=DECAY, axis_name=AXIS)
-    qs = [None, np.asarray(tx.init(params)[0].memory["w"][0], np.float64)]
+    qs = [None, np.asarray(tx.init(params)[0].link.codec["w"][0], np.float64)]
     path = oracle.power_sgd_momentum(x0, lists, schedule, qs, 0.9, DECAY)
     follows(simulate(tx, params, grads)[0], path)
 

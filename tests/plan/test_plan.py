@@ -26,8 +26,8 @@ MIXED = efopt.compressors.partition(
 CASES = {
     f"{row.name}-{exchange}-8": (row.make(), exchange, 8)
     for row in COMPRESSORS
-    if row.name in KINDS | {"sign", "quantize_4"}
-    for exchange in (row.exchanges if row.name == "sign" else row.exchanges[-1:])
+    if row.kind or row.one_bit
+    for exchange in (row.exchanges if row.one_bit else row.exchanges[-1:])
 } | {
     "partition-two_phase-4": (MIXED, "two_phase", 4),
     "partition-8": (MIXED, None, 8),

@@ -155,7 +155,7 @@ def test_partition_specs_split_what_is_per_worker_and_nothing_else():
     assert jax.tree.structure(specs) == jax.tree.structure(state)
     trace, ef, adam = specs
     assert set(jax.tree.leaves(trace)) == {P(AXIS)}
-    assert set(jax.tree.leaves((ef.residual, ef.server))) == {P(AXIS)}
+    assert set(jax.tree.leaves((ef.residual, ef.link.server))) == {P(AXIS)}
     assert set(jax.tree.leaves((ef.count, adam))) == {P()}
 
 
