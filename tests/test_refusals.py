@@ -57,29 +57,15 @@ def own(grads):
 RANGE = "must lie in (0, 1]"
 STATIC = "must be a Python int, because it fixes an array shape"
 OPTIONS = {
-    "warm-up-of-no-steps": (
-        lambda: efopt.feedback.warm_up(feedback(efopt.sign()), 0),
+    "start-negative": (
+        lambda: feedback(efopt.sign(), start=-3),
         ValueError,
-        ["`warm_up(steps=...)`", "must be at least 1", "got 0"],
+        ["`error_feedback(start=...)`", "must be at least 0", "got -3"],
     ),
-    "warm-up-negative": (
-        lambda: efopt.feedback.warm_up(feedback(efopt.sign()), -3),
-        ValueError,
-        ["`warm_up(steps=...)`", "must be at least 1", "got -3"],
-    ),
-    "warm-up-of-a-chain": (
-        lambda: efopt.feedback.warm_up(optax.chain(feedback(efopt.sign())), 1).init(
-            PARAMS
-        ),
+    "start-float": (
+        lambda: efopt.compress(efopt.sign(), start=1.5),
         TypeError,
-        ["`warm_up(scheme)`", "`efopt.error_feedback`", "no chain"],
-    ),
-    "warm-up-over-another-axis": (
-        lambda: efopt.feedback.warm_up(over_workers(), 1, axis_name="model").init(
-            PARAMS
-        ),
-        ValueError,
-        ["`warm_up(axis_name='model')`", "'data'"],
+        ["`compress(start=...)`", "Python int", "got float"],
     ),
     "memory-no-compressor": (
         lambda: conef(optax.trace(0.9)),
@@ -150,9 +136,13 @@ OPTIONS = {
         ["Python number", "static_args=('damping',)"],
     ),
     "memory-dtype": (
-        lambda: conef(memory_dtype="int8"),
+        lambda: conef(residual_dtype="int8"),
         TypeError,
-        ["`contractive_error_feedback(memory_dtype=...)`", "floating-point", "'int8'"],
+        [
+            "`contractive_error_feedback(residual_dtype=...)`",
+            "floating-point",
+            "'int8'",
+        ],
     ),
     "sketch-without-a-bucket": (
         lambda: efopt.compressors.count_sketch(width=0),

@@ -55,7 +55,7 @@ def make_step(tx):
 def mapped(how, tx, params, n=8):
     """The jitted step, its first state, and how to place one step's gradients."""
     step = make_step(tx)
-    whole = (params, tx.init(params))
+    whole = (params, jax.tree.map(np.asarray, jax.jit(tx.init)(params)))
     if how in ("pmap", "vmap"):
         state = efopt.stack_workers(whole, n)
         if how == "pmap":

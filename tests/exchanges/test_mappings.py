@@ -24,8 +24,8 @@ CASES = {
 }
 
 
-def zeros(n=None, dtype=jnp.float32):
-    return {k: jnp.zeros(s, dtype) for k, s in SHAPES.items()}
+def zeros():
+    return {k: np.zeros(s, np.float32) for k, s in SHAPES.items()}
 
 
 def gradients(steps, n=8, seed=0):
@@ -87,7 +87,7 @@ def test_workers_stay_bit_identical_and_nothing_recompiles(name):
     fn, state, place = mapped("auto", chain(name), zeros())
     types = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
     structure = jax.tree.structure(state)
-    for g in gradients(100, seed=1):
+    for g in gradients(20, seed=1):
         state = fn(state, place(g))
         jax.block_until_ready(state)
     assert fn._cache_size() == 1
@@ -128,16 +128,16 @@ def test_zero_gradients_leave_everything_untouched(name):
 def test_padding_never_takes_a_share(exchange):
     """A leaf of 5 in a block of 16: its scale is the mean over 5, on the owner too."""
     tx = efopt.compress(efopt.scaled_sign(16), axis_name=AXIS, exchange=exchange)
-    fn, state, place = mapped("auto", tx, {"w": jnp.zeros(5)})
+    fn, state, place = mapped("auto", tx, {"w": np.zeros(5, np.float32)})
     state = fn(state, place({"w": np.full((8, 5), 2.0, np.float32)}))
     np.testing.assert_allclose(state[0]["w"], 2.0, rtol=1e-6)
 
 
 def test_a_mixed_tree_keeps_its_dtypes_in_one_exchange():
     params = {
-        "f": jnp.ones((4, 4)),
-        "b": jnp.ones(33, jnp.bfloat16),
-        "h": jnp.ones(5, jnp.float16),
+        "f": np.ones((4, 4), np.float32),
+        "b": np.ones(33, jnp.bfloat16),
+        "h": np.ones(5, np.float16),
     }
     tx = efopt.error_feedback(
         efopt.scaled_sign(16), axis_name=AXIS, exchange="two_phase"
@@ -145,7 +145,7 @@ def test_a_mixed_tree_keeps_its_dtypes_in_one_exchange():
     rng = np.random.default_rng(3)
     grads = [
         jax.tree.map(
-            lambda p: jnp.asarray(rng.standard_normal((8, *p.shape)), p.dtype), params
+            lambda p: rng.standard_normal((8, *p.shape)).astype(p.dtype), params
         )
     ]
     history, state = run("auto", tx, params, grads)

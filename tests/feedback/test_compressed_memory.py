@@ -41,14 +41,14 @@ def scheme(memory, **options):
 
 def tree(rng, lead=(), shapes=None):
     return {
-        k: jnp.asarray(rng.standard_normal((*lead, *s)), jnp.float32)
+        k: rng.standard_normal((*lead, *s)).astype(np.float32)
         for k, s in (shapes or SHAPES).items()
     }
 
 
 def steps(tx, grads):
     """Updates of every step, and the last state."""
-    state, update, out = tx.init(grads[0]), jax.jit(tx.update), []
+    state, update, out = jax.jit(tx.init)(grads[0]), jax.jit(tx.update), []
     for g in grads:
         updates, state = update(g, state)
         out.append(updates)
@@ -88,11 +88,11 @@ def test_a_linear_memory_holds_the_sum_of_what_was_not_paid(name, damping):
     To 1e-4 of the largest number that went through: a burst comes and goes.
     """
     memory, rng = MEMORIES[name], np.random.default_rng(0)
-    grads = [jnp.asarray(g, jnp.float32) for g in rng.standard_normal((100, 19, 21))]
+    grads = list(rng.standard_normal((100, 19, 21)).astype(np.float32))
     tx = scheme(memory, damping=damping, form="increment")
     out, state = steps(tx, grads)
     unpaid = np.sum(np.float64(grads), axis=0) - np.sum(np.float64(out), axis=0)
-    expected = memory.compress(jnp.asarray(unpaid, jnp.float32))
+    expected = jax.jit(memory.compress)(unpaid.astype(np.float32))
     for got, want in zip(
         jax.tree.leaves(state.residual), jax.tree.leaves(expected), strict=True
     ):
@@ -104,13 +104,13 @@ def test_a_sketch_is_rescaled_when_the_rate_changes():
     """In units of parameters: rate_T S_T = encode(sum of rate_t (g - q))."""
     rng = np.random.default_rng(1)
     rate = lambda t: 0.1 / (1.0 + 0.5 * t)  # noqa: E731
-    grads = [jnp.asarray(rng.standard_normal((19, 21)), jnp.float32) for _ in range(9)]
+    grads = list(rng.standard_normal((9, 19, 21)).astype(np.float32))
     out, state = steps(scheme(SKETCH, learning_rate=rate), grads)
     unpaid = sum(
         rate(t) * (np.float64(g) - q)
         for t, (g, q) in enumerate(zip(grads, out, strict=True))
     )
-    want = SKETCH.compress(jnp.asarray(unpaid / rate(8), jnp.float32))["sums"]
+    want = jax.jit(SKETCH.compress)((unpaid / rate(8)).astype(np.float32))["sums"]
     got = state.residual["sums"]
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
 
@@ -246,16 +246,14 @@ def test_a_faithful_memory_ends_like_error_feedback(memory, worst):
 
 
 def test_four_bits_to_the_nearest_are_refused_for_a_reason():
-    """The same, made behind the factory's back, ends far from error feedback."""
+    """What is owed of small coordinates beside a large one is forgotten, every time."""
     nearest = efopt.quantize(4, stochastic=False)
-    kept = store.Store("", nearest.codec, None, None, None)
-    x = jnp.ones((40, 25))
-    turn = store.Turn(jnp.uint32(0), jnp.uint32(0))
-    plan = kept.layout(x)
-    small = jnp.full((40, 25), 0.05).at[0, 0].set(1.0)
-    written = kept.write(plan, [kept.init(x)], [small], turn, None)
-    (read,) = kept.recall(plan, written, [jnp.zeros_like(x)], turn, None)
-    assert (read.reshape(-1)[1:256] == 0).all()  # forgotten, at every step
+    owed = np.full((40, 25), 0.05, np.float32)
+    owed[0, 0] = 1.0
+    kept, _ = jax.jit(nearest.update)(owed, nearest.init(owed))
+    assert (np.asarray(kept).reshape(-1)[1:256] == 0).all()
+    with pytest.raises(ValueError, match="rounded to the nearest"):
+        scheme(nearest)
 
 
 # --------------------------------------------------------------------------- memory
@@ -264,7 +262,7 @@ def test_four_bits_to_the_nearest_are_refused_for_a_reason():
 MILLIONS = {"w": jax.ShapeDtypeStruct((2500, 4000), jnp.float32)}
 SIZES = {  # live bytes of the residual and temporary bytes, over those of parameters
     "sketch": (SKETCH, {}, 0.21, 0.35),
-    "float16": (SKETCH, {"memory_dtype": "float16"}, 0.11, 0.25),
+    "float16": (SKETCH, {"residual_dtype": "float16"}, 0.11, 0.25),
     "int8": (efopt.quantize(8, stochastic=True), {}, 0.27, 0.35),
     "int4": (efopt.quantize(4), {}, 0.15, 0.35),
 }
@@ -276,7 +274,7 @@ def test_ten_million_parameters_in_a_fraction_of_the_memory(name):
     tx = efopt.contractive_error_feedback(BLOCK, memory=memory, **options)
     whole = 4 * 10_000_000
     state = jax.eval_shape(tx.init, MILLIONS)
-    live = sum(x.nbytes for x in jax.tree.leaves(tx.init(MILLIONS).residual))
+    live = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.residual))
     assert live <= most_live * whole
 
     def step(params, state, x, y):
@@ -316,13 +314,13 @@ def test_small_leaves_are_kept_exact():
         "matrix": (16, 16),
     }
     params = {k: jax.ShapeDtypeStruct(s, jnp.bfloat16) for k, s in params.items()}
-    stored = scheme(efopt.quantize(8)).init(params).residual
+    stored = jax.eval_shape(scheme(efopt.quantize(8)).init, params).residual
     for name in ("bias", "tiny"):
         assert stored[name]["values"].dtype == jnp.float32
     for name in ("long", "matrix"):
         assert "step" in stored[name]
     # What would be no smaller is not compressed either.
-    wide = scheme(efopt.top_k(fraction=0.9)).init(params).residual
+    wide = jax.eval_shape(scheme(efopt.top_k(fraction=0.9)).init, params).residual
     assert wide["matrix"]["values"].shape == (1, 16, 16)
 
 
@@ -387,13 +385,14 @@ def test_workers_agree_however_they_are_mapped(name, how, workers):
 def test_the_sum_over_workers_is_conserved():
     rng, workers = np.random.default_rng(7), 4
     tx = scheme(SKETCH, axis_name=AXIS)
-    state = efopt.stack_workers(tx.init(jnp.zeros((19, 21))), workers)
+    state = jax.jit(tx.init)(np.zeros((19, 21), np.float32))
+    state = efopt.stack_workers(jax.tree.map(np.asarray, state), workers)
     update = jax.jit(jax.vmap(tx.update, axis_name=AXIS))
     unpaid = np.zeros((19, 21))
     for _ in range(20):
         g = rng.standard_normal((workers, 19, 21)).astype(np.float32)
-        out, state = update(jnp.asarray(g), state)
+        out, state = update(g, state)
         unpaid += g.mean(axis=0, dtype=np.float64) - out[0]
-    want = SKETCH.compress(jnp.asarray(unpaid, jnp.float32))["sums"]
+    want = jax.jit(SKETCH.compress)(unpaid.astype(np.float32))["sums"]
     got = state.residual.value["sums"].mean(axis=(0, 1))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())

@@ -118,7 +118,9 @@ COUNTERS = 2**16
 @pytest.mark.parametrize("keys", [(0,), (1,), (7, 9)], ids=str)
 def test_hash_has_no_collisions_and_even_bits(keys):
     """65536 counters; each bit and each pair of bits even to 6 standard errors."""
-    words = np.asarray(randomness.hash_words(*keys, jnp.arange(COUNTERS, dtype=jnp.uint32)))
+    words = np.asarray(
+        randomness.hash_words(*keys, jnp.arange(COUNTERS, dtype=jnp.uint32))
+    )
     assert words.dtype == np.uint32
     assert np.unique(words).size == COUNTERS
     ones = (words[:, None] >> np.arange(32, dtype=np.uint32)) & 1

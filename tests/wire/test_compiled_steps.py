@@ -33,9 +33,9 @@ SHAPES = [(64, 64), (64, 64), (100, 33), (4096,), (37,), (5,), (), (0,), (3, 3, 
 def report(compressor, exchange, shapes=SHAPES, n=8, dtypes=None):
     mesh = make_mesh("auto", n)
     dtypes = dtypes or [jnp.float32] * len(shapes)
-    params = [jnp.zeros(s, d) for s, d in zip(shapes, dtypes, strict=True)]
+    params = list(map(jax.ShapeDtypeStruct, shapes, dtypes))
     tx = efopt.error_feedback(compressor, axis_name=AXIS, exchange=exchange)
-    state = efopt.distribute(tx.init(params), mesh)
+    state = efopt.distribute(jax.eval_shape(tx.init, params), mesh)
     specs = efopt.partition_specs(state)
     sharding = jax.NamedSharding(mesh, P(AXIS))
     grads = [
@@ -144,9 +144,11 @@ def test_the_program_does_not_grow_with_leaves_as_a_decode_per_leaf_would():
 
     def loops(leaves):
         mesh = make_mesh("auto")
-        params = [jnp.zeros((8, 8 + i % 5)) for i in range(leaves)]
+        params = [
+            jax.ShapeDtypeStruct((8, 8 + i % 5), "float32") for i in range(leaves)
+        ]
         tx = efopt.error_feedback(efopt.scaled_sign(64), axis_name=AXIS)
-        state = efopt.distribute(tx.init(params), mesh)
+        state = efopt.distribute(jax.eval_shape(tx.init, params), mesh)
         specs = efopt.partition_specs(state)
         fn = jax.shard_map(
             lambda g, s: tx.update([x[0] for x in g], s),
@@ -154,7 +156,7 @@ def test_the_program_does_not_grow_with_leaves_as_a_decode_per_leaf_would():
             in_specs=(P(AXIS), specs),
             out_specs=(P(), specs),
         )
-        grads = [jnp.zeros((8, *p.shape)) for p in params]
+        grads = [jax.ShapeDtypeStruct((8, *p.shape), p.dtype) for p in params]
         text = jax.jit(fn).lower(grads, state).as_text()
         return text.count("stablehlo.while"), text.count("stablehlo.shift_right")
 
