@@ -550,16 +550,17 @@ def test_injected_option_needs_static_args(factory, name, value):
     made(**{name: value}).init(PARAMS)
 
 
-@pytest.mark.parametrize("name", ["k", "block_size", "every"])
-def test_traced_option_is_refused_under_jit(name):
-    factory = {"k": efopt.top_k, "block_size": efopt.scaled_sign, "every": None}[name]
-    if factory is None:
-        factory = lambda every: efopt.accumulate(
-            over_workers(), every=every, axis_name=AXIS
-        )  # noqa: E731
+UNDER_JIT = {
+    "k": efopt.top_k,
+    "block_size": efopt.scaled_sign,
+    "every": TRACED["every"][0],
+}
 
+
+@pytest.mark.parametrize("name", UNDER_JIT)
+def test_traced_option_is_refused_under_jit(name):
     def make(value):
-        factory(**{name: value})
+        UNDER_JIT[name](**{name: value})
         return value
 
     refused(TypeError, [f"({name}=...)`", "static_args"], jax.jit(make), 3)

@@ -264,26 +264,22 @@ def placed(row, how="auto", **changes):
 
 
 def on_mesh(row, tx, mesh, carry, local=here, specs=None):
+    """The step under ``shard_map``, with its default checks.
+
+    Of ``(params, state)`` where updates come out equal on all workers. Else what it
+    passes on is each worker's own, parameters would be as well, and it returns the
+    state alone.
+    """
     specs = efopt.partition_specs(carry) if specs is None else specs
     step = step_of(row, tx, local)
-    out = (specs, P() if row.averages else P(AXIS))
 
     def mine(carry, optimum):
         carry, updates = step(carry, jax.tree.map(lambda x: x[0], optimum))
-        if not row.averages:  # what it passes on is this worker's own
-            return (carry, PARAMS)[1], carry[1], updates
-        return carry, updates
+        if row.averages:
+            return carry, updates
+        return carry[1], jax.tree.map(lambda u: u[None], updates)
 
-    if not row.averages:
-        # Parameters after a step of one's own would be one's own as well.
-        def own_step(carry, optimum):
-            _, state, updates = mine(carry, optimum)
-            return state, jax.tree.map(lambda u: u[None], updates)
-
-        out = (specs[1], P(AXIS))
-        return jax.shard_map(
-            own_step, mesh=mesh, in_specs=(specs, P(AXIS)), out_specs=out
-        )
+    out = (specs, P()) if row.averages else (specs[1], P(AXIS))
     return jax.shard_map(mine, mesh=mesh, in_specs=(specs, P(AXIS)), out_specs=out)
 
 
@@ -358,14 +354,16 @@ def history(row, how):
         got, updates = fn(carry, jax.device_put(turned(t), sharding))
         if row.averages:
             carry = got
-            shards = lambda u: np.stack([np.asarray(s.data) for s in u])  # noqa: E731
-            updates = jax.tree.map(
-                lambda u: shards(u.addressable_shards[:WORKERS]), updates
-            )
+            updates = jax.tree.map(each_copy, updates)
         else:
             carry = efopt.distribute(PARAMS, mesh), got
         out.append(jax.tree.map(np.asarray, updates))
     return out, jax.tree.map(np.asarray, carry[1])
+
+
+def each_copy(x):
+    """What every worker's device holds of a replicated array."""
+    return np.stack([np.asarray(s.data) for s in x.addressable_shards[:WORKERS]])
 
 
 def turned(t):

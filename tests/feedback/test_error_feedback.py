@@ -1,5 +1,6 @@
 """Error feedback against the papers: Algorithm 1, virtual iterates, conservation."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,9 +118,7 @@ def test_a_rate_of_zero_holds_the_residual():
     )
     got = drive(tx, params, grads)
     for t in (1, 2, 4):
-        for a, b in zip(
-            jax.tree.leaves(got[t]), jax.tree.leaves(got[t - 1]), strict=False
-        ):
+        for a, b in zip(*map(jax.tree.leaves, (got[t], got[t - 1])), strict=True):
             if a.dtype == jnp.int32:  # the counters go on
                 continue
             np.testing.assert_array_equal(a, b)
@@ -409,11 +408,9 @@ def test_identity_with_feedback_is_pmean_bit_for_bit(mesh):
         grads = tree(rng, lead=(8,))
         grads["h"] = jnp.asarray(rng.standard_normal((8, 9)), jnp.bfloat16)
         out, state = update(grads, state)
-        for a, b in zip(
-            jax.tree.leaves(out), jax.tree.leaves(pmean(grads)), strict=False
-        ):
-            assert a.dtype == b.dtype
-            np.testing.assert_array_equal(a, b)
+        expected = pmean(grads)
+        chex.assert_trees_all_equal_dtypes(out, expected)
+        chex.assert_trees_all_equal(out, expected)
         for e in jax.tree.leaves(state.residual):
             np.testing.assert_array_equal(e, 0)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
-from test_wire import DATA, LOOP, TPU_PADDED, UNKNOWN, X, place, sharded
+from test_read_and_measure import DATA, LOOP, TPU_PADDED, UNKNOWN, X, place, sharded
 
 import efopt
 from efopt import wire
