@@ -21,6 +21,12 @@ FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes"
 HOWS = ("auto", "explicit", "two_d", "pmap", "vmap")
 
 
+def once(tx, updates, state=None):
+    """One update under jit, from the first state unless another is given."""
+    state = tx.init(updates) if state is None else state
+    return jax.jit(tx.update, compiler_options=FAST)(updates, state)
+
+
 def slow(*values, when=True, **kwargs):
     """A case that `pytest -m slow` runs."""
     return pytest.param(*values, marks=[pytest.mark.slow] if when else [], **kwargs)
