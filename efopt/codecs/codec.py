@@ -115,7 +115,10 @@ class Codec:
         )
 
     def keeps_no_residual(self) -> str | None:
-        """Why payloads cannot store what is owed, in words, or ``None``."""
+        """Why a residual cannot be stored in its payloads, or ``None`` if it can.
+
+        A reason in words, and the cure, for an error that names the codec before it.
+        """
         return None
 
     def block_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:

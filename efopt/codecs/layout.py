@@ -8,7 +8,7 @@ ever made.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ class Bucket:
       num_blocks: Blocks of each.
       block: The shape of one block.
       dtype: The leaves' dtype.
+      kind: What else they have in common.
       start: The number of the first block in the whole tree.
     """
 
@@ -45,6 +46,7 @@ class Bucket:
     num_blocks: tuple[int, ...]
     block: tuple[int, ...]
     dtype: np.dtype
+    kind: Hashable
     start: int
 
     @property
@@ -60,16 +62,15 @@ class Bucket:
         """What codecs may know of the blocks."""
         index = np.arange(self.shape[0], dtype=np.uint32) + np.uint32(self.start)
         size = math.prod(self.block)
-        count = np.full(self.shape[0], size, np.int32)
+        count = np.full(self.shape[0], size, np.int64)  # a block may be a whole leaf
         ends = np.cumsum(self.num_blocks)
         for coordinates, n, end in zip(self.sizes, self.num_blocks, ends, strict=True):
             count[end - 1] = coordinates - (n - 1) * size
         if (count == size).all():
             return Blocks(jnp.asarray(index), None, None, self.block, self.dtype)
         weight = jnp.asarray(1 / count, compute_dtype(self.dtype))
-        return Blocks(
-            jnp.asarray(index), jnp.asarray(count), weight, self.block, self.dtype
-        )
+        count = jnp.asarray(count.astype(np.int32))
+        return Blocks(jnp.asarray(index), count, weight, self.block, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +100,7 @@ class Layout:
         pairs = zip(xs, self.buckets, strict=True)
         return [x.astype(compute_dtype(b.dtype)) for x, b in pairs]
 
-    def part(
-        self, xs: Sequence[jax.Array], like: Sequence[jax.Array]
-    ) -> list[jax.Array]:
+    def part(self, xs: Sequence[jax.Array], like: Sequence[Any]) -> list[jax.Array]:
         """Inverse of :meth:`join`; empty leaves take their dtype from ``like``."""
         arrays = [jnp.zeros(a.shape, a.dtype) if a.size == 0 else a for a in like]
         shared = []
@@ -153,20 +152,26 @@ def lay_out(
     codecs: Sequence[Codec],
     shapes: Sequence[tuple[int, ...]],
     dtypes: Sequence[np.dtype],
+    kinds: Sequence[Hashable] | None = None,
 ) -> Layout:
-    """Cuts leaves of these shapes and dtypes into buckets, each with its codec."""
+    """Cuts leaves of these shapes and dtypes into buckets, each with its codec.
+
+    Leaves of different ``kinds`` are never joined.
+    """
+    kinds = [None] * len(shapes) if kinds is None else kinds
     groups: dict[Any, list[tuple[int, int]]] = {}
     for i, (codec, shape, dtype) in enumerate(zip(codecs, shapes, dtypes, strict=True)):
         if math.prod(shape) == 0:
             continue
         n, *block = codec.block_shape(shape)
-        groups.setdefault((codec, tuple(block), dtype), []).append((i, n))
+        groups.setdefault((codec, tuple(block), dtype, kinds[i]), []).append((i, n))
     buckets, start = [], 0
-    for (codec, block, dtype), members in groups.items():
+    for (codec, block, dtype, kind), members in groups.items():
         for run in _runs(members, math.prod(block), codec.exact):
             leaves, counts = zip(*run, strict=True)
             sizes = tuple(math.prod(shapes[i]) for i in leaves)
-            buckets.append(Bucket(codec, leaves, sizes, counts, block, dtype, start))
+            bucket = Bucket(codec, leaves, sizes, counts, block, dtype, kind, start)
+            buckets.append(bucket)
             start += sum(counts)
     return Layout(tuple(shapes), tuple(buckets))
 

@@ -1,4 +1,4 @@
-"""Mixtures: one compressor's values written by another."""
+"""Composition: the values of one compressor, written by another."""
 
 from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.identity import identity

@@ -1,4 +1,4 @@
-"""Sketches: linear maps to fewer numbers, from which every coordinate is estimated."""
+"""Count sketch: sums of random signs, from which every coordinate is estimated."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,7 +11,9 @@ from jax import lax
 from efopt.codecs.blocks import Blocks
 from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
-from efopt.ground import bits, checks, randomness
+from efopt.ground import bits, checks
+from efopt.ground.checks import keyword_only
+from efopt.ground.randomness import hash_words
 from efopt.ground.sums import block_sum
 
 HASHES = ("structured", "random")
@@ -23,11 +25,9 @@ UNROLLED = 16  # lines whose sums are one expression
 class CountSketch(Codec):
     """Sums of coordinates with random signs, ``width`` of them a row.
 
-    Under the structured hash a block stands in lines of ``width`` coordinates, and each
-    line is rotated by a random offset. Two coordinates of one line never meet, two of
-    different lines with probability ``1 / width``, and no sum has more terms than there
-    are lines. A sum finds its terms, so that it is written once, and nothing is
-    scattered. Under the random one each coordinate draws its sum.
+    Under the structured hash two coordinates of one line never meet, two of different
+    lines with probability ``1 / width``, and no sum has more terms than there are
+    lines. A sum finds its terms: it is written once, and nothing is scattered.
     """
 
     width: int | None = None
@@ -41,11 +41,16 @@ class CountSketch(Codec):
     unbiased: ClassVar[bool] = True
 
     def __repr__(self):
-        size = f"fraction={self.fraction}" if self.width is None else f"{self.width}"
+        size = "fraction" if self.width is None else "width"
         return (
-            f"count_sketch({size}, rows={self.rows}, block_size={self.block_size}, "
-            f"hash={self.hash!r}, seed={self.seed})"
+            f"count_sketch({size}={getattr(self, size)}, rows={self.rows}, "
+            f"block_size={self.block_size}, hash={self.hash!r}, seed={self.seed})"
         )
+
+    def block_shape(self, shape):
+        n, size = super().block_shape(shape)
+        checks.numbered(repr(self), shape, size)
+        return (n, size)
 
     def columns(self, size: int) -> int:
         """Sums in a row for a block of ``size`` coordinates."""
@@ -62,7 +67,18 @@ class CountSketch(Codec):
 
     def decode(self, payload, blocks, turn):
         place = jnp.arange(blocks.size, dtype=jnp.uint32)
-        return self._estimate(payload, blocks, turn, place)
+        sums, estimates = payload["sums"], []
+        for row in range(self.rows):
+            key = self._key(turn, row)
+            bucket = self._bucket(key, place, blocks.size)
+            x = sums[:, row].at[:, bucket].get(mode="promise_in_bounds")
+            x = x.astype(blocks.compute_dtype)
+            estimates.append(jnp.where(_signs(key, blocks, place), x, -x))
+        if self.rows == 1:
+            return estimates[0]
+        stacked = jnp.stack(estimates, axis=2)
+        total = block_sum(stacked.reshape(-1, self.rows))
+        return total.reshape(stacked.shape[:2]) * (1 / self.rows)
 
     def increment(self, payload, x, recalled, ratio, blocks, turn):
         """A sum is recalled as often as it has terms."""
@@ -85,28 +101,13 @@ class CountSketch(Codec):
         return {"sums": bits.cast(new, old.dtype)}
 
     def _key(self, turn, row):
-        return randomness.hash_words(np.uint32(self.seed), turn.step, np.uint32(row))
-
-    def _estimate(self, payload, blocks, turn, place):
-        """Coordinates of each block from their sums: ``(n, len(place))``."""
-        sums, estimates = payload["sums"], []
-        for row in range(self.rows):
-            key = self._key(turn, row)
-            bucket = self._bucket(key, place, blocks.size)
-            x = sums[:, row].at[:, bucket].get(mode="promise_in_bounds")
-            x = x.astype(blocks.compute_dtype)
-            estimates.append(jnp.where(_signs(key, blocks, place), x, -x))
-        if self.rows == 1:
-            return estimates[0]
-        stacked = jnp.stack(estimates, axis=2)
-        total = block_sum(stacked.reshape(-1, self.rows))
-        return total.reshape(stacked.shape[:2]) * (1 / self.rows)
+        return hash_words(np.uint32(self.seed), turn.draw, np.uint32(row))
 
     def _bucket(self, key, place, size):
         """The sum to which each place belongs: int32."""
         width = np.uint32(self.columns(size))
         if self.hash == "random":
-            word = randomness.hash_words(key ^ np.uint32(OFFSET), place)
+            word = hash_words(key ^ np.uint32(OFFSET), place)
             return (word % width).astype(jnp.int32)
         lines = self.lines(size)
         if lines > UNROLLED:
@@ -165,16 +166,18 @@ class CountSketch(Codec):
 
 def _signs(key: jax.Array, blocks: Blocks, place: jax.Array) -> jax.Array:
     """Which coordinates keep their sign: bool ``(n, len(place))``."""
-    word = randomness.hash_words(key, blocks.index)
-    return randomness.hash_words(word[:, None], place[None, :]) >= np.uint32(2**31)
+    word = hash_words(key, blocks.index)
+    return hash_words(word[:, None], place[None, :]) >= np.uint32(2**31)
 
 
 def _offset(key: jax.Array, line: jax.typing.ArrayLike, width: np.uint32) -> jax.Array:
     """How far a line is rotated: uint32 in ``[0, width)``."""
-    return randomness.hash_words(key ^ np.uint32(OFFSET), line) % width
+    return hash_words(key ^ np.uint32(OFFSET), line) % width
 
 
+@keyword_only
 def count_sketch(
+    *,
     width: int | None = None,
     fraction: float | None = None,
     rows: int = 1,

@@ -1,4 +1,4 @@
-"""Structure: leaves with different compressors in one exchange."""
+"""Per-leaf choice: leaves with different compressors in one exchange."""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping

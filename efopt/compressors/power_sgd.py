@@ -1,4 +1,4 @@
-"""Low rank: matrices as products of two thin factors."""
+"""PowerSGD, low-rank compression: matrices as products of two thin factors."""
 
 import dataclasses
 import math
@@ -10,11 +10,13 @@ import numpy as np
 from jax import lax
 
 from efopt.codecs import nested
-from efopt.codecs.blocks import Blocks, Turn
 from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.identity import Identity, plain
-from efopt.ground import checks, randomness
+from efopt.ground import checks
+from efopt.ground.checks import keyword_only
+from efopt.ground.dtypes import compute_dtype
+from efopt.ground.randomness import hash_words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,9 +57,10 @@ class PowerSGD(Codec):
 
     def for_shape(self, shape):
         """Dense, if the factors would not be ``min_compression`` times smaller."""
+        if len(shape) < 2 or math.prod(shape) == 0:
+            return Identity()
         _, rows, columns = self.block_shape(shape)
-        pays = (rows + columns) * self.rank * self.min_compression <= rows * columns
-        if len(shape) < 2 or not pays:
+        if (rows + columns) * self.rank * self.min_compression > rows * columns:
             return Identity()
         if self.rank > min(rows, columns):
             raise ValueError(
@@ -80,49 +83,45 @@ class PowerSGD(Codec):
         return (1, *cuts[min(max(cut, 0), last)])
 
     def init(self, shape, dtype):
-        if not self.warm_start or math.prod(shape) == 0:
-            return ()
-        _, _, columns = self.block_shape(shape)
-        blocks = Blocks(jnp.zeros(1, jnp.uint32), None, None, (1, columns), dtype)
-        return self._start(blocks, jnp.uint32(0))
+        n, _, columns = self.block_shape(shape)
+        index = jnp.arange(n, dtype=jnp.uint32)
+        return self._start(index, columns, jnp.uint32(0), compute_dtype(dtype))
 
     def rounds(self, x, blocks, state, turn):
         rows, columns = blocks.shape
-        q = self._start(blocks, turn.step)
+        q = self._start(blocks.index, columns, turn.draw, x.dtype)
         if self.warm_start:
             # A column that has died out, as in a matrix of lower rank, starts anew.
             q = jnp.where(jnp.any(state != 0, axis=1, keepdims=True), state, q)
         # A power of two that the factors are scaled by, so that no sum overflows; the
         # columns of P have length one, and P forgets it.
         scale = 2.0 ** -math.ceil(math.log2(rows * columns))
-        p, _ = yield from self._ask(
-            matmul("bnm,bmr->bnr", x, q * scale), blocks, turn, 0
-        )
-        p = orthonormalise(p)
+        product = matmul("bnm,bmr->bnr", x, q * scale)  # Algorithm 1, line 3
+        p, _ = yield from self._ask(product, blocks, turn, 0)  # line 4
+        p = orthonormalise(p)  # line 5
         # Rows of thin factors, and not columns: six times faster on a CPU.
-        product = matmul("bnr,bnm->brm", p * scale, x).swapaxes(1, 2)
-        mean, own = yield from self._ask(product, blocks, turn, 1)
+        product = matmul("bnr,bnm->brm", p * scale, x).swapaxes(1, 2)  # line 6
+        mean, own = yield from self._ask(product, blocks, turn, 1)  # line 7
         back = p * (1 / scale)
-        average = matmul("bnr,bmr->bnm", back, mean)
+        average = matmul("bnr,bmr->bnm", back, mean)  # line 11
         rest = x - matmul("bnr,bmr->bnm", back, own)
-        average = plain(average, blocks, turn)
-        return average, rest, mean if self.warm_start else ()
+        return plain(average, blocks, turn), rest, mean if self.warm_start else ()
 
-    def _start(self, blocks, step):
+    def _start(self, index, columns, step, dtype):
         """Normal numbers ``(n, columns, rank)``, the same on every worker."""
-        key = randomness.hash_words(np.uint32(self.seed), step, blocks.index)
-        place = jnp.arange(blocks.shape[1] * self.rank, dtype=jnp.uint32)
-        word = randomness.hash_words(key[:, None], place[None, :]) >> np.uint32(8)
+        key = hash_words(np.uint32(self.seed), step, index)
+        place = jnp.arange(columns * self.rank, dtype=jnp.uint32)
+        word = hash_words(key[:, None], place[None, :]) >> np.uint32(8)
         uniform = (2 * word + 1).astype(jnp.int32) - np.int32(2**24)
-        normal = lax.erf_inv(uniform.astype(blocks.compute_dtype) * 2.0**-24)
-        return normal.reshape(-1, blocks.shape[1], self.rank) * math.sqrt(2)
+        normal = lax.erf_inv(uniform.astype(dtype) * 2.0**-24)
+        return normal.reshape(-1, columns, self.rank) * math.sqrt(2)
 
     def _ask(self, factor, blocks, turn, number):
         """Asks for the mean of a factor; returns it, and what this worker has said."""
         dtype = blocks.compute_dtype
         x, inner = nested.split(self.values, factor, blocks, dtype)
         # Two messages of one step differ in their private random numbers.
-        turn = Turn(turn.step, turn.worker + np.uint32(number << 16))
+        turn = turn._replace(worker=turn.worker + np.uint32(number << 16))
         message = self.values.write(x, inner, turn)
         mean = yield message
         shape = factor.shape[1:]
@@ -170,8 +169,10 @@ def orthonormalise(p: jax.Array) -> jax.Array:
     return lax.fori_loop(0, rank, column, p)
 
 
+@keyword_only
 def power_sgd(
     rank: int = 4,
+    *,
     warm_start: bool = True,
     min_compression: float = 2,
     split: int | None = None,

@@ -1,17 +1,17 @@
-"""What several estimators are made of: coins, gradients elsewhere, own state."""
+"""Coins that decide when a reference point moves: hashes, the same for whoever asks."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from efopt.ground import checks, randomness
-from efopt.workers import axes
+from efopt.ground import checks
+from efopt.ground.randomness import hash_words
 
-GradFn = Callable[[Any], Any]  # from parameters to gradients
+# The worker whose coin all workers toss. Compressors hash (seed, step, ...) with steps
+# that never come near this number: with equal seeds coins and compressors draw
+# different numbers.
 NOBODY = np.uint32(2**32 - 1)
 
 
@@ -32,41 +32,4 @@ def coin(probability: float, seed: int, step: Any, worker: Any = NOBODY) -> jax.
     if probability == 1:
         return jnp.ones_like(step, bool)
     threshold = max(1, int(probability * 2**32))
-    return randomness.hash_words(np.uint32(seed), worker, step) < jnp.uint32(threshold)
-
-
-def this_worker(axis_name: str | None) -> Any:
-    """The number of this worker, 0 if there is one only."""
-    return 0 if axis_name is None else lax.axis_index(axis_name)
-
-
-def receive(api: str, axis_name: str | None, updates: Any) -> None:
-    """Raises unless ``updates`` are a worker's own, inside the mapped function."""
-    if axis_name is not None:
-        alone = ", or pass `axis_name=None` for a single worker"
-        axes.require_bound(f"`{api}`", axis_name, alone)
-        axes.require_local(f"`{api}`", axis_name, updates)
-
-
-def functions(api: str, params: Any, extra_args: dict[str, Any]) -> list[GradFn]:
-    """The extra arguments ``grad_fn`` and ``full_grad_fn``, or an error."""
-    names = ("grad_fn", "full_grad_fn")
-    call = ", ".join(f"{name}={name}" for name in names)
-    call = f"`tx.update(grads, state, params, {call})`"
-    if params is None:
-        raise ValueError(f"`{api}` needs the parameters: call {call}.")
-    for name in names:
-        if not callable(extra_args.get(name)):
-            raise ValueError(
-                f"`{api}` needs `{name}`, a function from parameters to this worker's "
-                f"gradient, and got {extra_args.get(name)!r}: call {call}."
-            )
-    return [extra_args[name] for name in names]
-
-
-def gradient(function: GradFn, at: Any, like: Any, axis_name: str | None) -> Any:
-    """This worker's gradient at ``at``, of the dtypes of ``like``."""
-    names = () if axis_name is None else (axis_name,)
-    # Parameters typed as this worker's own: else `jax.grad` sums over the workers.
-    found = axes.vary(function(axes.vary(at, *names)), *names)
-    return jax.tree.map(lambda g, x: g.astype(x.dtype), found, like)
+    return hash_words(np.uint32(seed), worker, step) < jnp.uint32(threshold)

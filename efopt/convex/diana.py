@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.codecs.codec import Codec
-from efopt.codecs.compressor import Compressor
+from efopt.compressors import Compressor
+from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.link import open_link
 from efopt.ground import checks
-from efopt.ground.dtypes import compute_dtype
-from efopt.workers.node import unwrap, wrap
+from efopt.workers.axes import AxisName
 
 
 class DianaState(NamedTuple):
@@ -24,20 +23,22 @@ class DianaState(NamedTuple):
       shift: What this worker has learned of its gradient, shaped like the parameters,
         at least float32. A :class:`efopt.PerWorker` if there is an axis.
       mean: The mean of the workers' shifts. Equal on all workers.
-      memory: The compressor's own state for each leaf, ``()`` if it has none. Equal on
-        all workers.
+      link: The state of the compressor and the exchange.
     """
 
     count: jax.typing.ArrayLike
     shift: Any
     mean: Any
-    memory: Any
+    link: Any
 
 
+@checks.keyword_only
 def diana(
     compressor: Compressor,
+    *,
     alpha: float | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
+    exchange: Exchange | str | None = None,
     force: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Takes from each worker's gradient what distinguishes it from the others'.
@@ -51,8 +52,8 @@ def diana(
     their mean does, and compressing them costs accuracy for ever. The shift ``h_i``
     learns this worker's, from a second compressed message that everybody hears, so that
     what is left for the compressor behind it vanishes too. It stands in front of the
-    feedback in a chain, behind :func:`efopt.lsvrg` if both are wanted. The mean of its
-    updates is the mean of its inputs, always.
+    feedback in a chain, behind :func:`efopt.convex.lsvrg` if both are wanted. The mean
+    of its updates is the mean of its inputs, always.
 
     Shapes: any tree of floating-point leaves -> the same, dtypes kept.
     Cost: ``compressor.payload_bits`` per leaf, worker and step, on top of what the
@@ -62,11 +63,11 @@ def diana(
     Placement: the shift per worker, all else replicated.
 
     Args:
-      compressor: An unbiased :class:`efopt.Compressor`. If it is random, give it
-        another seed than the feedback's.
+      compressor: An unbiased :class:`efopt.Compressor`.
       alpha: How fast shifts are learned. ``None``: ``1 / (1 + omega)``, of each leaf,
         which is also the most that is allowed.
       axis_name: The mapped axis of the workers; ``None`` for one worker.
+      exchange: How messages meet; ``None`` for the compressor's own way.
       force: Whether to allow a larger ``alpha``, for which there is no theory, with a
         warning.
 
@@ -76,15 +77,16 @@ def diana(
     Raises:
       TypeError: If ``compressor`` is not one, ``alpha`` no number, ``force`` no bool,
         or a leaf is not floating-point.
-      ValueError: If the compressor is biased or ``alpha`` not positive; from ``init``,
-        if ``alpha`` is too large for a leaf; at trace time, if the axis is not bound,
-        updates are already averaged or differ from what ``init`` saw, or the state was
-        not placed.
+      ValueError: If the compressor is biased, ``alpha`` not positive or the exchange
+        unknown; from ``init``, if ``alpha`` is too large for a leaf or the exchange
+        keeps a residual of its own (``"two_phase"``); at trace time, if the axis is not
+        bound, updates are already averaged or differ from what ``init`` saw, or the
+        state was not placed.
 
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> import efopt
-      >>> tx = efopt.diana(efopt.identity(), axis_name="data")
+      >>> tx = efopt.convex.diana(efopt.compressors.identity(), axis_name="data")
       >>> step = jax.vmap(tx.update, axis_name="data")
       >>> grads = jnp.array([[1.0, 4.0], [3.0, 0.0]])  # 2 workers
       >>> updates, state = step(grads, efopt.stack_workers(tx.init(grads[0]), 2))
@@ -99,23 +101,39 @@ def diana(
       Gorbunov et al, `Linearly Converging Error Compensated SGD
       <https://arxiv.org/abs/2010.12292>`_, 2020 (EC-SGD-DIANA)
     """
-    channel = open_link("diana", compressor, axis_name, None)
+    link = open_link(
+        "diana", compressor, axis_name=axis_name, exchange=exchange, role="shifts"
+    )
     if not compressor.unbiased:
         raise ValueError(
             f"`diana({compressor!r})` needs an unbiased compressor, such as "
-            "`efopt.random_k(k=1, unbiased=True)` or `efopt.qsgd(levels=1)`: of a "
-            "biased one the shifts learn the bias."
+            "`efopt.random_k(k=1, unbiased=True)` or "
+            "`efopt.compressors.qsgd(levels=1)`: of a biased one the shifts learn the "
+            "bias."
         )
     if alpha is not None and checks.static_float("diana", "alpha", alpha) == 0:
         raise ValueError(
             "`diana(alpha=...)` must be positive: at 0 nothing is learned."
         )
-
     checks.static_bool("diana", "force", force)
 
+    def most(tree: Any) -> list[float]:
+        """The largest ``alpha`` of every leaf, ``1 / (1 + omega)``."""
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(tree)]
+        pairs = zip(link.codecs(tree), shapes, strict=True)
+        return [
+            1 / (1 + (c.omega(s) or 0.0)) if math.prod(s) else 1.0 for c, s in pairs
+        ]
+
     def init_fn(params: Any) -> Any:
-        memory, _ = channel.init(params)
-        bound = min(_bounds(channel.codec, params), default=1.0)
+        if any(route.keeps for route in link.routes(params)):
+            raise ValueError(
+                f"`diana(exchange={exchange!r})` cannot work: a residual stays with "
+                "the owners of ranges, so that what all hear is not the mean of what "
+                'the shifts learn. Take `None` or `"all_gather"`.'
+            )
+        state = link.init(params)
+        bound = min(most(params), default=1.0)
         if alpha is not None and alpha > bound * (1 + 1e-6):
             why = (
                 f"`diana(alpha={alpha})` is above 1 / (1 + omega) = {bound:.6g}, the "
@@ -124,50 +142,35 @@ def diana(
             if not force:
                 raise ValueError(f"{why} To use it nevertheless pass `force=True`.")
             warnings.warn(why, stacklevel=2)
-        zeros = jax.tree.map(
-            lambda p: jnp.zeros(jnp.shape(p), compute_dtype(jnp.result_type(p))), params
-        )
-        return DianaState(
-            jnp.zeros([], jnp.int32), wrap(zeros, axis_name), zeros, memory
-        )
+        zeros = link.zeros(params)
+        return DianaState(jnp.zeros([], jnp.int32), link.wrap(zeros), zeros, state)
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         del params, extra_args
-        shift = unwrap("`diana`", state.shift)
-        inbound = channel.receive(updates, state.count, shift)
+        shift = link.unwrap(state.shift)
+        updates = link.receive(updates, like=shift)
+        alphas = most(updates) if alpha is None else [alpha] * len(link.codecs(updates))
+        alphas = jax.tree.unflatten(jax.tree.structure(updates), alphas)
+
+        # 1901.09269 Algorithm 1: d_i = g_i - h_i, of which Q(d_i) is sent
         new = jax.tree.map(lambda g, h: g.astype(h.dtype) - h, updates, shift)
-        told = inbound.join(jax.tree.leaves(new))
-        means, rests, memory, _ = channel.average(inbound, told, state.memory, ())
-        averages = [mean.decode() for mean in means]
-        sent = [x - rest for x, rest in zip(told, rests, strict=True)]
+        got = link.average(new, state.link, state.count, like=updates, wide=True)
+        sent = optax.tree.sub(new, got.lost)
+        # u_i = g_i - h_i + mean_j h_j: what the feedback behind compresses
         out = jax.tree.map(
             lambda d, m, g: (d + m).astype(g.dtype), new, state.mean, updates
         )
-        rates = _bounds(channel.codec, updates)
-        if alpha is not None:
-            rates = [alpha] * len(rates)
-        rates = inbound.treedef.unflatten(rates)
-        like = jax.tree.leaves(shift)
 
-        def learn(h, q, a):
+        def learn(h, q, a):  # h = h + alpha Q(d), of each worker and of their mean
             return h + a * q
 
         return out, DianaState(
             count=optax.safe_increment(state.count),
-            shift=wrap(
-                jax.tree.map(learn, shift, inbound.part(sent, like), rates), axis_name
-            ),
-            mean=jax.tree.map(learn, state.mean, inbound.part(averages, like), rates),
-            memory=memory,
+            shift=link.wrap(jax.tree.map(learn, shift, sent, alphas)),
+            mean=jax.tree.map(learn, state.mean, got.mean, alphas),
+            link=got.state,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _bounds(codec: Codec, tree: Any) -> list[float]:
-    """The largest ``alpha`` of every leaf, ``1 / (1 + omega)``."""
-    shapes = [jnp.shape(x) for x in jax.tree.leaves(tree)]
-    pairs = zip(codec.assign(tree), shapes, strict=True)
-    return [1 / (1 + (c.omega(s) or 0.0)) if math.prod(s) else 1.0 for c, s in pairs]

@@ -3,47 +3,50 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from efopt.compressors import Compressor
-from efopt.convex import lsvrg
 from efopt.convex.ec_sgd import check_contractive
+from efopt.convex.lsvrg import lsvrg
+from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.link import open_link
 from efopt.feedback import error_feedback
-from efopt.ground.dtypes import compute_dtype
-from efopt.workers.node import unwrap, wrap
+from efopt.ground import checks
+from efopt.workers.axes import AxisName
 
 
 class EcLsvrgShiftedState(NamedTuple):
     """State of :func:`ec_lsvrg_shifted`.
 
     Attributes:
-      estimator: The state of :func:`efopt.lsvrg`.
+      estimator: The state of :func:`efopt.convex.lsvrg`.
       shift: What this worker has told of its gradient at the reference point, shaped
         like the parameters, at least float32. A :class:`efopt.PerWorker` if there is an
         axis.
       mean: The mean of the workers' shifts. Equal on all workers.
-      memory: The shift compressor's own state for each leaf, ``()`` if it has none.
-      rate: The state of the learning rate.
-      feedback: The state of the error feedback: an :class:`efopt.ErrorFeedbackState`.
+      link: The state of the shift compressor.
+      schedule: The state of the learning rate.
+      feedback: The state of the error feedback: an
+        :class:`efopt.feedback.ErrorFeedbackState`.
     """
 
     estimator: Any
     shift: Any
     mean: Any
-    memory: Any
-    rate: Any
+    link: Any
+    schedule: Any
     feedback: Any
 
 
+@checks.keyword_only
 def ec_lsvrg_shifted(
     compressor: Compressor,
     learning_rate: optax.ScalarOrSchedule,
+    *,
     probability: float,
     shift_compressor: Compressor | None = None,
-    axis_name: str | None = None,
-    exchange: str | None = None,
+    axis_name: AxisName | None = None,
+    exchange: Exchange | str | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Error feedback with minibatches and a learned shift, both compressed coarsely.
@@ -55,12 +58,12 @@ def ec_lsvrg_shifted(
       h_i \leftarrow h_i + C_1(\nabla f_i(w) - h_i), \quad
       \bar h = \frac{1}{n} \sum_i h_i
 
-    Published as EC-LSVRG, and unlike :func:`efopt.ec_lsvrg` free of a stall. Compared
-    with :func:`efopt.ec_lsvrg_diana` the shift follows the gradient at the reference
-    point, which stands still most of the time: a biased compressor such as
-    :func:`efopt.top_k` will do for it, at full speed. The workers' mean shift is known
-    to all and does not go through the compressor. It is called as :func:`efopt.lsvrg`
-    is::
+    Published as EC-LSVRG, and unlike :func:`efopt.convex.ec_lsvrg` free of a stall.
+    Compared with :func:`efopt.convex.ec_lsvrg_diana` the shift follows the gradient at
+    the reference point, which stands still most of the time: a biased compressor such
+    as :func:`efopt.top_k` will do for it, at full speed. The workers' mean shift is
+    known to all and does not go through the compressor. It is called as
+    :func:`efopt.convex.lsvrg` is::
 
       tx.update(grads, state, params, grad_fn=grad_fn, full_grad_fn=full_grad_fn)
 
@@ -89,11 +92,12 @@ def ec_lsvrg_shifted(
     Raises:
       TypeError: If a compressor is not one or an option is of another type.
       ValueError: If an option is out of range; from ``init``, if a compressor is not
-        contractive for a leaf; at trace time, as :func:`efopt.lsvrg`.
+        contractive for a leaf; at trace time, as :func:`efopt.convex.lsvrg`.
 
     Examples:
       >>> import efopt
-      >>> tx = efopt.ec_lsvrg_shifted(efopt.top_k(k=1), 0.1, 1 / 50, axis_name="data")
+      >>> tx = efopt.convex.ec_lsvrg_shifted(
+      ...     efopt.top_k(k=1), 0.1, probability=1 / 50, axis_name="data")
 
     References:
       Qian et al, `Error Compensated Loopless SVRG, Quartz, and SDCA for Distributed
@@ -101,9 +105,9 @@ def ec_lsvrg_shifted(
     """
     api = "ec_lsvrg_shifted"
     shifts = compressor if shift_compressor is None else shift_compressor
-    estimator = lsvrg(probability, axis_name, "shared", seed)
-    channel = open_link(api, shifts, axis_name, None)
-    rate = optax.scale_by_learning_rate(learning_rate)
+    estimator = lsvrg(probability, axis_name=axis_name, coin="shared", seed=seed)
+    link = open_link(api, shifts, axis_name=axis_name, role="shifts")
+    minus_gamma = optax.scale_by_learning_rate(learning_rate)
     feedback = error_feedback(
         compressor, axis_name=axis_name, exchange=exchange, learning_rate=-1.0
     )
@@ -111,53 +115,47 @@ def ec_lsvrg_shifted(
     def init_fn(params: Any) -> Any:
         check_contractive(api, compressor, params)
         check_contractive(api, shifts, params)
-        zeros = jax.tree.map(
-            lambda p: jnp.zeros(jnp.shape(p), compute_dtype(jnp.result_type(p))), params
-        )
+        zeros = link.zeros(params)
         return EcLsvrgShiftedState(
             estimator=estimator.init(params),
-            shift=wrap(zeros, axis_name),
+            shift=link.wrap(zeros),
             mean=zeros,
-            memory=channel.init(params)[0],
-            rate=rate.init(params),
+            link=link.init(params),
+            schedule=minus_gamma.init(params),
             feedback=feedback.init(params),
         )
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
-        inner: Any
-        estimate, inner = estimator.update(
+        shift = link.unwrap(state.shift)
+        # 2109.10049, EC-LSVRG: g_i = grad f_ij(x) - grad f_ij(w) + grad f_i(w) - h_i
+        point: Any
+        estimate, point = estimator.update(
             updates, state.estimator, params, **extra_args
         )
-        shift = unwrap(f"`{api}`", state.shift)
-        fresh = jax.tree.map(lambda g, h: g - h.astype(g.dtype), estimate, shift)
+        estimate = jax.tree.map(lambda g, h: g - h.astype(g.dtype), estimate, shift)
+        # -gamma g_i and -gamma mean_i h_i, by the shifts in front of this step
         scaled: Any
-        scaled, rate_state = rate.update((fresh, state.mean), state.rate)
-        steps, drift = scaled
-        average, owed = feedback.update(steps, state.feedback)
+        scaled, schedule = minus_gamma.update((estimate, state.mean), state.schedule)
+        step, drift = scaled
+        # x = x - mean C(p_i) - gamma mean h_i, where p_i = gamma g_i + e_i
+        average, residual = feedback.update(step, state.feedback)
         out = jax.tree.map(lambda q, h: q + h.astype(q.dtype), average, drift)
 
-        # The shifts follow the gradients at the reference point, as of this step.
-        target = unwrap(f"`{api}`", inner.gradient)
-        inbound = channel.receive(target, state.estimator.count, shift)
+        # h_i = h_i + C_1(grad f_i(w) - h_i), and so their mean
+        target = link.receive(link.unwrap(point.gradient), like=shift)
         new = jax.tree.map(lambda f, h: f.astype(h.dtype) - h, target, shift)
-        told = inbound.join(jax.tree.leaves(new))
-        means, rests, memory, _ = channel.average(inbound, told, state.memory, ())
-        averages = [mean.decode() for mean in means]
-        sent = [x - rest for x, rest in zip(told, rests, strict=True)]
-        like = jax.tree.leaves(shift)
-
-        def learn(h, heard):
-            return jax.tree.map(jnp.add, h, inbound.part(heard, like))
-
+        count = state.estimator.count
+        got = link.average(new, state.link, count, like=target, wide=True)
+        sent = optax.tree.sub(new, got.lost)
         return out, EcLsvrgShiftedState(
-            estimator=inner,
-            shift=wrap(learn(shift, sent), axis_name),
-            mean=learn(state.mean, averages),
-            memory=memory,
-            rate=rate_state,
-            feedback=owed,
+            estimator=point,
+            shift=link.wrap(optax.tree.add(shift, sent)),
+            mean=optax.tree.add(state.mean, got.mean),
+            link=got.state,
+            schedule=schedule,
+            feedback=residual,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from efopt.convex import coins
+from efopt.convex import coins, reference
 from efopt.ground import checks
-from efopt.workers import axes
+from efopt.workers.axes import Axes, AxisName
 from efopt.workers.node import unwrap, wrap
 
 
@@ -30,9 +29,11 @@ class LsvrgState(NamedTuple):
     gradient: Any
 
 
+@checks.keyword_only
 def lsvrg(
     probability: float,
-    axis_name: str | None = None,
+    *,
+    axis_name: AxisName | None = None,
     coin: str = "shared",
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -46,7 +47,7 @@ def lsvrg(
     reach the optimum: at a constant rate SGD then converges to the last digit. It
     stands in front of the feedback in a chain and wants two functions at every step::
 
-      tx = optax.chain(efopt.lsvrg(1 / batches, "data"), efopt.ef_sgd(c, lr, ...))
+      tx = optax.chain(lsvrg(1 / batches, axis_name="data"), ef_sgd(c, lr, ...))
       tx.update(grads, state, params, grad_fn=grad_fn, full_grad_fn=full_grad_fn)
 
     where ``grads`` is ``grad_fn(params)``, on the current minibatch, and
@@ -67,8 +68,8 @@ def lsvrg(
       probability: Of the reference point to move, in (0, 1]; usually one over the
         number of minibatches.
       axis_name: The mapped axis of the workers; ``None`` for one worker.
-      coin: ``"shared"``: all workers move at once, so there is one point.
-        ``"per_worker"``: each on its own.
+      coin: ``"shared"``: all workers move at once, so there is one point, and nobody
+        waits for the full gradient of another. ``"per_worker"``: each on its own.
       seed: Of the coins.
 
     Returns:
@@ -86,7 +87,7 @@ def lsvrg(
       >>> data = jnp.array([1.0, 2.0, 6.0])
       >>> full = jax.grad(lambda x: jnp.mean((x - data) ** 2))
       >>> one = jax.grad(lambda x: (x - data[2]) ** 2)
-      >>> tx, x = efopt.lsvrg(0.5), jnp.array(0.0)
+      >>> tx, x = efopt.convex.lsvrg(0.5), jnp.array(0.0)
       >>> update, state = tx.update(
       ...     one(x), tx.init(x), x, grad_fn=one, full_grad_fn=full)
       >>> print(one(x), update)
@@ -101,46 +102,40 @@ def lsvrg(
     probability = coins.probability("lsvrg", probability)
     checks.choice("lsvrg", "coin", coin, ("shared", "per_worker"))
     checks.seed("lsvrg", seed)
-    axes.check_axis_name("lsvrg", axis_name)
+    axes = Axes.maybe("lsvrg", axis_name)
     shared = coin == "shared"
-    point_axis = None if shared else axis_name
-
-    def toss(step):
-        if shared:
-            return coins.coin(probability, seed, step)
-        return coins.coin(probability, seed, step, coins.this_worker(axis_name))
+    point_axes = None if shared else axes
+    anchor = reference.Reference(probability, seed, axis_name, shared)
 
     def init_fn(params: Any) -> Any:
         return LsvrgState(
             count=jnp.zeros([], jnp.int32),
-            reference=wrap(jax.tree.map(jnp.asarray, params), point_axis),
-            gradient=wrap(jax.tree.map(jnp.zeros_like, params), axis_name),
+            reference=wrap(jax.tree.map(jnp.asarray, params), point_axes),
+            gradient=wrap(jax.tree.map(jnp.zeros_like, params), axes),
         )
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
-        grad_fn, full_grad_fn = coins.functions("lsvrg", params, extra_args)
-        coins.receive("lsvrg", axis_name, updates)
+        grad_fn, full_grad_fn = reference.functions("lsvrg", params, extra_args)
+        reference.check_own("lsvrg", axis_name, updates)
         point = unwrap("`lsvrg`", state.reference)
-        gradient = unwrap("`lsvrg`", state.gradient)
 
-        # The coin of this step fell at the end of the last one, and moved the point.
-        gradient = lax.cond(
-            (state.count == 0) | toss(state.count),
-            lambda old: coins.gradient(full_grad_fn, point, old, axis_name),
-            lambda old: old,
-            gradient,
+        # 1901.08689 Algorithm 1: grad f(w), where w was moved at the end of a step.
+        full = anchor.refresh(
+            state.count,
+            lambda known: reference.gradient(full_grad_fn, point, known, axis_name),
+            unwrap("`lsvrg`", state.gradient),
         )
-        there = coins.gradient(grad_fn, point, updates, axis_name)
+        # grad f_j(w), on the minibatch of the updates
+        batch = reference.gradient(grad_fn, point, updates, axis_name)
+        # u = grad f_j(x) - grad f_j(w) + grad f(w)
         updates = jax.tree.map(
-            lambda g, r, f: g - r + f.astype(g.dtype), updates, there, gradient
+            lambda g, r, f: g - r + f.astype(g.dtype), updates, batch, full
         )
+        # w = x with probability p, the x in front of this step
         count = optax.safe_increment(state.count)
-        moves = toss(count)
-        point = jax.tree.map(lambda w, x: jnp.where(moves, x, w), point, params)
-        return updates, LsvrgState(
-            count, wrap(point, point_axis), wrap(gradient, axis_name)
-        )
+        point = anchor.move(count, point, params)
+        return updates, LsvrgState(count, wrap(point, point_axes), wrap(full, axes))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

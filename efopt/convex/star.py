@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.convex import coins
-from efopt.workers import axes
+from efopt.convex import reference
+from efopt.ground import checks
+from efopt.workers.axes import Axes, AxisName
 
 
+@checks.keyword_only
 def star(
-    reference_grads: Any, axis_name: str | None = None
+    reference_grads: Any, *, axis_name: AxisName | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Takes from each worker's gradient its own at the optimum, which must be known.
 
@@ -44,7 +46,8 @@ def star(
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> import efopt
-      >>> tx = efopt.star(jnp.array([[1.0, 4.0], [-1.0, -4.0]]), axis_name="data")
+      >>> at_optimum = jnp.array([[1.0, 4.0], [-1.0, -4.0]])
+      >>> tx = efopt.convex.star(at_optimum, axis_name="data")
       >>> step = jax.vmap(tx.update, axis_name="data")
       >>> state = efopt.stack_workers(tx.init(jnp.zeros(2)), 2)
       >>> print(step(jnp.array([[1.5, 4.0], [0.5, -4.0]]), state)[0])
@@ -55,7 +58,7 @@ def star(
       Gorbunov et al, `Linearly Converging Error Compensated SGD
       <https://arxiv.org/abs/2010.12292>`_, 2020 (EC-GD-star)
     """
-    axes.check_axis_name("star", axis_name)
+    axes = Axes.maybe("star", axis_name)
 
     def init_fn(params: Any) -> Any:
         del params
@@ -65,19 +68,20 @@ def star(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         del params, extra_args
-        if axis_name is None:
+        if axes is None:
             return updates, state  # the worker's own gradient is the mean
-        coins.receive("star", axis_name, updates)
-        worker, n = coins.this_worker(axis_name), jax.lax.axis_size(axis_name)
+        reference.check_own("star", axis_name, updates)
+        worker, n = axes.index(), axes.size()
 
-        def shifted(g, reference):
-            if jnp.shape(reference) != (n, *g.shape):
+        def shifted(g, optimal):
+            if jnp.shape(optimal) != (n, *g.shape):
                 raise ValueError(
                     "`star(reference_grads)` takes one gradient per worker, here of "
-                    f"shape {(n, *g.shape)}, and got {jnp.shape(reference)}."
+                    f"shape {(n, *g.shape)}, and got {jnp.shape(optimal)}."
                 )
-            reference = jnp.asarray(reference)
-            shift = reference[worker] - jnp.mean(reference, axis=0)
+            optimal = jnp.asarray(optimal)
+            # u_i = g_i - grad f_i(x*) + mean_j grad f_j(x*)
+            shift = optimal[worker] - jnp.mean(optimal, axis=0)
             return g - shift.astype(g.dtype)
 
         return jax.tree.map(shifted, updates, reference_grads), state

@@ -23,11 +23,13 @@ from efopt.codecs.states import close_states, init_states, open_states
 from efopt.exchanges import table
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.groups import group_key, server_shapes
+from efopt.exchanges.home import Home, SpecOf
+from efopt.exchanges.pieces import Cut, gather, spare_axes
 from efopt.ground import bits, checks
 from efopt.ground.barriers import zeros_after
 from efopt.ground.dtypes import check_float, compute_dtype, wide_zeros
 from efopt.workers import node
-from efopt.workers.axes import Axes
+from efopt.workers.axes import Axes, varying
 from efopt.workers.node import PerWorker
 from efopt.workers.ranges import range_size
 
@@ -41,10 +43,16 @@ class LinkState(NamedTuple):
       server: What the owners of ranges still owe, under ``exchange="two_phase"``: one
         :class:`efopt.PerWorker` per group of equal blocks, at least float32. Else
         ``()``.
+      home: Where the trees live, a :class:`Home`; static. ``()`` without an axis.
     """
 
     codec: Any
     server: Any
+    home: Any = ()
+
+    def placed(self, mesh: Any, spec_of: SpecOf) -> "LinkState":
+        """The state laid out for a mesh on which parameters have these specs."""
+        return self if self.home == () else self.home.link.placed(self, mesh, spec_of)
 
 
 class Averaged(NamedTuple):
@@ -89,17 +97,53 @@ class Link:
         """The state for a tree of parameters, arrays or structs."""
         states = init_states(self.codec, params, self.api)
         keeps = any(self._route(c).keeps for c in self.codec.members())
-        if self.axes is None or not keeps:
+        if self.axes is None:
             return LinkState(states, ())
+        home = Home.of(self, params)
+        if not keeps:
+            return LinkState(states, (), home)
         if not jax.tree.leaves(params):
             # A placeholder of `optax.tree.map_params`: stand in for params.
-            return LinkState(states, params)
+            return LinkState(states, params, home)
+        return LinkState(states, self._server(self._layout(params)), home)
+
+    def placed(self, state: LinkState, mesh: Any, spec_of: SpecOf) -> LinkState:
+        """The state laid out by shard, where a mesh has axes behind each worker."""
+        home = state.home.on(mesh, spec_of)
+        if state.home.specs is not None:
+            if (home.specs, home.inner) != (state.home.specs, state.home.inner):
+                raise ValueError(
+                    f"{self.api} got a state that is placed for another mesh or other "
+                    "specs of the parameters already; start from `tx.init(params)`."
+                )
+            return state
+        if not home.inner:
+            return state._replace(home=home)
+        shards = home.shards()
+        codecs = self.codec.assign(shards)
+        states = init_states(self.codec, shards, self.api)
+        if states != ():
+            leaves = home.treedef.flatten_up_to(states)
+            states = home.treedef.unflatten(
+                [_by_shard(s, home.axes_of(i)) for i, s in enumerate(leaves)]
+            )
+        cuts = [
+            Cut(home.shard(i), spare if codec.one_message else (), home.extent(spare))
+            for i, codec in enumerate(codecs)
+            for spare in (home.spare(i),)
+        ]
+        layout = lay_out(codecs, [cut.piece for cut in cuts], home.dtypes)
+        return LinkState(states, self._server(layout, home.inner_names), home)
+
+    def _server(self, layout: Layout, shards: tuple[str, ...] = ()) -> Any:
+        """Server residuals of zero."""
+        assert self.axes is not None
         n = self.axes.size() if self.axes.bound() else 1
         server = []
-        for (blocks, *block), dtype in self._server_shapes(self._layout(params)):
+        for (blocks, *block), dtype in self._server_shapes(layout):
             zeros = jnp.zeros((range_size(blocks, n), *block), dtype)
-            server.append(PerWorker.wrap(zeros, self.axes, blocks))
-        return LinkState(states, tuple(server))
+            server.append(PerWorker.wrap(zeros, self.axes, blocks, shards))
+        return tuple(server)
 
     def zeros(self, params: Any) -> Any:
         """A residual of zero, one worker's, in the compute dtypes."""
@@ -114,6 +158,10 @@ class Link:
         return node.unwrap(self.api, value)
 
     # ------------------------------------------------------------------------ routing
+
+    def codecs(self, tree: Any) -> list[Codec]:
+        """The codec of each leaf of a tree of arrays or structs."""
+        return self.codec.assign(tree)
 
     def routes(self, tree: Any) -> list[Exchange]:
         """The exchange that carries each leaf of a tree of arrays or structs."""
@@ -178,8 +226,13 @@ class Link:
         """
         arrays, treedef = jax.tree.flatten(tree)
         given = arrays if like is None else jax.tree.leaves(like)
-        layout = self._layout(tree if like is None else like)
-        states = open_states(layout, treedef, state.codec)
+        codecs = self.codec.assign(tree if like is None else like)
+        cuts = [self._cut(x, codec) for x, codec in zip(arrays, codecs, strict=True)]
+        arrays = [cut.take(x) for cut, x in zip(cuts, arrays, strict=True)]
+        shapes, kinds = [cut.piece for cut in cuts], [varying(x) for x in arrays]
+        layout = lay_out(codecs, shapes, [x.dtype for x in given], kinds)
+        codec_state = jax.tree.map(self.unwrap, state.codec, is_leaf=node.is_node)
+        states = open_states(layout, treedef, codec_state)
         xs, turn = layout.join(arrays), self.turn(count)
         if self.axes is None:
             turns = [turn] * len(xs)
@@ -191,8 +244,11 @@ class Link:
             )
         if not wide:
             rests = [_and_rounding(m, r) for m, r in zip(means, rests, strict=True)]
-        wides = [jax.ShapeDtypeStruct(x.shape, compute_dtype(x.dtype)) for x in given]
-        lost: Any = treedef.unflatten(layout.part(rests, wides))
+        wides = [
+            jax.ShapeDtypeStruct(shape, compute_dtype(x.dtype))
+            for shape, x in zip(shapes, given, strict=True)
+        ]
+        lost: Any = treedef.unflatten(gather(cuts, layout.part(rests, wides)))
         if keep is None:
             decoded = [mean.decode() for mean in means]
         else:
@@ -201,9 +257,14 @@ class Link:
         if not wide:
             pairs = zip(decoded, layout.buckets, strict=True)
             decoded = [bits.cast(x, b.dtype) for x, b in pairs]
-        mean = treedef.unflatten(layout.part(decoded, wides if wide else given))
-        states = close_states(layout, treedef, states, state.codec)
-        return Averaged(mean, lost, LinkState(states, server))
+            wides = [
+                jax.ShapeDtypeStruct(shape, x.dtype)
+                for shape, x in zip(shapes, given, strict=True)
+            ]
+        mean = treedef.unflatten(gather(cuts, layout.part(decoded, wides)))
+        states = close_states(layout, treedef, states, codec_state)
+        states = jax.tree.map(_wrapped_as, state.codec, states, is_leaf=node.is_node)
+        return Averaged(mean, lost, LinkState(states, server, state.home))
 
     def dense_first(self, update: Callable[..., Any]) -> Callable[..., Any]:
         """``update_fn`` of a scheme, with the first updates averaged uncompressed.
@@ -257,6 +318,13 @@ class Link:
 
     # ------------------------------------------------------------------------ inside
 
+    def _cut(self, x: jax.Array, codec: Codec) -> Cut:
+        """How a leaf is cut; one that speaks in rounds is not."""
+        names = ()
+        if self.axes is not None and codec.one_message and x.size:
+            names = spare_axes(x, self.axes)
+        return Cut(x.shape, names, Axes(names).size() if names else 1)
+
     def _layout(self, tree: Any) -> Layout:
         leaves = jax.tree.leaves(tree)
         shapes = [jnp.shape(x) for x in leaves]
@@ -283,8 +351,10 @@ class Link:
         def meet(messages: dict[int, Message]) -> dict[int, Message]:
             nonlocal owed
             means: dict[int, Message] = {}
-            for way in dict.fromkeys(ways):
-                numbers = [i for i in messages if ways[i] == way]
+            kinds = [(way, b.kind) for way, b in zip(ways, layout.buckets, strict=True)]
+            for way, kind in dict.fromkeys(kinds):
+                # Leaves that differ along different axes do not travel together.
+                numbers = [i for i in messages if kinds[i] == (way, kind)]
                 if not numbers:
                     continue
                 asked = [messages[i] for i in numbers]
@@ -300,14 +370,17 @@ class Link:
             for way, x, mean, rest in zip(ways, xs, means, rests, strict=True)
         ]
         pairs = zip(owed, server, strict=True)
-        server = tuple(PerWorker.wrap(x, axes, s.split) for x, s in pairs)
+        server = tuple(PerWorker.wrap(x, axes, s.split, s.shards) for x, s in pairs)
         return means, rests, states, server
 
     def _owed(self, layout, server, ratio):
         """What this worker owes as an owner, one array per group of blocks."""
         assert self.axes is not None
         shapes = [shape for shape, _ in self._server_shapes(layout)]
-        known = [(own.split, *jnp.shape(own.value)[2:]) for own in server]
+        known = [
+            (own.split, *jnp.shape(own.value)[3 if own.shards else 2 :])
+            for own in server
+        ]
         if known != shapes:
             raise ValueError(
                 f"{self.api} keeps a server residual for the blocks that `init` saw, "
@@ -372,6 +445,20 @@ def open_link(
     stream = zlib.crc32(role.encode()) if role else 0
     label = f"`{api}({compressor!r})`"
     return Link(label, compressor.codec, way, axes, start, stream)
+
+
+def _by_shard(state: Any, names: tuple[str, ...]) -> Any:
+    """A codec's state of one leaf, of which every shard has its own."""
+    if not names or not jax.tree.leaves(state):
+        return state
+    return PerWorker.wrap(state, Axes(names))
+
+
+def _wrapped_as(like: Any, state: Any) -> Any:
+    """A codec's state of one leaf, wrapped as it came."""
+    if not node.is_node(like):
+        return state
+    return PerWorker.wrap(state, Axes.of("link", like.axis_name))
 
 
 def _at(turn: Turn, level: Axes, axes: Axes) -> Turn:

@@ -52,7 +52,7 @@ def _walled(tree: Any, numbers: Sequence[int]) -> tuple[Any, list[jax.Array]]:
     def branch(tree):
         # The CPU compiler drops barriers before it fuses, but not a branch.
         return lax.cond(
-            _never(jax.tree.leaves(tree)[0]),
+            _never(jax.tree.leaves(tree)[-1]),
             lambda t: (jax.tree.map(jnp.negative, t), [jnp.int32(0) for _ in numbers]),
             lambda t: (t, [jnp.int32(i) for i in numbers]),
             tree,

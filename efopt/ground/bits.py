@@ -1,4 +1,4 @@
-"""Arithmetic on bits that every backend does alike: packing, rounding, hashing.
+"""Bit packing and rounding, alike on every backend.
 
 Everything here is exact and the same under ``jit`` as without it, on CPU, GPU and
 TPU. That is not a matter of course: a compiler is free to remove
@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+TINY = 2.0**-118  # quantisers send a block below it as zeros: its step is subnormal
 
 
 def pack_bits(bits: jax.Array) -> jax.Array:
@@ -138,3 +140,8 @@ def round_up(x: jax.Array) -> jax.Array:
     info = jnp.finfo(x.dtype)
     kept = 7 if info.bits == 32 else 30
     return lax.reduce_precision(x * (1 + 2.0 ** -(kept + 1)), info.nexp, kept)
+
+
+def float_of_exponent(exponent: jax.Array) -> jax.Array:
+    """float32 from a biased exponent, uint32: zero for 0, infinity for 255."""
+    return lax.bitcast_convert_type(exponent << np.uint32(23), jnp.float32)

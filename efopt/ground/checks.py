@@ -1,4 +1,4 @@
-"""Checks of the options that fix an array's shape, worded alike for every factory."""
+"""Argument checks, worded alike for every factory."""
 
 import dataclasses
 import functools
@@ -23,9 +23,10 @@ def keyword_only(function: F) -> F:
     def checked(*args: Any, **kwargs: Any) -> Any:
         if len(args) > most:
             api, name = function.__name__, options[0]
+            before = "..., " if most else ""
             raise TypeError(
                 f"`{api}` takes `{name}` by keyword, as all of its options: write "
-                f"`{api}(..., {name}={args[most]!r})`."
+                f"`{api}({before}{name}={args[most]!r})`."
             )
         return function(*args, **kwargs)
 
@@ -80,7 +81,7 @@ def static_float(api: str, name: str, value: Any) -> float:
     return value
 
 
-def choice(api: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
+def choice(api: str, name: str, value: Any, choices: tuple[Any, ...]) -> str:
     """``value`` if it is one of ``choices``, or a reasoned error."""
     if value not in choices:
         raise ValueError(
@@ -178,6 +179,16 @@ def sparsity(
         )
     if not 0 < fraction <= 1:
         raise ValueError(f"`{api}(fraction=...)` must lie in (0, 1], got {fraction=}.")
+
+
+def numbered(codec: str, shape: tuple[int, ...], size: int) -> None:
+    """Checks that 32 bits can number the coordinates of a block of a leaf."""
+    if size >= 2**31:
+        raise ValueError(
+            f"`{codec}` numbers the coordinates of a block in 32 bits, and a leaf of "
+            f"shape {shape} has {size} of them in one. Pass a `block_size`, such as "
+            "2**20."
+        )
 
 
 def kept(fraction: float | None, k: int | None, size: int) -> int:

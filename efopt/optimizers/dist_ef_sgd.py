@@ -7,17 +7,22 @@ import optax
 
 from efopt.compressors import Compressor, scaled_sign
 from efopt.feedback import error_feedback
-from efopt.optimizers import parts
+from efopt.ground import checks
+from efopt.optimizers.momentum import on_workers, trace_of
+from efopt.optimizers.weight_decay import Mask, add_decay
+from efopt.workers.axes import AxisName
 
 
+@checks.keyword_only
 def dist_ef_sgd(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     compressor: Compressor | None = None,
     momentum: jax.typing.ArrayLike | None = 0.9,
     nesterov: bool = True,
     weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: parts.Mask | None = None,
-    axis_name: str | None = None,
+    mask: Mask | None = None,
+    axis_name: AxisName | None = None,
     accumulator_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Momentum SGD whose gradients are compressed on the way there and back.
@@ -77,15 +82,17 @@ def dist_ef_sgd(
       Zheng et al, `Communication-Efficient Distributed Blockwise Momentum SGD with
       Error-Feedback <https://arxiv.org/abs/1905.10936>`_, 2019 (dist-EF-blockSGDM)
     """
-    trace = parts.momentum("dist_ef_sgd", momentum, nesterov, accumulator_dtype)
-    return optax.chain(
-        parts.weight_decay(weight_decay, mask),
-        parts.local(trace, axis_name),
-        error_feedback(
+    trace = trace_of(
+        "dist_ef_sgd", momentum, nesterov=nesterov, dtype=accumulator_dtype
+    )
+    return optax.chain(  # 1905.10936, dist-EF-blockSGDM:
+        add_decay(weight_decay, mask),
+        on_workers(trace, axis_name),  # m_i = mu m_i + g_i; mu m_i + g_i
+        error_feedback(  # p_i, e_i of the workers; s, e of the owners of ranges
             scaled_sign(block_size=1024) if compressor is None else compressor,
             axis_name=axis_name,
             exchange=None if axis_name is None else "two_phase",
-            learning_rate=learning_rate,
+            learning_rate=learning_rate,  # gamma_{t-1} / gamma_t, at both ends
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        optax.scale_by_learning_rate(learning_rate),  # x = x - gamma_t C(s)
     )

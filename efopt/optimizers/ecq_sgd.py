@@ -3,15 +3,21 @@
 import optax
 
 from efopt.compressors import Compressor, quantize
+from efopt.exchanges.exchange import Exchange
 from efopt.feedback import damped_error_feedback
+from efopt.ground import checks
+from efopt.workers.axes import AxisName
 
 
+@checks.keyword_only
 def ecq_sgd(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     compressor: Compressor | None = None,
     alpha: float = 0.2,
     beta: float = 0.9,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
+    exchange: Exchange | str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD on stochastically quantised gradients, with part of the error paid back.
 
@@ -38,6 +44,7 @@ def ecq_sgd(
       alpha: The part of the error that is paid, in [0, 1].
       beta: The part of the error that is remembered, in [0, 1].
       axis_name: The mapped axis of the workers; ``None`` for one worker.
+      exchange: How they meet; ``None`` for the compressor's own way.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.
@@ -48,7 +55,7 @@ def ecq_sgd(
 
     Examples:
       >>> import efopt
-      >>> tx = efopt.ecq_sgd(0.1, alpha=0.5, axis_name="data")
+      >>> tx = efopt.optimizers.ecq_sgd(0.1, alpha=0.5, axis_name="data")
 
     References:
       Wu et al, `Error Compensated Quantized SGD and its Applications to Large-scale
@@ -57,12 +64,15 @@ def ecq_sgd(
     if compressor is None:
         compressor = quantize(4, stochastic=True)
     feedback = damped_error_feedback(
-        compressor, alpha=alpha, beta=beta, axis_name=axis_name
+        compressor, alpha=alpha, beta=beta, axis_name=axis_name, exchange=exchange
     )
     if not compressor.unbiased:
         raise ValueError(
             f"`ecq_sgd(compressor={compressor!r})` needs an unbiased quantiser, such "
             "as `efopt.quantize(4, stochastic=True)`. For biased compressors take "
-            "`efopt.ec_sgd`."
+            "`efopt.convex.ec_sgd`."
         )
-    return optax.chain(feedback, optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(  # 1806.08054:
+        feedback,  # q = Q(g + alpha h), h = beta h + g - q
+        optax.scale_by_learning_rate(learning_rate),  # x = x - gamma mean q
+    )

@@ -6,21 +6,26 @@ import jax
 import optax
 
 from efopt.compressors import Compressor
+from efopt.exchanges.exchange import Exchange
 from efopt.feedback import error_feedback
 from efopt.ground import checks
-from efopt.optimizers import parts
+from efopt.optimizers.momentum import on_workers, trace_of
+from efopt.optimizers.weight_decay import Mask, add_decay
+from efopt.workers.axes import AxisName
 
 
+@checks.keyword_only
 def ef_sgd(
     compressor: Compressor,
     learning_rate: optax.ScalarOrSchedule,
+    *,
     momentum: jax.typing.ArrayLike | None = None,
     nesterov: bool = False,
     momentum_at: str = "workers",
     weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: parts.Mask | None = None,
-    axis_name: str | None = None,
-    exchange: str | None = None,
+    mask: Mask | None = None,
+    axis_name: AxisName | None = None,
+    exchange: Exchange | str | None = None,
     accumulator_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD on compressed gradients, with what was lost added to the next step.
@@ -89,17 +94,20 @@ def ef_sgd(
       Schemes <https://arxiv.org/abs/1901.09847>`_, 2019 (Algorithm 2)
     """
     checks.choice("ef_sgd", "momentum_at", momentum_at, ("workers", "server"))
-    trace = parts.momentum("ef_sgd", momentum, nesterov, accumulator_dtype)
-    # The rate stands in front. What follows the feedback adds updates as they are: a
-    # rate of minus one, which tells `virtual_params` in what units residuals are.
-    feedback = error_feedback(
-        compressor, axis_name=axis_name, exchange=exchange, learning_rate=-1.0
-    )
+    trace = trace_of("ef_sgd", momentum, nesterov=nesterov, dtype=accumulator_dtype)
     behind = momentum is not None and momentum_at == "server"
+    # Every part has one place, whatever the options: the feedback is `state[3]`.
     return optax.chain(
-        parts.weight_decay(weight_decay, mask),
-        optax.identity() if behind else parts.local(trace, axis_name),
-        optax.scale_by_learning_rate(learning_rate),
-        feedback,
-        trace if behind else optax.identity(),
+        add_decay(weight_decay, mask),
+        optax.identity() if behind else on_workers(trace, axis_name),
+        optax.scale_by_learning_rate(learning_rate),  # 1901.09847 Algorithm 2:
+        error_feedback(  # p = gamma g + e, delta = C(p), e = p - delta
+            compressor,
+            axis_name=axis_name,
+            exchange=exchange,
+            # What follows adds updates as they are, x = x - delta: a rate of minus one,
+            # which tells `virtual_params` in what units residuals are.
+            learning_rate=-1.0,
+        ),
+        *([trace] if behind else []),
     )

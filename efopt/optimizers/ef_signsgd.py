@@ -6,19 +6,24 @@ import jax
 import optax
 
 from efopt.compressors import scaled_sign
-from efopt.optimizers import parts
+from efopt.exchanges.exchange import Exchange
+from efopt.ground import checks
 from efopt.optimizers.ef_sgd import ef_sgd
+from efopt.optimizers.weight_decay import Mask
+from efopt.workers.axes import AxisName
 
 
+@checks.keyword_only
 def ef_signsgd(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     momentum: jax.typing.ArrayLike | None = None,
     nesterov: bool = False,
     block_size: int | None = None,
     weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: parts.Mask | None = None,
-    axis_name: str | None = None,
-    exchange: str | None = None,
+    mask: Mask | None = None,
+    axis_name: AxisName | None = None,
+    exchange: Exchange | str | None = None,
     accumulator_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD at one bit a coordinate, with what was lost added to the next step.
@@ -77,11 +82,12 @@ def ef_signsgd(
       Karimireddy et al, `Error Feedback Fixes SignSGD and other Gradient Compression
       Schemes <https://arxiv.org/abs/1901.09847>`_, 2019 (Algorithm 1)
     """
+    # 1901.09847 Algorithm 1 is Algorithm 2 with C(p) = (|p|_1 / d) sign(p).
     return ef_sgd(
         scaled_sign(block_size),
         learning_rate,
-        momentum,
-        nesterov,
+        momentum=momentum,
+        nesterov=nesterov,
         weight_decay=weight_decay,
         mask=mask,
         axis_name=axis_name,

@@ -7,16 +7,21 @@ import optax
 
 from efopt.compressors import power_sgd
 from efopt.feedback import error_feedback
-from efopt.optimizers import parts
+from efopt.ground import checks
+from efopt.optimizers.momentum import check_decay
+from efopt.optimizers.weight_decay import Mask, add_decay
+from efopt.workers.axes import AxisName
 
 
+@checks.keyword_only
 def power_sgd_momentum(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     rank: int = 4,
     momentum: jax.typing.ArrayLike = 0.9,
     weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: parts.Mask | None = None,
-    axis_name: str | None = None,
+    mask: Mask | None = None,
+    axis_name: AxisName | None = None,
     min_compression: float = 2,
     seed: int = 0,
     accumulator_dtype: Any | None = None,
@@ -78,12 +83,13 @@ def power_sgd_momentum(
       Optimization <https://arxiv.org/abs/1905.13727>`_, 2019 (Algorithms 1 and 2)
     """
     compressor = power_sgd(rank, min_compression=min_compression, seed=seed)
-    parts.check_decay("power_sgd_momentum", "momentum", momentum)
-    return optax.chain(
-        error_feedback(compressor, axis_name=axis_name),
-        parts.weight_decay(weight_decay, mask),
-        _added(optax.trace(momentum, accumulator_dtype=accumulator_dtype)),
-        optax.scale_by_learning_rate(learning_rate),
+    check_decay("power_sgd_momentum", "momentum", momentum)
+    trace = optax.trace(momentum, accumulator_dtype=accumulator_dtype)
+    return optax.chain(  # 1905.13727 Algorithm 2, the compressor being Algorithm 1:
+        error_feedback(compressor, axis_name=axis_name),  # Delta = g + e, its mean, e
+        add_decay(weight_decay, mask),
+        _added(trace),  # m = lambda m + u; u + m
+        optax.scale_by_learning_rate(learning_rate),  # x = x - gamma (u + m)
     )
 
 

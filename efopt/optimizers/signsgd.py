@@ -4,20 +4,21 @@ import jax
 import optax
 
 from efopt.compressors import sign
+from efopt.exchanges.exchange import Exchange
 from efopt.feedback import compress
 from efopt.ground import checks
-from efopt.optimizers import parts
-
-# How signs of workers become one update, and the exchange that does it.
-AGGREGATIONS = {"majority_vote": "majority_vote", "mean": "all_gather"}
+from efopt.optimizers.weight_decay import Mask, add_decay
+from efopt.workers.axes import AxisName
 
 
+@checks.keyword_only
 def signsgd(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: parts.Mask | None = None,
-    axis_name: str | None = None,
-    aggregation: str = "majority_vote",
+    mask: Mask | None = None,
+    axis_name: AxisName | None = None,
+    exchange: Exchange | str | None = "majority_vote",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Steps of one size in every coordinate, along the sign of the gradient.
 
@@ -47,14 +48,15 @@ def signsgd(
       mask: The leaves that decay, a tree of booleans (or a prefix of one) or a function
         of the parameters that returns it; ``None``: all.
       axis_name: The mapped axis of the workers; ``None`` for one worker.
-      aggregation: ``"majority_vote"``, or ``"mean"`` of the signs, which keeps how
-        clear the majority is and costs more bytes with each worker.
+      exchange: How they meet: ``"majority_vote"``, or ``"all_gather"`` for the mean of
+        the signs, which keeps how clear the majority is and costs more bytes with each
+        worker. ``None`` is that too. Without effect over one worker.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: If ``aggregation`` is unknown; from ``update``, if weight decay is on
+      ValueError: If ``exchange`` is unknown; from ``update``, if weight decay is on
         and parameters are missing or of another structure than ``mask``.
 
     Examples:
@@ -73,16 +75,19 @@ def signsgd(
       Tolerant <https://arxiv.org/abs/1810.05291>`_, 2018 (Algorithm 1)
     """
     return optax.chain(
-        signs("signsgd", axis_name, aggregation),
-        parts.weight_decay(weight_decay, mask),
+        # 1810.05291 Algorithm 1: sign(sum_i sign(g_i)); 1802.04434 Algorithm 1 alone
+        signs("signsgd", axis_name, exchange),
+        add_decay(weight_decay, mask),  # + lambda x, uncompressed
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
 def signs(
-    api: str, axis_name: str | None, aggregation: str
+    api: str, axis_name: AxisName | None, exchange: Exchange | str | None
 ) -> optax.GradientTransformation:
-    """The workers' signs as one update."""
-    checks.choice(api, "aggregation", aggregation, tuple(AGGREGATIONS))
-    exchange = None if axis_name is None else AGGREGATIONS[aggregation]
+    """The workers' signs as one update; of one worker, its own."""
+    if isinstance(exchange, str):
+        checks.choice(api, "exchange", exchange, ("majority_vote", "all_gather"))
+    if axis_name is None:
+        return compress(sign())
     return compress(sign(), axis_name=axis_name, exchange=exchange)

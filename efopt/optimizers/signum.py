@@ -5,17 +5,23 @@ from typing import Any
 import jax
 import optax
 
-from efopt.optimizers import parts
+from efopt.exchanges.exchange import Exchange
+from efopt.ground import checks
+from efopt.optimizers.momentum import check_decay, on_workers
 from efopt.optimizers.signsgd import signs
+from efopt.optimizers.weight_decay import Mask, add_decay
+from efopt.workers.axes import AxisName
 
 
+@checks.keyword_only
 def signum(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     beta: jax.typing.ArrayLike = 0.9,
     weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: parts.Mask | None = None,
-    axis_name: str | None = None,
-    aggregation: str = "majority_vote",
+    mask: Mask | None = None,
+    axis_name: AxisName | None = None,
+    exchange: Exchange | str | None = "majority_vote",
     accumulator_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Steps of one size in every coordinate, along the sign of a running mean.
@@ -46,21 +52,22 @@ def signum(
       mask: The leaves that decay, a tree of booleans (or a prefix of one) or a function
         of the parameters that returns it; ``None``: all.
       axis_name: The mapped axis of the workers; ``None`` for one worker.
-      aggregation: ``"majority_vote"``, or ``"mean"`` of the signs.
+      exchange: How they meet: ``"majority_vote"``, or ``"all_gather"`` for the mean of
+        the signs. Without effect over one worker.
       accumulator_dtype: The dtype of the momentum; ``None``: that of the parameters.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: If ``beta`` is out of range or ``aggregation`` unknown; from
+      ValueError: If ``beta`` is out of range or ``exchange`` unknown; from
         ``update``, if weight decay is on and parameters are missing or of another
         structure than ``mask``.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import efopt
-      >>> tx = efopt.signum(0.1)
+      >>> tx = efopt.optimizers.signum(0.1)
       >>> state = tx.init(jnp.zeros(2))
       >>> _, state = tx.update(jnp.array([10.0, -1.0]), state)
       >>> print(tx.update(jnp.array([-1.0, -1.0]), state)[0])  # the mean is still > 0
@@ -72,11 +79,12 @@ def signum(
       Bernstein et al, `signSGD with Majority Vote is Communication Efficient And Fault
       Tolerant <https://arxiv.org/abs/1810.05291>`_, 2018 (Algorithm 1)
     """
-    parts.check_decay("signum", "beta", beta)
+    check_decay("signum", "beta", beta)
     mean = optax.ema(beta, debias=False, accumulator_dtype=accumulator_dtype)
     return optax.chain(
-        parts.local(mean, axis_name),
-        signs("signum", axis_name, aggregation),
-        parts.weight_decay(weight_decay, mask),
+        # 1810.05291 Algorithm 1, of 1802.04434 Algorithm 2 for one worker:
+        on_workers(mean, axis_name),  # m_i = beta m_i + (1 - beta) g_i
+        signs("signum", axis_name, exchange),  # sign(sum_i sign(m_i))
+        add_decay(weight_decay, mask),  # + lambda x, uncompressed
         optax.scale_by_learning_rate(learning_rate),
     )

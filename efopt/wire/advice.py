@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from efopt.codecs.compressor import Compressor, make
-from efopt.compressors.floating import cast
+from efopt.compressors.cast import cast
 from efopt.compressors.power_sgd import power_sgd
-from efopt.compressors.sign import scaled_sign
+from efopt.compressors.scaled_sign import scaled_sign
 from efopt.exchanges.table import EXCHANGES
 from efopt.hlo.links import duration
 from efopt.hlo.tpu import tpu_compiler_options

@@ -16,7 +16,7 @@ FACTORIES = {
 
 
 def compressor(text: str) -> Compressor:
-    """Reads ``"scaled_sign(1024)"`` or ``"compose(top_k(k=64), qsgd(bits=4))"``.
+    """Reads ``"scaled_sign(1024)"`` or ``"compose(top_k(k=64), qsgd(levels=7))"``.
 
     Only calls of efopt's compressors on Python literals and on one another are read.
     """

@@ -52,7 +52,7 @@ class Target:
             )
 
     def report(
-        self, compressor: Compressor, tree: Any, exchange: str | None = None
+        self, compressor: Compressor, tree: Any, exchange: Any = None
     ) -> WireReport:
         """What one step of ``compressor`` sends about a tree of structs."""
         sums = _CPU_SUMS if self.platform == "cpu" else {}

@@ -30,7 +30,7 @@ def exchanged(
     compressor: Compressor,
     tree: Any,
     num_workers: int,
-    exchange: str | None = None,
+    exchange: Any = None,
     sums: Mapping[str, str] | None = None,
 ) -> list[Collective]:
     """The collectives of one step of ``compressor`` on a tree of structs.

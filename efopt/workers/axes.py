@@ -67,6 +67,10 @@ class Axes:
         """The number of workers."""
         return math.prod(lax.axis_size(name) for name in self.names)
 
+    def size_on(self, mesh: Any) -> int:
+        """The number of workers on a mesh that has these axes."""
+        return math.prod(mesh.shape[name] for name in self.names)
+
     def index(self) -> jax.Array:
         """The number of this worker: int32, shape=()."""
         index = lax.axis_index(self.names[0])
@@ -129,6 +133,11 @@ class Axes:
         for i, name in enumerate(self.names):
             y = lax.all_to_all(y, name, i, i, tiled=True)
         return y.reshape(x.shape)
+
+
+def manual_axes() -> tuple[str, ...]:
+    """The mesh axes that are mapped here, those of the workers among them."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def varying(x: Any) -> frozenset[str]:

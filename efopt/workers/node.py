@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from efopt.workers.axes import Axes, AxisName, varying
+from efopt.workers.axes import Axes, AxisName, vary, varying
 
 
 @jax.tree_util.register_dataclass
@@ -26,11 +26,15 @@ class PerWorker:
       split: ``None``: each worker owns a copy of its own (residuals). An int: the
         workers own consecutive ranges of that many blocks, which stand on the second
         axis; fresh from ``init`` one holds all of them (server residuals). Static.
+      shards: The mesh axes behind each worker along which values differ as well, where
+        they are laid out by shard; these have an array axis of their own, behind that
+        of the workers. Static.
     """
 
     value: Any
     axis_name: AxisName = dataclasses.field(metadata={"static": True})
     split: int | None = dataclasses.field(default=None, metadata={"static": True})
+    shards: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def __post_init__(self):
         _register_with_flax()
@@ -43,11 +47,12 @@ class PerWorker:
           extent: The length that a split value must have on this worker.
         """
         axes = Axes.of(api, self.axis_name)
-        typed = set(axes.names) if axes.typed() else set()
+        typed = {*axes.names, *self.shards} if axes.typed() else set()
+        lead = 2 if self.shards else 1
         for path, x in jax.tree_util.tree_flatten_with_path(self.value)[0]:
-            placed = x.shape[:1] == (1,)
+            placed = x.shape[:lead] == (1,) * lead
             if placed and extent is not None:
-                placed = x.shape[1] == extent
+                placed = x.shape[lead] == extent
             placed = placed and typed <= varying(x)
             if not placed:
                 raise ValueError(
@@ -59,13 +64,21 @@ class PerWorker:
                     "`jax.shard_map`; for `pmap` and `vmap` use "
                     "`efopt.stack_workers(state, n)`."
                 )
-        return jax.tree.map(lambda x: x[0], self.value)
+        return jax.tree.map(lambda x: x.reshape(x.shape[lead:]), self.value)
 
     @classmethod
-    def wrap(cls, value: Any, axes: Axes, split: int | None = None) -> "PerWorker":
+    def wrap(
+        cls,
+        value: Any,
+        axes: Axes,
+        split: int | None = None,
+        shards: tuple[str, ...] = (),
+    ) -> "PerWorker":
         """The node around one worker's value, given without its worker axis."""
-        value = axes.vary(value)
-        return cls(jax.tree.map(lambda x: x[None], value), axes.key, split)
+        value = vary(axes.vary(value), *shards)
+        lead = (1, 1) if shards else (1,)
+        value = jax.tree.map(lambda x: x.reshape(*lead, *x.shape), value)
+        return cls(value, axes.key, split, shards)
 
 
 def wrap(value: Any, axes: Axes | None) -> Any:
@@ -96,7 +109,7 @@ def _register_with_flax() -> None:
 
     def restore(target: PerWorker, state: Any) -> PerWorker:
         value = serialization.from_state_dict(target.value, state["value"])
-        return PerWorker(value, target.axis_name, target.split)
+        return dataclasses.replace(target, value=value)
 
     serialization.register_serialization_state(
         PerWorker, lambda x: {"value": serialization.to_state_dict(x.value)}, restore

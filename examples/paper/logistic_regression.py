@@ -35,6 +35,7 @@ import functools
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 
 import efopt
+from efopt import compressors, convex, optimizers
 
 AXIS = "workers"
 CHUNK = 32  # non-zeros of a column that are summed together
@@ -314,9 +316,11 @@ COMPRESSORS = {
     "top-10%": lambda d: efopt.top_k(fraction=0.1),
     "random-1": lambda d: efopt.random_k(k=1),
     "scaled-sign": lambda d: efopt.scaled_sign(),
-    "natural": lambda d: efopt.natural(),
-    "dithering": lambda d: efopt.qsgd(min(127, math.ceil(d**0.5)), block_size=None),
-    "identity": lambda d: efopt.identity(),
+    "natural": lambda d: compressors.natural(),
+    "dithering": lambda d: compressors.qsgd(
+        min(127, math.ceil(d**0.5)), block_size=None
+    ),
+    "identity": lambda d: compressors.identity(),
 }
 
 
@@ -360,68 +364,69 @@ def moves(problem, name, compressor, options):
         return 0.3  # the fewest bits to 1e-8 on mushrooms, of 0.02, 0.1, 0.3 and 1
     shape, dtype = problem.optimum.shape, jnp.zeros(()).dtype
     payload = compressor.payload_bits(shape, dtype)
-    return min(1.0, 2 * payload / efopt.identity().payload_bits(shape, dtype))
+    return min(1.0, 2 * payload / compressors.identity().payload_bits(shape, dtype))
 
 
 def gd(problem, compressor, options):
     del compressor
-    return efopt.ec_sgd(efopt.identity(), rate(problem, options), AXIS)
+    return convex.ec_sgd(compressors.identity(), rate(problem, options), axis_name=AXIS)
 
 
 def ec_sgd(problem, compressor, options):
-    return efopt.ec_sgd(compressor, rate(problem, options), AXIS)
+    return convex.ec_sgd(compressor, rate(problem, options), axis_name=AXIS)
 
 
 def ec_gd_star(problem, compressor, options):
     grads = jnp.asarray(problem.optimum_grads)
-    return efopt.ec_gd_star(compressor, rate(problem, options), grads, AXIS)
+    return convex.ec_gd_star(
+        compressor, rate(problem, options), reference_grads=grads, axis_name=AXIS
+    )
 
 
 def ec_sgd_diana(problem, compressor, options):
-    return efopt.ec_sgd_diana(
-        compressor, rate(problem, options), shift(), axis_name=AXIS
+    return convex.ec_sgd_diana(
+        compressor, rate(problem, options), shift_compressor=shift(), axis_name=AXIS
     )
 
 
 def ecq_sgd(problem, compressor, options):
     del compressor
-    return efopt.ecq_sgd(rate(problem, options), axis_name=AXIS)
+    return optimizers.ecq_sgd(rate(problem, options), axis_name=AXIS)
 
 
 def ec_lsvrg(problem, compressor, options):
-    # A coin of all workers: under `vmap` full gradients are then evaluated only when it
-    # falls.
+    # One coin for all workers, the default: under `vmap` full gradients are then
+    # evaluated only when it falls.
     p = moves(problem, "ec-lsvrg", compressor, options)
-    return efopt.ec_lsvrg(
-        compressor, rate(problem, options), p, axis_name=AXIS, coin="shared"
+    return convex.ec_lsvrg(
+        compressor, rate(problem, options), probability=p, axis_name=AXIS
     )
 
 
 def ec_lsvrg_diana(problem, compressor, options):
-    return efopt.ec_lsvrg_diana(
+    return convex.ec_lsvrg_diana(
         compressor,
         rate(problem, options),
-        moves(problem, "ec-lsvrg-diana", compressor, options),
-        shift(),
+        probability=moves(problem, "ec-lsvrg-diana", compressor, options),
+        shift_compressor=shift(),
         axis_name=AXIS,
-        coin="shared",
     )
 
 
 def ec_lsvrg_shifted(problem, compressor, options):
-    return efopt.ec_lsvrg_shifted(
+    return convex.ec_lsvrg_shifted(
         compressor,
         rate(problem, options),
-        moves(problem, "ec-lsvrg-shifted", compressor, options),
+        probability=moves(problem, "ec-lsvrg-shifted", compressor, options),
         axis_name=AXIS,
     )
 
 
 def eclk(problem, compressor, options):
-    return efopt.eclk(
+    return convex.eclk(
         compressor,
-        problem.smoothness,
-        problem.l2,
+        smoothness=problem.smoothness,
+        strong_convexity=problem.l2,
         probability=moves(problem, "eclk", compressor, options),
         axis_name=AXIS,
     )
@@ -429,7 +434,12 @@ def eclk(problem, compressor, options):
 
 def loopless_katyusha(problem, compressor, options):
     p = moves(problem, "loopless-katyusha", compressor, options)
-    return efopt.loopless_katyusha(problem.smoothness, problem.l2, p, axis_name=AXIS)
+    return convex.loopless_katyusha(
+        smoothness=problem.smoothness,
+        strong_convexity=problem.l2,
+        probability=p,
+        axis_name=AXIS,
+    )
 
 
 DIANA = ("compressor", "shift")
@@ -576,7 +586,7 @@ def run(problem, name, compressor_name, options):
 def costs(problem, method, name, compressor, options):
     """Bits each worker sends in a round, expected, and at the start; and its passes."""
     shape, dtype = problem.optimum.shape, jnp.zeros(()).dtype
-    dense = efopt.identity().payload_bits(shape, dtype)
+    dense = compressors.identity().payload_bits(shape, dtype)
     each = {
         "compressor": compressor.payload_bits(shape, dtype),
         "shift": shift().payload_bits(shape, dtype),
@@ -696,6 +706,8 @@ def parse_args():
     add("--seed", type=number_from(0, int), default=0, help="default: 0")
     add("--output", default="logistic_regression", help="PATH.json and PATH.png")
     args = parser.parse_args()
+    # `--output curves.png` means curves.png, and curves.json beside it.
+    args.output = re.sub(r"\.(json|png)$", "", args.output)
     jax.config.update("jax_enable_x64", not args.float32)
     try:
         check_tolerance(args.tolerance)

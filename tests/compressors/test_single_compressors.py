@@ -12,8 +12,8 @@ from workers_under_test import AXIS, FAST, once, slow
 import efopt
 from efopt.codecs.blocks import Blocks, Turn
 from efopt.compressors.power_sgd import orthonormalise
-from efopt.compressors.quantize import private_bits
 from efopt.ground import randomness
+from efopt.ground.randomness import private_bits
 
 
 def workers(tx, params, n):

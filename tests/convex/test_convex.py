@@ -4,6 +4,7 @@ That they are their papers' algorithms is shown in float64, in tests/float64.
 """
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,11 @@ from efopt.convex import coins
 
 TOP_1 = efopt.top_k(k=1)
 UNBIASED = efopt.random_k(k=1, unbiased=True)
+
+
+def eclk(compressor, smoothness=1.0, strong_convexity=0.1, **options):
+    constants = {"smoothness": smoothness, "strong_convexity": strong_convexity}
+    return efopt.convex.eclk(compressor, **constants, **options)
 
 
 def grad_fn(params):
@@ -104,10 +110,7 @@ def test_eclk_goes_to_the_constrained_optimum():
 
 def test_default_probability_is_twice_the_share_of_the_payload():
     """40 bits of 640: the reference moves in every eighth step."""
-    tx, x = (
-        efopt.convex.eclk(TOP_1, smoothness=1.0, strong_convexity=0.1),
-        jnp.zeros(20),
-    )
+    tx, x = eclk(TOP_1), jnp.zeros(20)
     state = tx.init(x)
 
     def one(carry, _):
@@ -117,6 +120,48 @@ def test_default_probability_is_twice_the_share_of_the_payload():
     _, moved = jax.jit(lambda c: jax.lax.scan(one, c, length=64))((x, state))
     fell = coins.coin(0.125, 0, jnp.arange(1, 65))
     assert (moved[1:] == fell[1:]).all() and fell.sum() > 3
+
+
+def test_diana_hears_the_same_however_messages_meet():
+    grads = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6)), jnp.float32)
+    found = []
+    for exchange in (None, "all_gather"):
+        tx = efopt.convex.diana(UNBIASED, axis_name=AXIS, exchange=exchange)
+        state = efopt.stack_workers(tx.init(grads[0]), 4)
+        step = jax.jit(jax.vmap(tx.update, axis_name=AXIS))
+        for _ in range(5):
+            _, state = step(grads, state)
+        found.append((state.shift.value[:, 0], state.mean))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *found)
+    shift, mean = found[0]
+    assert np.abs(shift).max() > 0.1
+    np.testing.assert_allclose(shift.mean(axis=0), mean[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in dir(efopt.convex) if n.endswith("State")])
+def test_no_field_of_a_state_is_named_like_an_option(name):
+    """By such a name `optax.tree.get` and `inject_hyperparams` look things up."""
+    options = set()
+    for factory in vars(efopt.convex).values():
+        if inspect.isfunction(factory):
+            options |= set(inspect.signature(factory).parameters)
+    assert {"probability", "learning_rate"} <= options
+    assert options.isdisjoint(getattr(efopt.convex, name)._fields)
+
+
+def test_default_probability_of_a_partition_is_that_of_its_payloads():
+    """Of 20 coordinates 4 travel whole and of 16 one: 4 * 32 + 40 bits of 640."""
+    both = {"a": efopt.top_k(k=1), "b": efopt.compressors.identity()}
+    compressor = efopt.compressors.partition(both, {"a": "a", "b": "b"})
+    tx, x = eclk(compressor), {"a": jnp.zeros(16), "b": jnp.zeros(4)}
+
+    def one(carry, _):
+        x, state = advance(tx, *carry)
+        return (x, state), (state.w["a"] != carry[1].w["a"]).any()
+
+    _, moved = jax.jit(lambda c: jax.lax.scan(one, c, length=32))((x, tx.init(x)))
+    fell = coins.coin(2 * 168 / 640, 0, jnp.arange(1, 33))
+    assert (moved[1:] == fell[1:]).all() and 3 < fell.sum() < 29
 
 
 # ------------------------------------------------------------------- bad input
@@ -129,9 +174,7 @@ OPTIONS = {
     "probability-above": (lambda: efopt.convex.lsvrg(1.5), r"in (0, 1], got 1.5"),
     "probability-nan": (lambda: efopt.convex.lsvrg(float("nan")), "got nan"),
     "probability-eclk": (
-        lambda: efopt.convex.eclk(
-            TOP_1, smoothness=1.0, strong_convexity=0.1, probability=0
-        ),
+        lambda: eclk(TOP_1, probability=0),
         "`eclk(probability=...)` must lie in (0, 1], got 0",
     ),
     "probability-katyusha": (
@@ -149,32 +192,28 @@ OPTIONS = {
         lambda: efopt.convex.diana(TOP_1),
         "needs an unbiased compressor, such as `efopt.random_k(k=1, unbiased=True)`",
     ),
-    "smoothness-zero": (
-        lambda: efopt.convex.eclk(TOP_1, smoothness=0.0, strong_convexity=0.0),
-        "smoothness=0.0",
+    "diana-two-phase": (
+        lambda: efopt.convex.diana(
+            efopt.quantize(stochastic=True), axis_name=AXIS, exchange="two_phase"
+        ).init(jnp.zeros(600)),
+        "`diana(exchange='two_phase')` cannot work: a residual stays",
     ),
-    "smoothness-negative": (
-        lambda: efopt.convex.eclk(TOP_1, smoothness=-1.0, strong_convexity=0.1),
-        "got -1.0",
-    ),
+    "smoothness-zero": (lambda: eclk(TOP_1, 0.0, 0.0), "smoothness=0.0"),
+    "smoothness-negative": (lambda: eclk(TOP_1, -1.0), "got -1.0"),
     "strong-convexity-zero": (
-        lambda: efopt.convex.eclk(TOP_1, smoothness=1.0, strong_convexity=0.0),
+        lambda: eclk(TOP_1, 1.0, 0.0),
         "needs 0 < strong_convexity <= smoothness, got strong_convexity=0.0",
     ),
     "strong-convexity-above": (
-        lambda: efopt.convex.eclk(TOP_1, smoothness=1.0, strong_convexity=2.0),
+        lambda: eclk(TOP_1, 1.0, 2.0),
         "needs 0 < strong_convexity <= smoothness, got strong_convexity=2.0",
     ),
     "theta": (
-        lambda: efopt.convex.eclk(
-            TOP_1, smoothness=1.0, strong_convexity=0.1, theta_2=1.0
-        ),
+        lambda: eclk(TOP_1, theta_2=1.0),
         "`eclk(theta_2=...)` must lie in (0, 1), got 1.0",
     ),
     "thetas": (
-        lambda: efopt.convex.eclk(
-            TOP_1, smoothness=1.0, strong_convexity=0.1, theta_1=0.6, theta_2=0.6
-        ).init(jnp.zeros(3)),
+        lambda: eclk(TOP_1, theta_1=0.6, theta_2=0.6).init(jnp.zeros(3)),
         "must sum to at most 1, got 0.6 and 0.6",
     ),
     "damped-alpha": (
@@ -224,7 +263,7 @@ def test_alpha_above_its_bound_needs_force_and_warns_even_so():
         lambda c: efopt.convex.ec_lsvrg_shifted(
             TOP_1, 0.1, probability=0.5, shift_compressor=c
         ),
-        lambda c: efopt.convex.eclk(c, smoothness=1.0, strong_convexity=0.1),
+        lambda c: eclk(c),
     ],
 )
 @pytest.mark.parametrize(

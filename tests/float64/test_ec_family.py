@@ -24,6 +24,11 @@ SHIFTS = efopt.random_k(k=2, unbiased=True, seed=5)
 TOP_1 = efopt.top_k(k=1)
 
 
+def eclk_of(p, scale=1, **options):
+    constants = {"smoothness": scale * p.smoothness, "strong_convexity": MU}
+    return efopt.convex.eclk(TOP_1, **constants, **options)
+
+
 @functools.cache
 def problem(n):
     return Problem(n, ROUNDS)
@@ -90,14 +95,14 @@ def lsvrg(p, kind):
 
 
 def ec_lsvrg(p, axis):
-    tx = efopt.convex.ec_lsvrg(TOP_1, rate(p), probability=P_MOVE, axis_name=axis)
+    tx = efopt.convex.ec_lsvrg(
+        TOP_1, rate(p), probability=P_MOVE, axis_name=axis, coin="per_worker"
+    )
     return tx, lsvrg(p, "per_worker")
 
 
 def ec_lsvrg_one_coin(p, axis):
-    tx = efopt.convex.ec_lsvrg(
-        TOP_1, rate(p), probability=P_MOVE, axis_name=axis, coin="shared"
-    )
+    tx = efopt.convex.ec_lsvrg(TOP_1, rate(p), probability=P_MOVE, axis_name=axis)
     return tx, lsvrg(p, "shared")
 
 
@@ -109,6 +114,7 @@ def ec_lsvrg_diana(p, axis):
         shift_compressor=SHIFTS,
         alpha=0.05,
         axis_name=axis,
+        coin="per_worker",
     )
     inner = lsvrg(p, "per_worker")
     return tx, oracle_ec.Diana(inner, shared(SHIFTS), 0.05, p.start, p.n)
@@ -254,9 +260,7 @@ def eclk_path(p, compress, grads=None, prox=None, probability=None):
 
 
 def eclk(p, axis):
-    return efopt.convex.eclk(
-        TOP_1, smoothness=p.smoothness, strong_convexity=MU, axis_name=axis
-    ), eclk_path(p, oracle_ec.top_1)
+    return eclk_of(p, axis_name=axis), eclk_path(p, oracle_ec.top_1)
 
 
 def shrink(x, step):
@@ -265,9 +269,7 @@ def shrink(x, step):
 
 
 def eclk_prox(p, axis):
-    tx = efopt.convex.eclk(
-        TOP_1, smoothness=p.smoothness, strong_convexity=MU, prox=shrink, axis_name=axis
-    )
+    tx = eclk_of(p, prox=shrink, axis_name=axis)
 
     def by_hand(x, step):
         return np.where(np.abs(x) > 0.01 * step, x - 0.01 * step * np.sign(x), 0)
@@ -314,10 +316,8 @@ def test_method_of_one_worker_is_its_oracle(name):
 def test_eclk_of_full_gradients_is_its_oracle(how):
     """It remembers those at the reference point."""
     p, rounds = problem(1 if how == "alone" else 8), FEW if how == "auto" else ROUNDS
-    tx = efopt.convex.eclk(
-        TOP_1,
-        smoothness=p.smoothness,
-        strong_convexity=MU,
+    tx = eclk_of(
+        p,
         axis_name=None if how == "alone" else AXIS,
     )
     path = eclk_path(p, oracle_ec.top_1, lambda t, x, i: p.full(x, i))
@@ -330,9 +330,7 @@ def test_eclk_keeps_the_invariant_of_the_shifted_z():
     The right side takes x shifted alike, and the plain mean of the gradients.
     """
     p, rounds = problem(20), 1000
-    tx = efopt.convex.eclk(
-        TOP_1, smoothness=p.smoothness, strong_convexity=MU, axis_name=AXIS
-    )
+    tx = eclk_of(p, axis_name=AXIS)
     x, state = run(tx, p, rounds)
     l_1, theta_1, _, _ = defaults(p)
     eta, sigma = 1 / (3 * theta_1), MU / (2 * l_1)
@@ -370,14 +368,15 @@ def test_only_what_knows_the_workers_apart_converges():
     methods = {
         "ec_gd": efopt.convex.ec_sgd(TOP_1, gamma, axis_name=AXIS),
         "star": efopt.convex.ec_gd_star(
-            TOP_1, gamma, reference_grads=jnp.asarray(p.reference()), axis_name=AXIS
+            TOP_1,
+            gamma,
+            reference_grads=jnp.asarray(p.reference()),
+            axis_name=AXIS,
         ),
         "diana": efopt.convex.ec_sgd_diana(
             TOP_1, gamma, shift_compressor=SHIFTS, axis_name=AXIS
         ),
-        "eclk": efopt.convex.eclk(
-            TOP_1, smoothness=p.smoothness, strong_convexity=MU, axis_name=AXIS
-        ),
+        "eclk": eclk_of(p, axis_name=AXIS),
     }
     gap = gaps(methods, p, 1800, 50, batch=False)
     assert gap["ec_gd"][-1] > 0.3 * gap["ec_gd"][18] > 1e-9
@@ -390,7 +389,7 @@ def test_variance_reduction_removes_the_noise_of_minibatches():
     p, gamma = Problem(8, 3000), 0.25 / problem(8).smoothness
     methods = {
         "ec_lsvrg": efopt.convex.ec_lsvrg(
-            TOP_1, gamma, probability=0.1, axis_name=AXIS, coin="shared"
+            TOP_1, gamma, probability=0.1, axis_name=AXIS
         ),
         "ec_lsvrg_diana": efopt.convex.ec_lsvrg_diana(
             TOP_1,
@@ -398,11 +397,8 @@ def test_variance_reduction_removes_the_noise_of_minibatches():
             probability=0.1,
             shift_compressor=SHIFTS,
             axis_name=AXIS,
-            coin="shared",
         ),
-        "eclk": efopt.convex.eclk(
-            TOP_1, smoothness=3 * p.smoothness, strong_convexity=MU, axis_name=AXIS
-        ),
+        "eclk": eclk_of(p, 3, axis_name=AXIS),
     }
     gap = gaps(methods, p, 3000, 1000, batch=True)
     assert 1e-4 > gap["ec_lsvrg"][-1] > 1e-6
@@ -424,9 +420,7 @@ def test_full_gradients_are_evaluated_only_when_the_coin_falls():
 
     for tx in (
         efopt.convex.lsvrg(P_MOVE),
-        efopt.convex.eclk(
-            TOP_1, smoothness=p.smoothness, strong_convexity=MU, probability=P_MOVE
-        ),
+        eclk_of(p, probability=P_MOVE),
     ):
         calls.clear()
 

@@ -90,6 +90,26 @@ def test_eclk_reaches_twelve_digits_at_a_fifth_of_the_bits(driver):
     assert eclk["passes_per_round"] == pytest.approx(1 + 2 * 72 / (30 * 64))
 
 
+def categories(kinds, rows):
+    """One-hot features whose coordinates hardly interact, as of LIBSVM's phishing."""
+    rng = np.random.default_rng(0)
+    picks = [rng.choice(k, rows, p=rng.dirichlet(np.ones(k))) for k in kinds]
+    features = np.hstack([np.eye(k)[p] for k, p in zip(kinds, picks, strict=True)])
+    truth = features @ rng.standard_normal(sum(kinds)) + rng.standard_normal(rows)
+    labels = np.sign(truth - np.median(truth))
+    return scipy.sparse.csr_matrix(features / len(kinds) ** 0.5), labels
+
+
+@pytest.mark.parametrize("probability", [0.1, 1.0])
+def test_eclk_stays_calm_where_its_reference_moves_often(driver, probability):
+    """The default is 0.03. With its steps the gap stays above its start, up to 14."""
+    problem = driver.make_problem(*categories([2] * 22 + [3] * 8, 2000), 20)
+    curve = driver.run(problem, "eclk", "top-1", options(1500, probability=probability))
+    start, *gap = curve["gap"]
+    assert max(gap) < 3 * start
+    assert max(gap[-20:]) < start / 4
+
+
 @pytest.mark.slow
 def test_workers_on_devices_do_as_simulated_ones(driver, monkeypatch):
     problem = driver.make_problem(*driver.load(None), jax.device_count())
@@ -112,6 +132,15 @@ def command(driver, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     yield run
     jax.config.update("jax_enable_x64", True)
+
+
+def test_an_output_by_the_name_of_its_picture_is_not_named_twice(command, tmp_path):
+    names = "--methods", "gd", "--rounds", 2, "--points", 1, "--workers", 2
+    for given in ("curves", "pictures.png", "numbers.json"):
+        command(*names, "--output", given)
+    stems = "curves", "pictures", "numbers"
+    expected = {f"{stem}.{kind}" for stem in stems for kind in ("json", "png")}
+    assert {path.name for path in tmp_path.iterdir()} == expected
 
 
 def test_a_compressed_libsvm_file_becomes_curves(command, tmp_path, capsys):
@@ -143,7 +172,7 @@ def test_a_compressed_libsvm_file_becomes_curves(command, tmp_path, capsys):
         ("--workers 600", "569 rows are too few for 600 workers"),
         ("--condition 0", "must be above 0.0, got 0"),
         ("--data no_such_file", "no_such_file"),
-        ("--output no_such_folder/curves", "no folder for no_such_folder/curves"),
+        ("--output no_such_folder/curves.png", "no folder for no_such_folder/curves"),
     ],
 )
 def test_the_command_refuses(command, capsys, words, reason):

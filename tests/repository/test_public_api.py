@@ -80,6 +80,7 @@ def sections(function):
 def raises(function, seen=None):
     """Whether it, or any function of efopt that it calls, holds a `raise`."""
     seen = set() if seen is None else seen
+    function = inspect.unwrap(function)  # a factory behind `keyword_only`
     if function in seen:
         return False
     seen.add(function)

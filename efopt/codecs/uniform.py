@@ -1,0 +1,124 @@
+"""Uniform quantisers: small integers and one step a block."""
+
+import abc
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from efopt.codecs.codec import Codec
+from efopt.ground import bits
+from efopt.ground.randomness import private_bits
+from efopt.ground.sums import block_sum
+
+FRACTION = 23  # binary digits after the point of a coordinate in units of its step
+ROUNDED_UP = 1 + 2.0**-7  # by how much a step may exceed scale / levels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Uniform(Codec, abc.ABC):
+    """Multiples of a step, from ``-levels`` to ``levels`` of them, packed.
+
+    Rounding is done in integers, on coordinates in fixed point: the same result on
+    every backend, with and without ``jit``.
+    """
+
+    block_size: int | None = None  # type: ignore[misc]
+    stochastic: bool = True
+    scale: str = "absmax"
+    seed: int = 0
+
+    @abc.abstractmethod
+    def steps(self) -> int:
+        """Levels on either side of zero."""
+
+    @property
+    def unbiased(self) -> bool:  # type: ignore[override]
+        return self.stochastic
+
+    def encode(self, x, blocks, turn):
+        levels, most = self.steps(), jnp.max(jnp.abs(x), axis=1)
+        # In units of a power of two near the largest, nothing overflows or vanishes.
+        unit = power_of_two(most)
+        x = x * (1 / unit)[:, None]
+        scale = norm(x) if self.scale == "l2" else most * (1 / unit)
+        step = bits.round_up(scale * (1 / levels))
+        inverse = jnp.where(step == 0, 0, 1 / jnp.where(step == 0, 1, step))
+        fixed = (x * inverse[:, None] * 2.0**FRACTION).astype(jnp.int32)
+        if self.stochastic:  # 1610.02132, equation 4; one level: 1705.07878, equation 3
+            fixed = fixed + private_bits(self.seed, blocks, turn, FRACTION)
+        else:
+            fixed = fixed + np.int32(2 ** (FRACTION - 1))
+        whole = jnp.clip(fixed >> np.int32(FRACTION), -levels, levels)
+        symbols = (whole + np.int32(levels)).astype(jnp.uint8)
+        narrow = jnp.bfloat16 if step.dtype == jnp.float32 else step.dtype
+        largest = jnp.where(jnp.isfinite(most), float(jnp.finfo(narrow).max), jnp.inf)
+        step = jnp.where(most < bits.TINY, 0, jnp.minimum(step * unit, largest))
+        return {
+            "values": _pack(symbols, levels),
+            "step": step.astype(narrow)[:, None],
+        }
+
+    def decode(self, payload, blocks, turn):
+        del turn
+        symbols = _unpack(payload["values"], self.steps(), blocks.size)
+        whole = symbols.astype(jnp.int32) - np.int32(self.steps())
+        dtype = blocks.compute_dtype
+        return whole.astype(dtype) * payload["step"].astype(dtype)
+
+    def omega(self, shape):
+        if not self.stochastic:
+            return None
+        size, step = self.block_shape(shape)[1], ROUNDED_UP / self.steps()
+        # A coordinate's variance is at most step^2 / 4, and at most step times its
+        # magnitude; the sum of magnitudes is largest beside one that is the scale.
+        even = size * step**2 / 4
+        if self.scale == "l2":
+            return min(even, math.sqrt(size) * step)
+        if self.steps() == 1:  # exactly the scale times the magnitudes
+            return step * (1 + math.sqrt(size)) / 2 - 1
+        return min(even, step * (1 + math.sqrt(size)) / 2)
+
+    def delta(self, shape):
+        if self.stochastic:
+            omega = self.omega(shape)
+            return None if omega is None or omega >= 1 else 1 - omega
+        size, step = self.block_shape(shape)[1], ROUNDED_UP / self.steps()
+        if self.scale == "l2":
+            lost = size * step**2 / 4
+            return None if lost >= 1 else 1 - lost
+        # The largest loses at most half a step, and what scaling up has moved it by;
+        # the others at most half a step or themselves.
+        worst = min(step / 2, ROUNDED_UP - 1) ** 2
+        return (1 - worst) / (1 + (size - 1) * step**2 / 4)
+
+
+def power_of_two(largest: jax.Array) -> jax.Array:
+    """A power of two near ``largest``, whose inverse is no subnormal number."""
+    exponents = jnp.finfo(largest.dtype).nexp
+    return jnp.clip(lax.reduce_precision(largest, exponents, 0), 2.0**-120, 2.0**126)
+
+
+def norm(x: jax.Array) -> jax.Array:
+    """l2 norm of each row of ``(n, size)``, magnitudes near 1: ``(n,)``.
+
+    Squares lose their last bit, lest a compiler fuse them with the sum, unrounded.
+    """
+    info = jnp.finfo(x.dtype)
+    squares = lax.reduce_precision(x * x, info.nexp, info.nmant - 1)
+    return jnp.sqrt(block_sum(squares))
+
+
+def _pack(symbols: jax.Array, levels: int) -> tuple[jax.Array, ...]:
+    if levels == 1:
+        return (bits.pack_trits(symbols),)
+    return bits.pack_uints(symbols, (2 * levels).bit_length())
+
+
+def _unpack(packed: tuple[jax.Array, ...], levels: int, size: int) -> jax.Array:
+    if levels == 1:
+        return bits.unpack_trits(packed[0], size)
+    return bits.unpack_uints(packed, (2 * levels).bit_length(), size)
