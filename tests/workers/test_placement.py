@@ -764,10 +764,22 @@ def test_nnx_split_of_the_optimizer_is_refused(mesh):
 
 
 REFUSED = {
-    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
-    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
-    "masked": lambda tx: optax.masked(tx, {"b": False, "w": True}),
-    "trace in front": lambda tx: optax.chain(optax.trace(0.9), tx),
+    "MultiSteps": (
+        lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+        "use `efopt.accumulate` in place of `optax.MultiSteps`",
+    ),
+    "apply_if_finite": (
+        lambda tx: optax.apply_if_finite(tx, 3),
+        "branches must have equal output types",
+    ),
+    "masked": (
+        lambda tx: optax.masked(tx, {"b": False, "w": True}),
+        "require replication which can't be statically inferred",
+    ),
+    "trace in front": (
+        lambda tx: optax.chain(optax.trace(0.9), tx),
+        "require replication which can't be statically inferred",
+    ),
 }
 INSTEAD = {
     "MultiSteps": lambda tx: efopt.accumulate(tx, every=2, axis_name=AXIS),
@@ -794,9 +806,10 @@ def test_wrapper_around_an_exchange_is_refused_and_its_replacement_is_not(mesh, 
         carry = efopt.distribute((PARAMS, tx.init(PARAMS)), mesh)
         jax.eval_shape(on_mesh(mesh, step_of(tx), carry), carry, GRADS[0])
 
-    # Whichever of the wrapper, JAX or efopt notices: that somebody does is the promise.
-    with pytest.raises((TypeError, ValueError)):
-        trace(REFUSED[name])
+    # By whichever of the wrapper, JAX or efopt notices first.
+    wrap, words = REFUSED[name]
+    with pytest.raises((TypeError, ValueError), match=words):
+        trace(wrap)
     trace(INSTEAD[name])
 
 
