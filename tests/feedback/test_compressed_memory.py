@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,16 +54,6 @@ def steps(tx, grads):
         updates, state = update(g, state)
         out.append(updates)
     return out, state
-
-
-def assert_equal(a, b, **tolerance):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        if tolerance:
-            np.testing.assert_allclose(x, y, **tolerance)
-        else:
-            np.testing.assert_array_equal(x, y)
 
 
 # ---------------------------------------------------------------- what is conserved
@@ -122,7 +113,7 @@ def test_a_rate_of_zero_holds_what_is_stored():
     grads = [tree(rng), tree(rng)]
     _, first = steps(tx, grads[:1])
     (_, held), second = steps(tx, grads)
-    assert_equal(first.residual, second.residual)
+    chex.assert_trees_all_equal(first.residual, second.residual)
     assert all((x == 0).all() for x in jax.tree.leaves(held))
 
 
@@ -148,10 +139,10 @@ def test_identity_without_damping_is_error_feedback_to_the_bit(compressor, rate)
     )
     expected, plain_state = steps(plain, grads)
     got, state = steps(conef, grads)
-    assert_equal(got, expected)
+    chex.assert_trees_all_equal(got, expected)
     stored = [x.reshape(-1) for x in jax.tree.leaves(state.residual)]
     wanted = [x.reshape(-1) for x in jax.tree.leaves(plain_state.residual) if x.size]
-    assert_equal(stored, wanted)
+    chex.assert_trees_all_equal(stored, wanted)
 
 
 # ------------------------------------------------------------------------ stability
@@ -302,9 +293,9 @@ def test_a_large_leaf_is_stored_as_a_small_one_is(name, monkeypatch):
         monkeypatch.setattr(module, "BUCKET_SIZE", 1000)
     monkeypatch.setattr(store, "PIECES", 5)
     got, state = steps(scheme(memory), grads)
-    tolerance = {} if name in EXACT else {"rtol": 0, "atol": 1e-5}
-    assert_equal(got, expected, **tolerance)
-    assert_equal(state, expected_state, **tolerance)
+    tolerance = {"rtol": 0, "atol": 0 if name in EXACT else 1e-5}
+    chex.assert_trees_all_close(got, expected, **tolerance)
+    chex.assert_trees_all_close(state, expected_state, **tolerance)
 
 
 def test_small_leaves_are_kept_exact():
@@ -341,9 +332,9 @@ def test_a_step_is_the_same_with_and_without_jit(name):
         grads = tree(rng, shapes=shapes)
         slow, eager = tx.update(grads, eager)
         fast, jitted = update(grads, jitted)
-        tolerance = {} if name in EXACT else {"rtol": 0, "atol": 1e-5}
-        assert_equal(slow, fast, **tolerance)
-        assert_equal(eager, jitted, **tolerance)
+        tolerance = {"rtol": 0, "atol": 0 if name in EXACT else 1e-5}
+        chex.assert_trees_all_close(slow, fast, **tolerance)
+        chex.assert_trees_all_close(eager, jitted, **tolerance)
     assert update._cache_size() == 1
 
 
@@ -380,7 +371,7 @@ def test_workers_agree_however_they_are_mapped(name, how, workers):
     first = jax.tree.map(lambda p: p[0], expected[-1])
     if how == "pmap":
         params = [jax.tree.map(lambda p: p[0], params[-1])]
-    assert_equal(params[-1], first, rtol=0, atol=1e-5)
+    chex.assert_trees_all_close(params[-1], first, rtol=0, atol=1e-5)
 
 
 def test_the_sum_over_workers_is_conserved():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 
+import chex
 import flax.linen as nn
 import flax.serialization
 import jax
@@ -111,16 +112,7 @@ def expected(grads, lr=LR, names=("b", "w"), compressor=oracle.scaled_sign):
 
 def assert_close(got, want):
     """Equal to rounding: 8 steps of numbers of order one, in float32."""
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)  # noqa: E731
-    jax.tree.map(close, jax.tree.map(np.asarray, got), want)
-
-
-def assert_same(got, want):
-    """The same structure, types and bits."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    chex.assert_trees_all_close(got, want, rtol=0, atol=1e-5)
 
 
 def types(tree):
@@ -231,7 +223,7 @@ def test_donated_steps_leave_the_parameters_of_the_caller_alone(mesh, placed):
     for grads in GRADS[:2]:
         carry = step(carry, grads)
     assert early[0]["w"].is_deleted()  # the donation was a real one
-    assert_same(jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, PARAMS))
+    chex.assert_trees_all_equal(params, PARAMS)
 
 
 def test_distribute_makes_strong_arrays_of_python_numbers(mesh):
@@ -262,12 +254,12 @@ def test_distribute_twice_changes_nothing_and_copies_again(mesh, exchange):
     differing = lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape)  # noqa: E731
     once = jax.tree.map(differing, once)
     twice = efopt.distribute(once, mesh)
-    assert_same(twice, once)
+    chex.assert_trees_all_equal(twice, once, strict=True)
     shardings = [jax.tree.map(lambda x: x.sharding, t) for t in (once, twice)]
     assert shardings[0] == shardings[1]
     before = jax.tree.map(np.asarray, once)
     jax.tree.map(lambda x: x.delete(), twice)
-    assert_same(once, before)
+    chex.assert_trees_all_equal(once, before, strict=True)
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 7, 8, 9, 13, 16])
@@ -319,7 +311,7 @@ def test_state_made_inside_the_mapped_function_equals_a_placed_one(mesh, name):
     specs = efopt.partition_specs(placed)
     init = jax.shard_map(tx.init, mesh=mesh, in_specs=P(), out_specs=specs)
     made = jax.jit(init)(PARAMS)
-    assert_same(made, placed)
+    chex.assert_trees_all_equal(made, placed, strict=True)
     for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(placed), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
@@ -415,8 +407,8 @@ def test_accumulate_takes_one_step_of_the_mean_every_k_calls(mesh, how):
         carry = fn(carry, grads)
         assert types(carry) == structure
         if t % 4 != 3:
-            assert_same(carry[0], before)
-            assert_same(carry[1].inner, wanted[1])
+            chex.assert_trees_all_equal(carry[0], before, strict=True)
+            chex.assert_trees_all_equal(carry[1].inner, wanted[1], strict=True)
             continue
         mean = jax.tree.map(lambda *g: sum(x / 4 for x in g), *GRADS[t - 3 : t + 1])
         wanted = whole(wanted, mean)
@@ -496,7 +488,7 @@ def test_gradients_at_local_params_are_those_of_each_worker(kind):
 def test_local_params_changes_nothing_under_vmap_and_pmap():
     for mapping in (jax.vmap, jax.pmap):
         got = mapping(lambda x: efopt.local_params(x, AXIS), axis_name=AXIS)(GRADS[0])
-        assert_same(got, jax.tree.map(jnp.asarray, GRADS[0]))
+        chex.assert_trees_all_equal(got, GRADS[0], strict=True)
 
 
 # Training loops.
@@ -854,7 +846,7 @@ def test_checkpoint_restores_every_bit(mesh, tmp_path, through, exchange):
     residual = optax.tree.get(state.opt_state, "residual").value["Dense_0"]["kernel"]
     assert not np.array_equal(residual[0], residual[1])  # workers really differ
     restored = through(state, mesh, tmp_path)
-    assert_same(restored, state)
+    chex.assert_trees_all_equal(restored, state, strict=True)
     shardings = [jax.tree.map(lambda x: x.sharding, s) for s in (restored, state)]
     for a, b, x in zip(*map(jax.tree.leaves, (*shardings, state)), strict=True):
         assert a.is_equivalent_to(b, x.ndim)
@@ -862,7 +854,7 @@ def test_checkpoint_restores_every_bit(mesh, tmp_path, through, exchange):
         state, loss = step(state, x)
         restored, again = step(restored, x)
         assert float(loss) == float(again)
-    assert_same(restored, state)
+    chex.assert_trees_all_equal(restored, state, strict=True)
     assert step._cache_size() == 1
 
 
@@ -872,7 +864,7 @@ def test_flax_stores_the_value_of_a_node_and_nothing_else():
     stored = flax.serialization.to_state_dict(state)
     assert set(stored["residual"]) == {"value"}
     back = flax.serialization.from_state_dict(tx.init(PARAMS), stored)
-    assert_same(back, state)
+    chex.assert_trees_all_equal(back, state, strict=True)
     assert isinstance(back.residual, efopt.PerWorker)
 
 
