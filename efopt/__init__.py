@@ -43,6 +43,7 @@ from efopt.workers import local_params as local_params
 from efopt.workers import partition_specs as partition_specs
 from efopt.workers import per_worker as per_worker
 from efopt.workers import stack_workers as stack_workers
+from efopt.workers import value_and_grad as value_and_grad
 
 try:
     __version__ = _metadata.version("efopt")
@@ -80,6 +81,7 @@ __all__ = [
     "signsgd",
     "stack_workers",
     "top_k",
+    "value_and_grad",
     "virtual_params",
     "wire",
 ]

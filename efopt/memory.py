@@ -11,7 +11,7 @@ import optax
 
 from efopt.feedback import ContractiveErrorFeedbackState
 from efopt.ground.dtypes import compute_dtype
-from efopt.hlo.report import table
+from efopt.ground.tables import table
 from efopt.workers.node import PerWorker
 
 
@@ -110,7 +110,8 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
       >>> import efopt
       >>> params = {"w": jax.ShapeDtypeStruct((1000, 1000), "float32")}
       >>> feedback = efopt.contractive_error_feedback(
-      ...     efopt.random_block(fraction=0.1), efopt.quantize(8), axis_name="data")
+      ...     efopt.random_block(fraction=0.1), memory=efopt.quantize(8),
+      ...     axis_name="data")
       >>> print(efopt.memory_report(optax.chain(feedback, optax.sgd(0.1)), params))
       part          state of                       placement   arrays      bytes  of parameters
       [0].count     ContractiveErrorFeedbackState  replicated       1          4          0.000

@@ -25,35 +25,40 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 
 import efopt
+from efopt import compressors
 
 SIDE = 256
 CATALOGUE = {
-    "identity": efopt.identity(),
-    "sign": efopt.sign(),
-    "scaled_sign": efopt.scaled_sign(),
-    "scaled_sign 64": efopt.scaled_sign(64),
-    "quantize 8": efopt.quantize(8),
-    "quantize 4": efopt.quantize(4),
-    "quantize 4 nearest": efopt.quantize(4, stochastic=False),
-    "quantize 2": efopt.quantize(2),
-    "qsgd 7": efopt.qsgd(7),
-    "terngrad 64": efopt.terngrad(block_size=64),
-    "natural": efopt.natural(),
-    "bfloat16": efopt.cast("bfloat16"),
-    "float8_e4m3fn": efopt.cast("float8_e4m3fn"),
-    "float8_e5m2": efopt.cast("float8_e5m2"),
-    "top_k 10 %": efopt.top_k(fraction=0.1),
-    "top_k 1 %": efopt.top_k(fraction=0.01),
-    "top_k 1 % of 1024": efopt.top_k(fraction=0.01, block_size=1024),
-    "threshold 3": efopt.threshold(3.0, fraction=0.01),
-    "random_k 10 %": efopt.random_k(fraction=0.1),
-    "random_block 10 %": efopt.random_block(fraction=0.1),
-    "random_k 10 % unbiased": efopt.random_k(fraction=0.1, unbiased=True),
-    "count_sketch 20 %": efopt.count_sketch(fraction=0.2),
-    "power_sgd 4": efopt.power_sgd(4),
-    "power_sgd 1": efopt.power_sgd(1),
-    "top_k 10 % x 4 bits": efopt.compose(efopt.top_k(fraction=0.1), efopt.quantize(4)),
-    "power_sgd 4 x bfloat16": efopt.compose(efopt.power_sgd(4), efopt.cast("bfloat16")),
+    "identity": compressors.identity(),
+    "sign": compressors.sign(),
+    "scaled_sign": compressors.scaled_sign(),
+    "scaled_sign 64": compressors.scaled_sign(64),
+    "quantize 8": compressors.quantize(8),
+    "quantize 4": compressors.quantize(4),
+    "quantize 4 nearest": compressors.quantize(4, stochastic=False),
+    "quantize 2": compressors.quantize(2),
+    "qsgd 7": compressors.qsgd(7),
+    "terngrad 64": compressors.terngrad(block_size=64),
+    "natural": compressors.natural(),
+    "bfloat16": compressors.cast("bfloat16"),
+    "float8_e4m3fn": compressors.cast("float8_e4m3fn"),
+    "float8_e5m2": compressors.cast("float8_e5m2"),
+    "top_k 10 %": compressors.top_k(fraction=0.1),
+    "top_k 1 %": compressors.top_k(fraction=0.01),
+    "top_k 1 % of 1024": compressors.top_k(fraction=0.01, block_size=1024),
+    "threshold 3": compressors.threshold(3.0, fraction=0.01),
+    "random_k 10 %": compressors.random_k(fraction=0.1),
+    "random_block 10 %": compressors.random_block(fraction=0.1),
+    "random_k 10 % unbiased": compressors.random_k(fraction=0.1, unbiased=True),
+    "count_sketch 20 %": compressors.count_sketch(fraction=0.2),
+    "power_sgd 4": compressors.power_sgd(4),
+    "power_sgd 1": compressors.power_sgd(1),
+    "top_k 10 % x 4 bits": compressors.compose(
+        compressors.top_k(fraction=0.1), compressors.quantize(4)
+    ),
+    "power_sgd 4 x bfloat16": compressors.compose(
+        compressors.power_sgd(4), compressors.cast("bfloat16")
+    ),
 }
 SHORT = {"all-reduce": "reduce", "all-gather": "gather", "all-to-all": "to-all"}
 

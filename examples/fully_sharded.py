@@ -47,7 +47,7 @@ BLOCK = efopt.random_block(fraction=0.1)
 
 
 def conef(memory):
-    return efopt.contractive_error_feedback(BLOCK, memory, axis_name="data")
+    return efopt.contractive_error_feedback(BLOCK, memory=memory, axis_name="data")
 
 
 METHODS = {
@@ -55,7 +55,7 @@ METHODS = {
     "ef": efopt.error_feedback(BLOCK, axis_name="data"),
     "conef": conef(efopt.quantize(8, stochastic=True)),
     "conef-4": conef(efopt.quantize(4)),
-    "sketch": conef(efopt.count_sketch(fraction=0.2)),
+    "sketch": conef(efopt.compressors.count_sketch(fraction=0.2)),
 }
 
 

@@ -42,7 +42,7 @@ BATCH = 256  # images per step, dealt out to the workers
 
 
 def dense(lr):
-    mean = efopt.compress(efopt.identity(), axis_name="data")
+    mean = efopt.compress(efopt.compressors.identity(), axis_name="data")
     return optax.chain(mean, optax.sgd(lr, momentum=0.9))
 
 
@@ -130,7 +130,7 @@ def train(name, tx, data, mesh, simulate, steps, seed):
 
     start = time.perf_counter()
     state, step = on_mesh(fresh, mesh)
-    wire = efopt.hlo.measure(step, state, (images[picks[0]], labels[picks[0]]))
+    wire = efopt.wire.measure(step, state, (images[picks[0]], labels[picks[0]]))
     if simulate:
         state, step = on_one_device(fresh, mesh.size)
     losses, first = [], start

@@ -90,7 +90,7 @@ def main():
     accuracy = np.mean(np.argmax(model(x_test), axis=-1) == y_test)
     print(f"test accuracy {accuracy:.1%}")
     print("What one worker sends in a step, from the compiled program:")
-    print(efopt.hlo.measure(step, state, (x[pick], y[pick])))
+    print(efopt.wire.measure(step, state, (x[pick], y[pick])))
 
 
 if __name__ == "__main__":

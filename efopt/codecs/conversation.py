@@ -4,7 +4,7 @@ Each round of all of them is one meeting, so the number of collectives is the nu
 rounds and not that of the leaves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ def converse(
     states: Sequence[Any],
     turns: Sequence[Turn],
     meet: Meet,
+    valid: Mapping[int, jax.Array] | None = None,
 ) -> tuple[list[Message], list[jax.Array], list[Any]]:
     """Holds the conversations about all buckets at once.
 
@@ -32,13 +33,14 @@ def converse(
       turns: The step and the worker of each bucket.
       meet: Maps the messages of one round, by number of the bucket, to messages of the
         means over workers; called once a round.
+      valid: As for :meth:`efopt.codecs.layout.Bucket.blocks`.
 
     Returns:
       For each bucket the average, what this worker's own messages do not say of its
       array, and the new state.
     """
     talks = [
-        b.codec.rounds(x, b.blocks(), state, turn)
+        b.codec.rounds(x, b.blocks(valid), state, turn)
         for b, x, state, turn in zip(layout.buckets, xs, states, turns, strict=True)
     ]
     results: dict[int, Any] = {}

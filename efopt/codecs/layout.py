@@ -8,7 +8,7 @@ ever made.
 
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,19 +58,36 @@ class Bucket:
         ends = np.cumsum(self.num_blocks) * math.prod(self.block)
         return [0, *map(int, ends[:-1])]
 
-    def blocks(self) -> Blocks:
-        """What codecs may know of the blocks."""
+    def blocks(self, valid: Mapping[int, jax.Array] | None = None) -> Blocks:
+        """What codecs may know of the blocks.
+
+        Args:
+          valid: Of leaves whose end is padding on some devices, by position: how many
+            of their coordinates are none here. int32, shape=().
+        """
         index = np.arange(self.shape[0], dtype=np.uint32) + np.uint32(self.start)
-        size = math.prod(self.block)
-        count = np.full(self.shape[0], size, np.int64)  # a block may be a whole leaf
-        ends = np.cumsum(self.num_blocks)
-        for coordinates, n, end in zip(self.sizes, self.num_blocks, ends, strict=True):
-            count[end - 1] = coordinates - (n - 1) * size
-        if (count == size).all():
-            return Blocks(jnp.asarray(index), None, None, self.block, self.dtype)
-        weight = jnp.asarray(1 / count, compute_dtype(self.dtype))
-        count = jnp.asarray(count.astype(np.int32))
-        return Blocks(jnp.asarray(index), count, weight, self.block, self.dtype)
+        size, counts, dynamic = math.prod(self.block), [], False
+        for i, coordinates, n in zip(
+            self.leaves, self.sizes, self.num_blocks, strict=True
+        ):
+            if valid is not None and i in valid:
+                dynamic, before = True, np.arange(n) * size
+                counts.append(jnp.clip(valid[i] - before.astype(np.int32), 0, size))
+                continue
+            count = np.full(n, size, np.int64)  # a block may be a whole leaf
+            count[-1] = coordinates - (n - 1) * size
+            counts.append(count)
+        if not dynamic:
+            count = np.concatenate(counts)
+            if (count == size).all():
+                return Blocks(jnp.asarray(index), None, None, self.block, self.dtype)
+            weight, count = 1 / count, count.astype(np.int32)
+        else:
+            count = jnp.concatenate([jnp.asarray(c, jnp.int32) for c in counts])
+            weight = jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0)
+        weight = jnp.asarray(weight, compute_dtype(self.dtype))
+        index, count = jnp.asarray(index), jnp.asarray(count)
+        return Blocks(index, count, weight, self.block, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,7 +111,7 @@ def cast(dtype: Any, *, block_size: int | None = 256) -> Compressor:
     Examples:
       >>> import jax.numpy as jnp
       >>> import efopt
-      >>> tx = efopt.cast(jnp.float8_e4m3fn)
+      >>> tx = efopt.compressors.cast(jnp.float8_e4m3fn)
       >>> updates, _ = tx.update(jnp.array([900.0, -33.0]), tx.init(jnp.zeros(2)))
       >>> print(updates)
       [896. -32.]

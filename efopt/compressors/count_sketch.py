@@ -236,7 +236,7 @@ def count_sketch(
     Examples:
       >>> import jax.numpy as jnp
       >>> import efopt
-      >>> sketch = efopt.count_sketch(width=2)
+      >>> sketch = efopt.compressors.count_sketch(width=2)
       >>> a, b = jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 5.0, 6.0])
       >>> table = sketch.compress(a)["sums"] + sketch.compress(b)["sums"]
       >>> bool((table == sketch.compress(a + b)["sums"]).all())

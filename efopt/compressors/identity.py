@@ -62,7 +62,7 @@ def identity() -> Compressor:
 
     Examples:
       >>> import efopt
-      >>> efopt.identity().payload_bits((10,))
+      >>> efopt.compressors.identity().payload_bits((10,))
       320
     """
     return make(Identity())

@@ -91,7 +91,7 @@ def natural(*, seed: int = 0) -> Compressor:
     Examples:
       >>> import jax.numpy as jnp
       >>> import efopt
-      >>> tx = efopt.natural()
+      >>> tx = efopt.compressors.natural()
       >>> updates, _ = tx.update(jnp.array([4.0, -0.5]), tx.init(jnp.zeros(2)))
       >>> print(updates)
       [ 4.  -0.5]

@@ -121,8 +121,8 @@ def partition(
     Examples:
       >>> import jax.numpy as jnp
       >>> import efopt
-      >>> tx = efopt.partition(
-      ...     {"kernel": efopt.top_k(k=1), "bias": efopt.identity()},
+      >>> tx = efopt.compressors.partition(
+      ...     {"kernel": efopt.top_k(k=1), "bias": efopt.compressors.identity()},
       ...     {"w": "kernel", "b": "bias"},
       ... )
       >>> grads = {"w": jnp.array([1.0, -3.0]), "b": jnp.array([0.5, 0.25])}

@@ -63,7 +63,7 @@ def qsgd(levels: int = 7, *, block_size: int | None = 512, seed: int = 0) -> Com
 
     Examples:
       >>> import efopt
-      >>> efopt.qsgd(levels=7, block_size=512).payload_bits((1024,)) / 1024
+      >>> efopt.compressors.qsgd(levels=7, block_size=512).payload_bits((1024,)) / 1024
       4.03125
 
     References:

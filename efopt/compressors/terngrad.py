@@ -52,7 +52,7 @@ def terngrad(*, block_size: int | None = None, seed: int = 0) -> Compressor:
 
     Examples:
       >>> import efopt
-      >>> efopt.terngrad().payload_bits((1000,))
+      >>> efopt.compressors.terngrad().payload_bits((1000,))
       1616
 
     References:

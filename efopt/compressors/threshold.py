@@ -78,7 +78,7 @@ def threshold(
     Examples:
       >>> import jax.numpy as jnp
       >>> import efopt
-      >>> tx = efopt.threshold(1.5, k=2)
+      >>> tx = efopt.compressors.threshold(1.5, k=2)
       >>> updates, _ = tx.update(jnp.array([1.0, -3.0, 2.0]), tx.init(jnp.zeros(3)))
       >>> print(updates)
       [ 0. -3.  2.]

@@ -173,4 +173,6 @@ def diana(
             link=got.state,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        init_fn, link.entrance(update_fn, own=True)
+    )

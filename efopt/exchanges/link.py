@@ -5,6 +5,7 @@ and the owners' residuals stay behind it.
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from efopt.codecs.compressor import Compressor
 from efopt.codecs.conversation import alone, converse
 from efopt.codecs.layout import Bucket, Layout, lay_out
 from efopt.codecs.states import close_states, init_states, open_states
-from efopt.exchanges import table
+from efopt.exchanges import regions, table
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.groups import group_key, server_shapes
 from efopt.exchanges.home import Home, SpecOf
@@ -29,7 +30,7 @@ from efopt.ground import bits, checks
 from efopt.ground.barriers import zeros_after
 from efopt.ground.dtypes import check_float, compute_dtype, wide_zeros
 from efopt.workers import node
-from efopt.workers.axes import Axes, varying
+from efopt.workers.axes import Axes, vary, varying
 from efopt.workers.node import PerWorker
 from efopt.workers.ranges import range_size
 
@@ -149,13 +150,22 @@ class Link:
         """A residual of zero, one worker's, in the compute dtypes."""
         return wide_zeros(params)
 
-    def wrap(self, tree: Any) -> Any:
-        """Marks what is this worker's own, if there are several workers."""
-        return node.wrap(tree, self.axes)
+    def wrap(self, tree: Any, like: Any = None) -> Any:
+        """Marks what is this worker's own, if there are several workers.
+
+        Args:
+          tree: A tree of arrays.
+          like: Where it takes the place of another: the marked tree it was unwrapped
+            from.
+        """
+        if like is None or self.axes is None:
+            return node.wrap(tree, self.axes)
+        return jax.tree.map(_wrapped_as, like, tree, is_leaf=node.is_node)
 
     def unwrap(self, value: Any) -> Any:
         """Inverse of :meth:`wrap`, inside the mapped function."""
-        return node.unwrap(self.api, value)
+        unwrap = functools.partial(node.unwrap, self.api)
+        return jax.tree.map(unwrap, value, is_leaf=node.is_node)
 
     # ------------------------------------------------------------------------ routing
 
@@ -231,7 +241,7 @@ class Link:
         arrays = [cut.take(x) for cut, x in zip(cuts, arrays, strict=True)]
         shapes, kinds = [cut.piece for cut in cuts], [varying(x) for x in arrays]
         layout = lay_out(codecs, shapes, [x.dtype for x in given], kinds)
-        codec_state = jax.tree.map(self.unwrap, state.codec, is_leaf=node.is_node)
+        codec_state = self.unwrap(state.codec)
         states = open_states(layout, treedef, codec_state)
         xs, turn = layout.join(arrays), self.turn(count)
         if self.axes is None:
@@ -239,8 +249,10 @@ class Link:
             means, rests, states = converse(layout, xs, states, turns, alone)
             server = ()
         else:
+            ends = {i: cut.valid() for i, cut in enumerate(cuts)}
+            valid = {i: end for i, end in ends.items() if end is not None}
             means, rests, states, server = self._meet(
-                layout, xs, states, turn, state.server, ratio
+                layout, xs, states, turn, state.server, ratio, valid
             )
         if not wide:
             rests = [_and_rounding(m, r) for m, r in zip(means, rests, strict=True)]
@@ -266,12 +278,34 @@ class Link:
         states = jax.tree.map(_wrapped_as, state.codec, states, is_leaf=node.is_node)
         return Averaged(mean, lost, LinkState(states, server, state.home))
 
-    def dense_first(self, update: Callable[..., Any]) -> Callable[..., Any]:
-        """``update_fn`` of a scheme, with the first updates averaged uncompressed.
+    def entrance(
+        self, update: Callable[..., Any], own: bool = False
+    ) -> Callable[..., Any]:
+        """``update_fn`` of a scheme, from wherever it is called.
 
-        Until then nothing is owed and nothing learned: of the state, which has a field
-        ``count``, that alone moves on.
+        It runs on what each device holds. Called on stacked gradients in a plain jitted
+        step, or inside a function mapped over the workers alone, it opens a region that
+        is mapped over the other mesh axes too. With ``start`` the first updates are
+        averaged uncompressed: until then nothing is owed and nothing learned, and of
+        the state, which has a field ``count``, that alone moves on.
+
+        Args:
+          update: The function, of updates, state, parameters and extra arguments.
+          own: Whether what comes out is each worker's own still.
         """
+        inside = self._dense_first(update)
+
+        def update_fn(updates, state, params=None, **extra_args):
+            if self.axes is None:
+                return inside(updates, state, params, **extra_args)
+            around = regions.around(self.api, self.axes, updates, state)
+            if around is None:
+                return inside(updates, state, params, **extra_args)
+            return around(inside, updates, state, own)
+
+        return update_fn
+
+    def _dense_first(self, update: Callable[..., Any]) -> Callable[..., Any]:
         if not self.start:
             return update
 
@@ -338,7 +372,7 @@ class Link:
     def _server_shapes(self, layout: Layout) -> list[Any]:
         return server_shapes(self._kept(layout))
 
-    def _meet(self, layout, xs, states, turn, server, ratio):
+    def _meet(self, layout, xs, states, turn, server, ratio, valid):
         """The conversations about all buckets, each by the way of its codec."""
         assert self.axes is not None
         axes, codecs = self.axes, [b.codec for b in layout.buckets]
@@ -364,7 +398,7 @@ class Link:
                 owed = left if way.keeps else owed
             return means
 
-        means, rests, states = converse(layout, xs, states, turns, meet)
+        means, rests, states = converse(layout, xs, states, turns, meet, valid)
         rests = [
             x - mean.decode() if way.pays_average else rest
             for way, x, mean, rest in zip(ways, xs, means, rests, strict=True)
@@ -455,10 +489,11 @@ def _by_shard(state: Any, names: tuple[str, ...]) -> Any:
 
 
 def _wrapped_as(like: Any, state: Any) -> Any:
-    """A codec's state of one leaf, wrapped as it came."""
+    """One leaf's state, wrapped as it came."""
     if not node.is_node(like):
         return state
-    return PerWorker.wrap(state, Axes.of("link", like.axis_name))
+    marked = PerWorker.wrap(state, Axes.of("link", like.axis_name), None, like.shards)
+    return dataclasses.replace(marked, remake=like.remake)
 
 
 def _at(turn: Turn, level: Axes, axes: Axes) -> Turn:
@@ -486,6 +521,7 @@ def _decoded_last(
     averages = []
     for b, mean, x in zip(layout.buckets, means, rests, strict=True):
         zeros = zeros_after(jax.tree.leaves(kept[b.leaves[0]])[0], x)
+        zeros = vary(zeros, *varying(jax.tree.leaves(mean.payload)[0]))
         averages.append(mean.decode_in(zeros))
     return averages
 

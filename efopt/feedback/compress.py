@@ -93,4 +93,4 @@ def compress(
         got = link.average(link.receive(updates), state.link, state.count)
         return got.mean, CompressState(optax.safe_increment(state.count), got.state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, link.dense_first(update_fn))
+    return optax.GradientTransformationExtraArgs(init_fn, link.entrance(update_fn))

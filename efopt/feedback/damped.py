@@ -119,4 +119,4 @@ def damped_error_feedback(
         count = optax.safe_increment(state.count)
         return got.mean, DampedErrorFeedbackState(count, link.wrap(h), got.state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, link.dense_first(update_fn))
+    return optax.GradientTransformationExtraArgs(init_fn, link.entrance(update_fn))

@@ -13,6 +13,7 @@ from efopt.feedback.rates import hold, rates
 from efopt.feedback.residual import open_residual
 from efopt.ground.checks import keyword_only
 from efopt.workers.axes import AxisName
+from efopt.workers.node import PerWorker
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -49,6 +50,24 @@ class ContractiveErrorFeedbackState(NamedTuple):
     residual: Any
     link: Any
     last_rate: Any
+
+    def placed(self, mesh: Any, spec_of: Any) -> "ContractiveErrorFeedbackState":
+        """The state laid out for a mesh: payloads are those of shards, made anew."""
+        link = self.link.placed(mesh, spec_of)
+        if self.link.home == () or self.link.home.specs is not None:
+            return self._replace(link=link)
+        home = link.home
+        residual = self.residual
+        if home.inner:
+            made = home.treedef.flatten_up_to(residual.remake(home.shards()))
+            axes = home.link.axes
+            residual = home.treedef.unflatten(
+                [
+                    PerWorker.wrap(payload, axes, None, home.axes_of(i))
+                    for i, payload in enumerate(made)
+                ]
+            )
+        return self._replace(residual=residual, link=link)
 
 
 @keyword_only
@@ -200,7 +219,7 @@ def feedback_through(
     def init_fn(params: Any) -> Any:
         return state_of(
             count=jnp.zeros([], jnp.int32),
-            residual=link.wrap(store.init(params)),
+            residual=store.marked(link, params),
             link=link.init(params),
             last_rate=() if learning_rate is None else jnp.zeros([], jnp.float32),
         )
@@ -229,6 +248,7 @@ def feedback_through(
             out, new = hold(rate, out, new, (owed, state.link))
         count = optax.safe_increment(state.count)
         residual, link_state = new
-        return out, state_of(count, link.wrap(residual), link_state, last)
+        residual = link.wrap(residual, state.residual)
+        return out, state_of(count, residual, link_state, last)
 
-    return optax.GradientTransformationExtraArgs(init_fn, link.dense_first(update_fn))
+    return optax.GradientTransformationExtraArgs(init_fn, link.entrance(update_fn))

@@ -29,6 +29,10 @@ class ExactResidual:
 
         return jax.tree.map(zeros, params)
 
+    def marked(self, link: Link, params: Any) -> Any:
+        """A residual of zero, marked as the worker's own."""
+        return link.wrap(self.init(params))
+
     def receive(self, link: Link, updates: Any, residual: Any) -> Any:
         """Updates on their way in, or an error if ``residual`` is not theirs."""
         return link.receive(updates, residual)

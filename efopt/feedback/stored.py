@@ -77,6 +77,13 @@ class StoredResidual:
         )
         return treedef.unflatten(payloads)
 
+    def marked(self, link: Link, params: Any) -> Any:
+        """A residual of zero, marked as the worker's own, and how it is made."""
+        marked = link.wrap(self.init(params))
+        if link.axes is None:
+            return marked
+        return dataclasses.replace(marked, remake=self.init)
+
     def receive(self, link: Link, updates: Any, residual: Any) -> Any:
         """Updates on their way in, or an error if ``residual`` is not theirs."""
         updates = link.receive(updates)
@@ -179,7 +186,8 @@ class StoredResidual:
                     x = _blocked(x, b)
                 kept = 1 - self.damping_of(layout, b)
                 fresh = b.codec.increment(payload, x, kept, ratio, b.blocks(), still)
-                new.append(once(fresh) if _is_large(b) else fresh)
+                # The wall hangs on the step: one on the payload would keep a copy of it.
+                new.append(once((fresh, turn.step))[0] if _is_large(b) else fresh)
             return treedef.unflatten(layout.part_blocked(new, payloads))
 
         return keep

@@ -13,7 +13,7 @@ import math
 import re
 from dataclasses import replace
 
-from efopt.hlo import links
+from efopt.hlo import algorithms
 from efopt.hlo.report import Collective
 
 # Generation: devices a chip, and the largest result in bytes that is replaced.
@@ -83,6 +83,6 @@ def compiled(c: Collective, topology: str) -> Collective:
         operation="all-reduce",
         operand_bytes=result,
         shapes=tuple((c.group_size, *shape) for shape in c.shapes),
-        link_bytes=links.link_bytes("all-reduce", result, c.group_size),
+        link_bytes=algorithms.link_bytes("all-reduce", result, c.group_size),
         instead_of="all-gather",
     )

@@ -86,7 +86,7 @@ def dist_ef_sgd(
         "dist_ef_sgd", momentum, nesterov=nesterov, dtype=accumulator_dtype
     )
     return optax.chain(  # 1905.10936, dist-EF-blockSGDM:
-        add_decay(weight_decay, mask),
+        on_workers(add_decay(weight_decay, mask), axis_name),
         on_workers(trace, axis_name),  # m_i = mu m_i + g_i; mu m_i + g_i
         error_feedback(  # p_i, e_i of the workers; s, e of the owners of ranges
             scaled_sign(block_size=1024) if compressor is None else compressor,

@@ -98,7 +98,7 @@ def ef_sgd(
     behind = momentum is not None and momentum_at == "server"
     # Every part has one place, whatever the options: the feedback is `state[3]`.
     return optax.chain(
-        add_decay(weight_decay, mask),
+        on_workers(add_decay(weight_decay, mask), axis_name),
         optax.identity() if behind else on_workers(trace, axis_name),
         optax.scale_by_learning_rate(learning_rate),  # 1901.09847 Algorithm 2:
         error_feedback(  # p = gamma g + e, delta = C(p), e = p - delta

@@ -16,13 +16,21 @@ if ``n = 1``), in this many messages one after the other:
 * collective-permute, one message: ``b`` in 1;
 * collective-broadcast, a chain: ``b`` in ``n-1``.
 
-Not seen are send and recv, and what a custom kernel moves by itself.
+On a mesh the devices of one slow position are many, and all of the above is told of
+each device. Every collective says which axes it crosses, ``report.over("dcn")`` has
+those that cross one, and ``report.bytes_over("dcn")`` sums them. Between the slices of
+a TPU a collective is a send and a recv by way of the hosts, and is read as what it is.
+
+Not counted is what passes between a device and its own host. Not seen is what a custom
+kernel moves without saying so; whatever else moves data between devices is read, or
+raises.
 """
 
 from efopt.hlo.check import check as check
 from efopt.hlo.links import Link as Link
 from efopt.hlo.measure import measure as measure
 from efopt.hlo.read import read_hlo as read_hlo
+from efopt.hlo.report import AxisBytes as AxisBytes
 from efopt.hlo.report import Collective as Collective
 from efopt.hlo.report import WireReport as WireReport
 from efopt.hlo.tpu import tpu_compiler_options as tpu_compiler_options

@@ -4,8 +4,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from efopt.ground.tables import table
 from efopt.hlo.links import Link, duration, rate
-from efopt.hlo.report import WireReport, table
+from efopt.hlo.report import WireReport
 
 _PRINTED_LEAVES = 12
 

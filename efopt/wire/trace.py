@@ -15,7 +15,7 @@ from jax.extend.core import Literal, jaxprs_in_params
 
 from efopt.codecs.compressor import Compressor
 from efopt.exchanges.link import open_link
-from efopt.hlo import links
+from efopt.hlo import algorithms
 from efopt.hlo.report import Collective
 
 AXIS = "workers"
@@ -80,7 +80,7 @@ def _collective(operation: str, operands: Sequence[Any], group_size: int) -> Col
         shapes=tuple(x.shape for x in operands),
         group_size=group_size,
         operand_bytes=given,
-        link_bytes=links.link_bytes(operation, given, group_size),
+        link_bytes=algorithms.link_bytes(operation, given, group_size),
     )
 
 

@@ -1,5 +1,6 @@
 """Gradient accumulation: several mini-batches, and one meeting."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 from efopt.ground import checks
 from efopt.ground.dtypes import wide_zeros
 from efopt.workers.axes import Axes, AxisName, zeros_like
-from efopt.workers.node import PerWorker
+from efopt.workers.node import PerWorker, is_node
 
 
 class AccumulateState(NamedTuple):
@@ -76,9 +77,14 @@ def accumulate(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
-        axes.require_bound("`accumulate`")
-        axes.require_local("`accumulate`", updates)
-        total = state.accumulator.local(f"`accumulate(axis_name={axis_name!r})`")
+        if is_node(updates):  # stacked gradients, in a plain jitted step
+            total = dataclasses.replace(updates, value=state.accumulator.value)
+            wrap = lambda total: total  # noqa: E731
+        else:
+            axes.require_bound("`accumulate`")
+            axes.require_local("`accumulate`", updates)
+            total = state.accumulator.local(f"`accumulate(axis_name={axis_name!r})`")
+            wrap = lambda total: PerWorker.wrap(total, axes)  # noqa: E731
         total = jax.tree.map(lambda a, g: a + g.astype(a.dtype) / every, total, updates)
 
         def step(total, inner_state):
@@ -96,7 +102,6 @@ def accumulate(
         last = state.count == every - 1
         out, total, inner_state = lax.cond(last, take, skip, total, state.inner)
         count = jnp.where(last, 0, state.count + 1)
-        accumulator = PerWorker.wrap(total, axes)
-        return out, AccumulateState(count, accumulator, inner_state)
+        return out, AccumulateState(count, wrap(total), inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

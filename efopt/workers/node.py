@@ -29,12 +29,15 @@ class PerWorker:
       shards: The mesh axes behind each worker along which values differ as well, where
         they are laid out by shard; these have an array axis of their own, behind that
         of the workers. Static.
+      remake: Of what is laid out by shard: makes a fresh value from the shards of the
+        parameters, a tree of structs. Static.
     """
 
     value: Any
     axis_name: AxisName = dataclasses.field(metadata={"static": True})
     split: int | None = dataclasses.field(default=None, metadata={"static": True})
     shards: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    remake: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self):
         _register_with_flax()

@@ -1,5 +1,6 @@
 """Transformations in front of the exchange, with a state of each worker's own."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import optax
 
 from efopt.ground.checks import keyword_only
 from efopt.workers.axes import Axes, AxisName
-from efopt.workers.node import PerWorker
+from efopt.workers.node import PerWorker, is_node
 
 
 @keyword_only
@@ -53,10 +54,20 @@ def per_worker(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
+        if is_node(updates):  # stacked gradients, in a plain jitted step
+            return _stacked(updates, state, params, extra_args)
         axes.require_bound("`per_worker`")
         axes.require_local("`per_worker`", updates)
         own = state.local(f"`per_worker(axis_name={axis_name!r})`")
         updates, own = inner.update(updates, own, params, **extra_args)
         return updates, PerWorker.wrap(own, axes)
+
+    def _stacked(updates: Any, state: Any, params: Any, extra_args: Any) -> Any:
+        def one(updates, own):
+            return inner.update(updates, own, params, **extra_args)
+
+        over_workers = jax.vmap(one, spmd_axis_name=axes.key)
+        out, own = over_workers(updates.value, state.value)
+        return dataclasses.replace(updates, value=out), PerWorker(own, axes.key)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

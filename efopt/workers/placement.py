@@ -1,5 +1,6 @@
 """Where state lives: laying a pytree out over workers, on a mesh or stacked."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -50,7 +51,8 @@ def partition_specs(tree: Any, params_specs: Any = None) -> Any:
     def specs(subtree, *lead):
         def one(x):
             if is_node(x):
-                return PerWorker(specs(x.value, x.axis_name), x.axis_name, x.split)
+                own = (x.axis_name, x.shards) if x.shards else (x.axis_name,)
+                return dataclasses.replace(x, value=specs(x.value, *own))
             if matches(x):
                 return jax.tree.map(
                     lambda s: PartitionSpec(*lead, *s), params_specs, is_leaf=is_spec
@@ -103,7 +105,8 @@ def distribute(tree: Any, mesh: jax.sharding.Mesh, params_specs: Any = None) -> 
                     f"`distribute(tree, mesh)` needs a mesh with the axis {name!r} of "
                     f"the per-worker state, got axes {tuple(mesh.axis_names)}."
                 )
-        return _spread(node, math.prod(mesh.shape[name] for name in names))
+        m = math.prod(mesh.shape[name] for name in node.shards)
+        return _spread(node, math.prod(mesh.shape[name] for name in names), m)
 
     def lay_out(tree):
         return jax.tree.map(
@@ -121,6 +124,15 @@ def distribute(tree: Any, mesh: jax.sharding.Mesh, params_specs: Any = None) -> 
         # under `may_alias=False`, and a donated step would delete them.
         return jax.device_put(jnp.copy(x), sharding)
 
+    def spec_of(path, shape):
+        return _spec_at(path, shape, params_specs)
+
+    lays_itself_out = lambda x: hasattr(x, "placed")  # noqa: E731
+    tree = jax.tree.map(
+        lambda x: x.placed(mesh, spec_of) if lays_itself_out(x) else x,
+        tree,
+        is_leaf=lays_itself_out,
+    )
     leaves = jax.tree.leaves(tree)
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
     tree = jax.eval_shape(lay_out, tree) if abstract else lay_out(tree)
@@ -178,8 +190,39 @@ def stack_workers(tree: Any, num_workers: int | tuple[int, ...]) -> Any:
     return jax.tree.map(stack, tree, is_leaf=is_node)
 
 
-def _spread(node: PerWorker, n: int) -> PerWorker:
+def _spec_at(path: str, shape: tuple[int, ...], params_specs: Any) -> PartitionSpec:
+    """The spec of a parameter, found by the end of its path."""
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    found = jax.tree_util.tree_flatten_with_path(params_specs, is_leaf=is_spec)[0]
+    for where, spec in found:
+        name = jax.tree_util.keystr(where)
+        if len(spec) <= len(shape) and (name.endswith(path) or path.endswith(name)):
+            return spec
+    return P()
+
+
+def _spread(node: PerWorker, n: int, m: int = 1) -> PerWorker:
     """The node with a worker axis of length ``n`` on every array."""
+    if node.shards and node.split is None:
+
+        def copies(x):
+            if x.shape[:2] == (n, m):
+                return x
+            return jnp.broadcast_to(x, (n, m, *x.shape[2:])).copy()
+
+        return dataclasses.replace(node, value=jax.tree.map(copies, node.value))
+    if node.shards:
+        split = node.split or 0
+
+        def by_shard(x):
+            if x.shape[:2] == (n, m):
+                return x
+            rows = range_size(split, n)
+            padding = [(0, rows * n - split)] + [(0, 0)] * (x.ndim - 3)
+            x = jnp.pad(x[0, 0], padding).reshape(n, 1, rows, *x.shape[3:])
+            return jnp.broadcast_to(x, (n, m, *x.shape[2:])).copy()
+
+        return dataclasses.replace(node, value=jax.tree.map(by_shard, node.value))
 
     def one(x):
         x = _strong(x)

@@ -211,9 +211,10 @@ def parse_args(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     known = ", ".join(RATES)
+    scripts = ", ".join(SCRIPTS).replace("%", "%%")
     add("--rates", nargs="*", metavar="RATE", help=f"of {known}; default: all")
     add("--workers", type=int, default=2, help=f"2 to {MAX_WORKERS}, default: 2")
-    add("--methods", nargs="+", metavar="METHOD", help=f"of {', '.join(SCRIPTS)}")
+    add("--methods", nargs="+", metavar="METHOD", help=f"of {scripts}")
     add("--steps", type=int, default=20, help="of a method in a round, default: 20")
     add("--rounds", type=int, default=3, help="of all methods, default: 3")
     add("--batch", type=int, default=8, help="images of a worker, default: 8")

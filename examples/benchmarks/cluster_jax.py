@@ -30,7 +30,7 @@ HEARTBEAT_TIMEOUT = SHUTDOWN_TIMEOUT = 10
 
 # Compressor and exchange of each method.
 METHODS = {
-    "dense": (efopt.identity(), None),
+    "dense": (efopt.compressors.identity(), None),
     "sign": (efopt.scaled_sign(1024), "all_gather"),
     "sign two-phase": (efopt.scaled_sign(1024), "two_phase"),
     "int8 two-phase": (efopt.quantize(8), "two_phase"),
@@ -57,7 +57,9 @@ def plan(name, num_workers, **link):
     """What efopt expects of a method, from shapes alone."""
     compressor, exchange = METHODS[name]
     shapes = jax.eval_shape(Network().init, jax.random.key(0), jnp.zeros((1, PIXELS)))
-    return efopt.wire.plan(compressor, shapes, num_workers, exchange, **link)
+    return efopt.wire.plan(
+        compressor, shapes, num_workers=num_workers, exchange=exchange, **link
+    )
 
 
 class Network(nn.Module):
@@ -108,7 +110,7 @@ class Training:
         return np.asarray(loss.addressable_data(0)).item()
 
     def wire(self, batch):
-        return efopt.hlo.measure(self._step, self.state, self._spread(batch))
+        return efopt.wire.measure(self._step, self.state, self._spread(batch))
 
 
 def latency(mesh):

@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 import efopt
 
 CASES = [
-    (efopt.identity(), "all_reduce"),
-    (efopt.identity(), "all_gather"),
+    (efopt.compressors.identity(), "all_reduce"),
+    (efopt.compressors.identity(), "all_gather"),
     (efopt.sign(), "all_gather"),
     (efopt.sign(), "two_phase"),
     (efopt.sign(), "majority_vote"),
@@ -40,11 +40,11 @@ CASES = [
     (efopt.random_block(fraction=0.01), "all_reduce"),
     (efopt.quantize(8), "all_gather"),
     (efopt.quantize(4), "two_phase"),
-    (efopt.qsgd(), "two_phase"),
-    (efopt.terngrad(), "all_gather"),
-    (efopt.natural(), "two_phase"),
-    (efopt.cast("float8_e4m3fn"), "two_phase"),
-    (efopt.count_sketch(fraction=0.2), "all_reduce"),
+    (efopt.compressors.qsgd(), "two_phase"),
+    (efopt.compressors.terngrad(), "all_gather"),
+    (efopt.compressors.natural(), "two_phase"),
+    (efopt.compressors.cast("float8_e4m3fn"), "two_phase"),
+    (efopt.compressors.count_sketch(fraction=0.2), "all_reduce"),
     (efopt.power_sgd(2, min_compression=0.5), "all_reduce"),
     (efopt.compose(efopt.top_k(fraction=0.1), efopt.quantize(4)), "all_gather"),
 ]
@@ -89,7 +89,7 @@ def main():
         name = f"{compressor} {exchange}"
         if args.only not in name:
             continue
-        tx = efopt.error_feedback(compressor, "data", exchange)
+        tx = efopt.error_feedback(compressor, axis_name="data", exchange=exchange)
         state = efopt.distribute(jax.eval_shape(tx.init, params), mesh)
         specs = efopt.partition_specs(state)
         step = jax.shard_map(

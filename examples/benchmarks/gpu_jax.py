@@ -34,7 +34,7 @@ def vote():
 
 
 def dense():
-    mean = efopt.compress(efopt.identity(), axis_name="data")
+    mean = efopt.compress(efopt.compressors.identity(), axis_name="data")
     return optax.chain(mean, optax.sgd(RATE, momentum=MOMENTUM))
 
 
@@ -45,7 +45,7 @@ SIGN, BLOCK, LOW_RANK = (
     efopt.power_sgd(4),
 )
 METHODS = {
-    "dense": (dense(), efopt.identity(), None),
+    "dense": (dense(), efopt.compressors.identity(), None),
     "sign all_gather": (with_feedback(SIGN, "all_gather"), SIGN, "all_gather"),
     "sign two_phase": (with_feedback(SIGN, "two_phase"), SIGN, "two_phase"),
     "majority_vote": (vote(), efopt.sign(), "majority_vote"),
@@ -151,7 +151,7 @@ class Training:
         return self.loss
 
     def wire(self):
-        return efopt.hlo.measure(self.mapped, self.state, *self.batch)
+        return efopt.wire.measure(self.mapped, self.state, *self.batch)
 
     def identical(self):
         """Whether every worker holds the same parameters, bit for bit."""
@@ -207,8 +207,8 @@ def main():
         plan = efopt.wire.plan(
             compressor,
             shapes,
-            n,
-            exchange,
+            num_workers=n,
+            exchange=exchange,
             bandwidth=bandwidth,
             latency=latency,
             compute_seconds=compute,

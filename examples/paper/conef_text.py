@@ -35,21 +35,23 @@ import efopt
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAKESPEARE = REPOSITORY.parent / "shared/data/tinyshakespeare/input.txt.gz"
 BLOCK = efopt.random_block(fraction=0.1)
-SKETCH = efopt.count_sketch(fraction=0.2)
+SKETCH = efopt.compressors.count_sketch(fraction=0.2)
 
 
 def conef(memory, **options):
-    return efopt.contractive_error_feedback(BLOCK, memory, "data", **options)
+    return efopt.contractive_error_feedback(
+        BLOCK, memory=memory, axis_name="data", **options
+    )
 
 
 METHODS = {
-    "dense": efopt.compress(efopt.identity(), "data"),
-    "none": efopt.compress(BLOCK, "data"),
-    "ef": efopt.error_feedback(BLOCK, "data"),
+    "dense": efopt.compress(efopt.compressors.identity(), axis_name="data"),
+    "none": efopt.compress(BLOCK, axis_name="data"),
+    "ef": efopt.error_feedback(BLOCK, axis_name="data"),
     "conef-int8": conef(efopt.quantize(8, stochastic=True)),
     "conef-int4": conef(efopt.quantize(4)),
     "conef-f32": conef(SKETCH),
-    "conef-f16": conef(SKETCH, memory_dtype="float16"),
+    "conef-f16": conef(SKETCH, residual_dtype="float16"),
 }
 
 

@@ -37,7 +37,7 @@ DECAY = 5e-4
 
 
 def sgdm(rate):
-    mean = efopt.compress(efopt.identity(), axis_name="data")
+    mean = efopt.compress(efopt.compressors.identity(), axis_name="data")
     decay = optax.add_decayed_weights(DECAY)
     return optax.chain(mean, decay, optax.sgd(rate, momentum=0.9))
 
@@ -49,7 +49,7 @@ def scaled_sign(rate):
 
 def signum(rate):
     decay = optax.add_decayed_weights(DECAY)
-    return optax.chain(decay, efopt.signum(rate, axis_name="data"))
+    return optax.chain(decay, efopt.optimizers.signum(rate, axis_name="data"))
 
 
 def ef_signsgd(rate):

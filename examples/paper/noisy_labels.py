@@ -33,7 +33,7 @@ SCALED = efopt.scaled_sign()
 METHODS = {
     "sgdm": lambda rate: optax.sgd(rate, momentum=0.9),
     "scaled-sign": lambda rate: optax.chain(SCALED, optax.sgd(rate)),
-    "signum": lambda rate: efopt.signum(rate / 100, beta=0.9),
+    "signum": lambda rate: efopt.optimizers.signum(rate / 100, beta=0.9),
     "ef-signsgd": lambda rate: efopt.ef_signsgd(rate),
 }
 RATES = (0.01, 0.03, 0.1, 0.3)

@@ -138,6 +138,12 @@ def test_compressors_help():
     assert done.returncode == 0 and "--output" in done.stdout
 
 
+def test_cluster_benchmark_help_names_methods_with_a_percent_sign():
+    done = run("benchmarks/cluster.py", "--help", folder=EXAMPLES)
+    assert done.returncode == 0, done.stderr
+    assert "block 1 %," in " ".join(done.stdout.split())
+
+
 @pytest.mark.slow
 def test_train_nnx(tmp_path):
     done = run("train_nnx.py", "--steps", "30", folder=tmp_path)

@@ -5,8 +5,10 @@ most of the configuration, and shortened where they say so. Those marked "by han
 follow the form that is named.
 """
 
+import ast
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import efopt
 from efopt import wire
 
 ALL_8 = "replica_groups={{0,1,2,3,4,5,6,7}}"
@@ -151,6 +154,35 @@ RAGGED = f"""
   %r = f32[64,128]{{1,0}} ragged-all-to-all(%in, %out, %i, %i, %i, /*index=5*/%i), channel_id=1, {ALL_8}
 """  # noqa: E501
 
+# From libtpu 0.0.42.1, v5e:2x4 with num_slices=2: the program of one slice. A psum and
+# an all_to_all over both slices, and a print on the host.
+TPU_SLICES = """
+HloModule jit_f, is_scheduled=true, num_partitions=8
+  %after-all = token[] after-all(), frontend_attributes={MegascaleRendezvousKeyName="psum.7_0"}
+  %bitcast = f32[8,8,128]{2,1,0:T(8,128)} bitcast(%param.1)
+  %send = (f32[8,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%bitcast, %after-all), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="psum.7_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}, backend_config={"flag_configs":[],"aggregated_send_recv_config":{"status":"AGGREGATE_STATUS_DEFER"}}
+  %recv = (f32[8,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="psum.7_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}, backend_config={"flag_configs":[],"aggregated_send_recv_config":{"status":"AGGREGATE_STATUS_ISSUE"}}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %recv-done = (f32[8,8,128]{2,1,0:T(8,128)}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %all_to_all.8 = u32[2,4,1024]{2,1,0:T(4,128)} bitcast(%param.2)
+  %send.1 = (u32[2,4,1024]{2,1,0:T(4,128)}, u32[], token[]) send(%all_to_all.8, %after-all), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all_to_all.9_0",_xla_megascale_target={{100000,200000},{100001,200001},{100002,200002},{100003,200003},{100004,200004},{100005,200005},{100006,200006},{100007,200007}},_xla_megascale_transfer_type="ALL_TO_ALL"}
+  %recv.1 = (u32[2,4,1024]{2,1,0:T(4,128)}, u32[], token[]) recv(%after-all), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all_to_all.9_0",_xla_megascale_target={{100000,200000},{100001,200001},{100002,200002},{100003,200003},{100004,200004},{100005,200005},{100006,200006},{100007,200007}},_xla_megascale_transfer_type="ALL_TO_ALL"}
+  %reduce_sum.9 = f32[]{:T(128)S(6)} reduce(%param.1, %constant)
+  %debug_print.20 = (f32[], u32[], token[]) send(%reduce_sum.9, %debug_print.19), channel_id=5, is_host_transfer=true, sharding={{manual}, {manual}, {manual}}, frontend_attributes={_xla_host_transfer_handler_name="pjrt_rendezvous",_xla_host_transfer_rendezvous="2"}
+  %debug_print.22 = (f32[], u32[], token[]) recv(%debug_print.21), channel_id=6, is_host_transfer=true, sharding={{manual}, {manual}, {manual}}, frontend_attributes={_xla_host_transfer_handler_name="pjrt_rendezvous",_xla_host_transfer_rendezvous="3"}
+  %custom-call = u32[] custom-call(), custom_call_target="SliceId"
+"""  # noqa: E501
+
+# By hand, GPU: a collective-permute cut into a send and a recv, in order to overlap.
+GPU_CUT = """
+  %x = f32[16]{0} parameter(0)
+  %after-all = token[] after-all()
+  %recv = (f32[16]{0}, u32[], token[]) recv(%after-all), channel_id=1, frontend_attributes={_xla_send_recv_source_target_pairs={{0,1},{1,2},{2,3}}}, control-predecessors={%x}
+  %send = (f32[16]{0}, u32[], token[]) send(%x, %after-all), channel_id=1, frontend_attributes={_xla_send_recv_source_target_pairs={{0,1},{1,2},{2,3}}}
+  %recv-done = (f32[16]{0}, token[]) recv-done(%recv), channel_id=1
+  %send-done = token[] send-done(%send), channel_id=1
+"""  # noqa: E501
+
 TEXTS = {  # text: (operation, element types, shapes, group, operand bytes, link bytes)
     "cpu tuple": (
         CPU_TUPLE,
@@ -204,6 +236,17 @@ TEXTS = {  # text: (operation, element types, shapes, group, operand bytes, link
     "typed operands": (
         TYPED_OPERANDS,
         [("all-reduce", ("f32", "s32"), ((64,), ()), 2, 260, 260)],
+    ),
+    "tpu slices": (
+        TPU_SLICES,
+        [
+            ("all-reduce", ("f32",), ((8, 8, 128),), 2, 32768, 32768),
+            ("all-to-all", ("u32",), ((2, 4, 1024),), 2, 32768, 16384),
+        ],
+    ),
+    "gpu send and recv": (
+        GPU_CUT,
+        [("collective-permute", ("f32",), ((16,),), 4, 64, 64)],
     ),
     "ragged": (
         RAGGED,
@@ -290,6 +333,141 @@ def test_group_size(groups, size):
     assert (c.link_bytes == 0) == (size == 1)
 
 
+def chunks(order, size):
+    return tuple(tuple(order[i : i + size]) for i in range(0, len(order), size))
+
+
+PAIRED = ((0, 2), (1, 3), (4, 6), (5, 7))
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ("replica_groups={{0,2},{1,3},{4,6},{5,7}}", PAIRED),
+        ("replica_groups={{0, 2}, {1, 3}, {4, 6}, {5, 7}}", PAIRED),
+        ("replica_groups={{0,1,2},{5}}", ((0, 1, 2), (5,))),
+        ("replica_groups={}", (tuple(range(8)),)),
+        ("replica_groups=[2,4]<=[8]", chunks(range(8), 4)),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", ((0, 2, 4, 6), (1, 3, 5, 7))),
+        ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", PAIRED),
+        # a part of each row of a mesh, in the order of the axes named
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'b'}", PAIRED),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", chunks(range(8), 4)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", PAIRED),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", chunks(range(8), 2)),
+        (
+            "replica_groups=mesh['a'=2,'b'=4] {'b':(2)2,'b':(1)2}",
+            ((0, 2, 1, 3), (4, 6, 5, 7)),
+        ),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b','a'}", ((0, 4, 1, 5, 2, 6, 3, 7),)),
+        (
+            "replica_groups=mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x','y':(1)2}",
+            ((0, 4, 1, 5), (2, 6, 3, 7)),
+        ),
+        (
+            "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}",
+            ((0, 4), (1, 5), (2, 6), (3, 7)),
+        ),
+        (
+            "replica_groups=mesh['a'=2,'b'=2], device_ids=(0,2,1,3) {'b'}",
+            ((0, 2), (1, 3)),
+        ),
+        ("source_target_pairs={{0,4},{4,0},{1,5},{5,1}}", ((0, 4), (1, 5))),
+        ("source_target_pairs={{3,1},{1,0},{2,2}}", ((0, 1, 3), (2,))),
+        ("source_target_pairs={}", ()),
+    ],
+)
+def test_groups_become_positions_of_devices(groups, expected):
+    operation = "collective-permute" if "pairs" in groups else "all-gather"
+    attributes = f"channel_id=1, {groups}, dimensions={{0}}, use_global_device_ids=true"
+    (c,) = wire.read_hlo(collective(operation, attributes), num_partitions=8)
+    assert c.groups == expected
+    assert c.group_size == max(map(len, expected), default=1)
+
+
+@pytest.mark.parametrize(
+    ("operation", "attributes", "expected"),
+    [  # two replicas of four partitions, at positions 4 r + p
+        (
+            "all-reduce",
+            "replica_groups={{0,1}}",
+            ((0, 4), (1, 5), (2, 6), (3, 7)),
+        ),
+        (
+            "all-reduce",
+            "channel_id=1, replica_groups={{0},{1}}",
+            ((0, 1, 2, 3), (4, 5, 6, 7)),
+        ),
+        (
+            "all-reduce",
+            "channel_id=1, replica_groups={{0,1}}",
+            ((0, 1, 2, 3, 4, 5, 6, 7),),
+        ),
+        (
+            "all-to-all",
+            "channel_id=1, replica_groups={{0,1},{2,3}}",
+            ((0, 1), (2, 3), (4, 5), (6, 7)),
+        ),
+        (
+            "collective-permute",
+            "channel_id=1, source_target_pairs={{0,3}}",
+            ((0, 3), (4, 7)),
+        ),
+        (
+            "all-reduce",
+            "channel_id=1, replica_groups={{0,5}}, use_global_device_ids=true",
+            ((0, 5),),
+        ),
+        ("all-reduce", "replica_groups={}", ((0, 1, 2, 3, 4, 5, 6, 7),)),
+    ],
+)
+def test_groups_of_replicas_and_partitions(operation, attributes, expected):
+    text = "HloModule m, replica_count=2, num_partitions=4\n"
+    (c,) = wire.read_hlo(text + collective(operation, attributes))
+    assert c.groups == expected
+
+
+def test_a_channel_of_the_one_replica_joins_all_partitions():
+    text = "HloModule m, num_partitions=4\n"
+    one = "replica_groups={{0}}"
+    (c,) = wire.read_hlo(text + collective("all-reduce", f"channel_id=1, {one}"))
+    assert c.groups == ((0, 1, 2, 3),)
+    (alone,) = wire.read_hlo(text + collective("all-reduce", one))
+    assert alone.group_size == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ('"{1,2}x{0:2}"', ((100000, 200000), (100001, 200001), (100002, 200002))),
+        ('"{3,1}x{0,4:5}"', ((300000, 100000), (300004, 100004), (300005, 100005))),
+        ("{{100000,200005},{100001,200000}}", ((100000, 200005), (100001, 200000))),
+        ("{{100007->200000},{200007->100000}}", ((100007, 200000), (100000, 200007))),
+    ],
+)
+def test_what_crosses_slices_names_devices_by_their_ids(target, expected):
+    text = TPU_SLICES.replace('"{1,2}x{0:7}"', target)
+    first, second = wire.read_hlo(text)
+    assert first.between_slices and second.between_slices
+    assert first.groups == expected
+    assert second.groups[1] == (100001, 200001)
+
+
+@pytest.mark.parametrize(
+    ("kind", "operation"),
+    [
+        ("ALL_REDUCE", "all-reduce"),
+        ("ALL_GATHER", "all-gather"),
+        ("ALL_TO_ALL", "all-to-all"),
+        ("REDUCE_SCATTER", "reduce-scatter"),
+        ("ONE_TO_ONE", "collective-permute"),
+    ],
+)
+def test_what_crosses_slices_is_a_collective(kind, operation):
+    text = TPU_SLICES.replace("ALL_REDUCE", kind)
+    assert wire.read_hlo(text)[0].operation == operation
+
+
 def test_num_partitions_wins_over_the_first_line():
     text = "HloModule m, replica_count=2, num_partitions=4\n" + collective(
         "all-gather", "replica_groups={}"
@@ -326,6 +504,92 @@ def test_collectives_are_found_by_their_opcode_alone():
         "%all-reduce-scatter = f32[8]{0} fusion(%all-gather.1), calls=%all-reduce\n"
         "%all-to-all-done = f32[8]{0} all-to-all-done(%all-to-all-start)"
     )
+    assert wire.read_hlo(text) == ()
+
+
+# ------------------------------------------------- nothing that moves is passed over
+
+TOKEN, OPERAND, SLICE_SEND, SLICE_RECV = TPU_SLICES.splitlines()[2:6]
+# From libtpu 0.0.42.1, v5e:2x4, without its body: a Pallas kernel that writes into its
+# neighbour's memory, on three lines.
+KERNEL = """
+  %shard_map.12 = f32[8,128]{1,0:T(8,128)S(1)} custom-call(%param.1), custom_call_target="tpu_custom_call", operand_layout_constraints={f32[8,128]{1,0}}, frontend_attributes={kernel_metadata={
+"mesh_axes":"[\\"x\\"]"
+}}, metadata={op_name="jit(wrapped)/shard_map/pallas_call" stack_frame_id=1}, backend_config={"flag_configs":[],"custom_call_config":{"body":"","has_communication":true,"needs_layout_passes":true}}
+"""  # noqa: E501
+UNREAD = {
+    "infeed": ("%y = (f32[8], token[]) infeed(%t)", "the infeed `y`"),
+    "outfeed": ("%y = token[] outfeed(%x, %t)", "the outfeed `y`"),
+    "send to who knows": (
+        "%y = (f32[8], u32[], token[]) send(%x, %t), channel_id=1",
+        "the send `y`",
+    ),
+    "send by another way": (
+        SLICE_SEND.replace("xla_megascale_runtime", "tf_rendezvous"),
+        "the send `send`",
+    ),
+    "send of another kind": (
+        SLICE_SEND.replace("ALL_REDUCE", "ALL_SHUFFLE"),
+        "the send `send`",
+    ),
+    "recv alone": (SLICE_RECV, "the recv without its send `recv`"),
+    "recv of another send": (
+        f"{TOKEN}\n{OPERAND}\n{SLICE_SEND}\n"
+        + SLICE_RECV.replace("psum.7_0", "psum.8_0"),
+        "the recv without its send `recv`",
+    ),
+    "a library's call": (
+        '%y = f32[8] custom-call(%x), custom_call_target="ncclAllReduce"',
+        "the custom-call ncclAllReduce `y`",
+    ),
+    "another's call": (
+        '%y = f32[8] custom-call(%x), custom_call_target="mpi_allreduce_ffi"',
+        "the custom-call mpi_allreduce_ffi `y`",
+    ),
+    "a call with groups": (
+        '%y = f32[8] custom-call(%x), custom_call_target="mine", '
+        "replica_groups={{0,1}}",
+        "the custom-call `y`",
+    ),
+    "a kernel": (KERNEL, "the custom-call tpu_custom_call `shard_map.12`"),
+    "an unknown collective": (
+        "%y = f32[8] all-shuffle-start(%x), mode=fast",
+        "the all-shuffle-start `y`",
+    ),
+    "an unknown operation with a channel": (
+        "%y = f32[8] mystery(%x), channel_id=7",
+        "the mystery `y`",
+    ),
+    "one inside an async-start": (
+        "%wrapped (p: f32[8]) -> f32[8] {\n"
+        "  ROOT %y = f32[8] mystery(%p), replica_groups={{0,1}}\n"
+        "}\n"
+        "%s = ((f32[8]), f32[8]) async-start(%x), calls=%wrapped",
+        "the mystery `y`",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "says"), UNREAD.values(), ids=UNREAD)
+def test_what_moves_data_in_an_unknown_way_raises(text, says):
+    with pytest.raises(ValueError, match=re.escape(says)) as raised:
+        wire.read_hlo(text)
+    assert "does not know how many bytes" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        KERNEL.replace('"has_communication":true,', ""),
+        '%y = u32[] custom-call(), custom_call_target="SliceId"',
+        '%y = f32[8] custom-call(%x), custom_call_target="xla_ffi_python_cpu_callback"',
+        '%y = s32[8] custom-call(%x), custom_call_target="lu_pivots_to_permutation"',
+        '%y = f32[8] add(%x, %x), metadata={op_name="channel_id=1 replica_groups="}',
+        "%y = (f32[8], f32[8], u32[]) copy-start(%x)",
+        "%y = u32[] partition-id()",
+    ],
+)
+def test_what_stays_on_its_device_is_passed_over(text):
     assert wire.read_hlo(text) == ()
 
 
@@ -383,6 +647,75 @@ def test_loop_multiplies_by_its_trip_count(outer, inner, executions):
         # of its 16 bytes, for two workers, only the all-to-all keeps a half
         once = {"once": 16, "outer": 16, "test": 8, "inner": 16}[name]
         assert c.link_bytes == once * (executions[name] or 1)
+
+
+# From libtpu 0.0.42.1, without layouts: a scan, whose trip count is not stated.
+COUNTED = """
+%body (wide.param.2: (s32[], f32[8], s32[])) -> (s32[], f32[8], s32[]) {
+  %constant.1 = s32[] constant(1)
+  %wide.param.2 = (s32[], f32[8], s32[]) parameter(0)
+  %get-tuple-element.39 = f32[8] get-tuple-element(%wide.param.2), index=1
+  %sum = f32[8] all-reduce(%get-tuple-element.39), replica_groups={{0,1}}, to_apply=%add
+  %get-tuple-element.38 = s32[] get-tuple-element(%wide.param.2), index=0
+  %add.6 = s32[] add(%get-tuple-element.38, %constant.1)
+  %get-tuple-element.43 = s32[] get-tuple-element(%wide.param.2), index=2
+  ROOT %tuple.17 = (s32[], f32[8], s32[]) tuple(%add.6, %sum, %get-tuple-element.43)
+}
+
+%condition (wide.param.1: (s32[], f32[8], s32[])) -> pred[] {
+  %constant.5 = s32[] constant(5)
+  %wide.param.1 = (s32[], f32[8], s32[]) parameter(0)
+  %limit = s32[] get-tuple-element(%wide.param.1), index=2
+  %get-tuple-element.22 = s32[] get-tuple-element(%wide.param.1), index=0
+  ROOT %lt.3 = pred[] compare(%get-tuple-element.22, %constant.5), direction=LT
+}
+
+ENTRY %main.5_spmd (param.3: f32[8]) -> f32[8] {
+  %constant.8 = s32[] constant(0)
+  %constant.9 = s32[] constant(9)
+  %param.3 = f32[8] parameter(0)
+  %copy.11 = s32[] copy(%constant.8)
+  %tuple.15 = (s32[], f32[8], s32[]) tuple(%copy.11, %param.3, %constant.9)
+  %while.10 = (s32[], f32[8], s32[]) while(%tuple.15), condition=%condition, body=%body
+  ROOT %get-tuple-element.14 = f32[8] get-tuple-element(%while.10), index=1
+}
+"""
+LIMIT = "get-tuple-element.22, %constant.5)"
+CARRIED = "get-tuple-element.22, %limit)"
+KEPT_ALONG = "tuple(%add.6, %sum, %get-tuple-element.43)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "executions"),
+    [
+        ({}, 5),
+        ({"constant(0)": "constant(2)"}, 3),
+        ({"constant(0)": "constant(-2)"}, 7),
+        ({"constant(0)": "constant(6)"}, 0),
+        ({"constant(1)": "constant(3)"}, 2),  # at 0 and 3
+        ({"%get-tuple-element.38, %constant.1": "%constant.1, %copy.9"}, None),
+        (
+            {"(%get-tuple-element.22, %constant.5)": "(%get-tuple-element.22, %limit)"},
+            9,
+        ),
+        ({LIMIT: CARRIED, KEPT_ALONG: "tuple(%add.6, %sum, %add.6)"}, None),
+        ({"direction=LT": "direction=LE"}, None),
+        ({"constant(1)": "constant(0)"}, None),
+        ({"constant(1)": "constant(-1)"}, None),
+        ({"add(": "multiply("}, None),
+        ({"constant(5)": "parameter(1)"}, None),
+        ({"%copy.11 = s32[] copy": "%copy.11 = s32[] negate"}, None),
+        ({"%get-tuple-element.22 = s32[] get-tuple-element": "%x = s32[] add"}, None),
+    ],
+)
+def test_a_loop_without_a_trip_count_shows_its_counter(changes, executions):
+    text = COUNTED
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (c,) = wire.read_hlo(text)
+    assert (c.loop, c.executions) == (True, executions)
+    assert c.operand_bytes == 32 * (1 if executions is None else executions)
 
 
 @pytest.mark.parametrize(
@@ -669,6 +1002,20 @@ def test_simulated_workers_send_nothing():
     assert (report.operand_bytes, report.bytes_sent_per_worker) == (0, 0)
 
 
+# -------------------------------------------------------------------------- room
+
+
+def test_what_reads_programs_needs_nothing_of_efopt_but_tables():
+    for file in Path(efopt.__file__).parent.joinpath("hlo").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "efopt"
+            ):
+                assert node.module == "efopt.ground.tables" or (
+                    node.module or ""
+                ).startswith("efopt.hlo"), file
+
+
 # ------------------------------------------------------------------------ report
 
 
@@ -692,6 +1039,12 @@ def test_report_prints_a_table():
         "total                                                             42,896     238,272",  # noqa: E501
         "* in a loop or branch, run unknown times: counted once",
     ]
+
+
+def test_report_marks_what_crosses_slices():
+    lines = str(wire.WireReport(wire.read_hlo(TPU_SLICES))).splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["all-reduce^", "all-to-all^"]
+    assert lines[-1] == "^ between slices, sent and received by their hosts"
 
 
 def test_report_without_collectives_says_so_in_words():

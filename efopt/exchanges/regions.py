@@ -1,0 +1,121 @@
+"""Regions: a manual ``shard_map`` around a scheme, opened where the user's step is not.
+
+A step over global arrays hands over stacked gradients, or is mapped over the workers'
+axes alone and leaves the others to the compiler. A compressor that flattened there
+would make it gather; inside a region over all axes every device has its own shard.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from efopt.exchanges.home import Home
+from efopt.workers.axes import Axes, manual_axes
+from efopt.workers.node import PerWorker
+from efopt.workers.placement import partition_specs
+from efopt.workers.value_and_grad import mesh_of
+
+Around = Callable[[Callable[..., Any], Any, Any, bool], tuple[Any, Any]]
+
+
+def around(api: str, axes: Axes, updates: Any, state: Any) -> Around | None:
+    """What runs a scheme on shards, or ``None`` where it runs on them already.
+
+    Args:
+      api: The transformation, for errors.
+      axes: The workers' axes.
+      updates: This worker's updates, or those of all, stacked in a ``PerWorker``.
+      state: The state of the scheme, which holds a :class:`Home`.
+
+    Raises:
+      ValueError: If a region is needed and the state is not placed.
+    """
+    mapped = manual_axes()
+    if isinstance(updates, PerWorker):
+        _check_stacked(api, axes, updates)
+        return _region(
+            _home(api, state), axes, mesh_of(updates, axes), (), stacked=True
+        )
+    if not axes.bound() or not set(axes.names) <= set(mapped):
+        return None  # `vmap`, `pmap`, or an error that is worded better further on
+    mesh = jax.sharding.get_abstract_mesh()
+    rest = [a for a in mesh.axis_names if a not in mapped and mesh.shape[a] > 1]
+    if not rest:
+        return None
+    return _region(_home(api, state), axes, None, mapped, stacked=False)
+
+
+def _home(api: str, state: Any) -> Home:
+    is_home = lambda x: isinstance(x, Home)  # noqa: E731
+    homes = [x for x in jax.tree.leaves(state, is_leaf=is_home) if is_home(x)]
+    if not homes or homes[0].specs is None:
+        raise ValueError(
+            f"{api} works on what each device holds of a leaf, and the state does not "
+            "know how leaves are sharded over the mesh axes that are left to the "
+            "compiler here. Place it with `efopt.distribute(state, mesh, params_specs)`"
+            " before the step, also if `params_specs` is None: nothing sharded."
+        )
+    return homes[0]
+
+
+def _region(home: Home, axes: Axes, mesh: Any, mapped: Any, stacked: bool) -> Around:
+    specs = home.spec_tree()
+
+    def run(update, updates, state, own):
+        tree = updates.value if stacked else updates
+        state_specs = partition_specs(state, specs)
+        given = jax.tree.map(lambda s: P(axes.key, *s), specs, is_leaf=_is_spec)
+        if not stacked:  # the workers' axes are consumed already
+            given = specs
+            state_specs = jax.tree.map(
+                lambda s: _without(s, axes.names), state_specs, is_leaf=_is_spec
+            )
+
+        def body(tree, state):
+            if stacked:
+                tree = jax.tree.map(lambda x: x.reshape(x.shape[1:]), tree)
+            out, state = update(tree, state)
+            if own and stacked:
+                out = jax.tree.map(lambda x: x[None], out)
+            return out, state
+
+        names = home.inner_names if not stacked else (*axes.names, *home.inner_names)
+        out, state = jax.shard_map(
+            body,
+            mesh=mesh,
+            in_specs=(given, state_specs),
+            out_specs=(given if own else specs, state_specs),
+            axis_names={n for n in names if n not in mapped},
+        )(tree, state)
+        if own and stacked:
+            out = dataclasses.replace(updates, value=out)
+        return out, state
+
+    return run
+
+
+def _check_stacked(api: str, axes: Axes, updates: PerWorker) -> None:
+    if updates.axis_name != axes.key:
+        raise ValueError(
+            f"{api} works over the axis {axes.key!r}, and the gradients are stacked "
+            f"over {updates.axis_name!r}: give `efopt.value_and_grad` the same "
+            "`axis_name`."
+        )
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, P)
+
+
+def _without(spec: P, names: tuple[str, ...]) -> P:
+    """A spec in which some axes are not named."""
+
+    def entry(e):
+        kept = tuple(a for a in (e if isinstance(e, tuple) else (e,)) if a not in names)
+        kept = tuple(a for a in kept if a is not None)
+        return kept if len(kept) > 1 else kept[0] if kept else None
+
+    return P(*map(entry, spec))
