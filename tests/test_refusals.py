@@ -426,7 +426,7 @@ OPTIONS = {
         ["`error_feedback", "`axis_name` by keyword", "axis_name='data'"],
     ),
     "every-by-position": (
-        lambda: efopt.accumulate(optax.sgd(0.1), every=2),
+        lambda: efopt.accumulate(*(optax.sgd(0.1), 2)),
         TypeError,
         ["`accumulate", "`every` by keyword", "every=2"],
     ),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
+from test_mesh import build, mapped
 from test_read_and_measure import (
     ALL_8,
     DATA,
@@ -19,7 +20,6 @@ from test_read_and_measure import (
     place,
     sharded,
 )
-from test_wire_mesh import build, mapped
 
 import efopt
 from efopt import wire
