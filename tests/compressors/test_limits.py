@@ -33,9 +33,9 @@ def test_a_block_that_32_bits_cannot_number_is_refused_with_the_cure(make):
 
 def test_an_option_by_position_is_refused_by_its_keyword():
     with pytest.raises(TypeError, match=r"`top_k\(fraction=0\.01\)`"):
-        efopt.top_k(fraction=0.01)  # type: ignore[misc]
+        efopt.top_k(0.01)  # type: ignore[misc]
     with pytest.raises(TypeError, match=r"`quantize\(\.\.\., block_size=64\)`"):
-        efopt.quantize(8, block_size=64)  # type: ignore[misc]
+        efopt.quantize(8, 64)  # type: ignore[misc]
 
 
 def test_only_what_loses_too_much_keeps_no_residual():
