@@ -108,7 +108,7 @@ def test_zero_gradients_leave_everything_untouched(name):
     """Padding included: it is in the state only as server residual."""
     compressor, exchange = CASES[name]
     # What a codec remembers of a direction may go: zero has none.
-    moves = ("count", "memory")
+    moves = ("count", "codec")
     tx = efopt.error_feedback(compressor, axis_name=AXIS, exchange=exchange)
     fn, state, place = mapped("auto", tx, zeros())
     start = jax.tree.map(np.asarray, state)
