@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from workers_under_test import AXIS, HOWS, copies, make_step, mapped, run, slow
+from workers_under_test import AXIS, FAST, HOWS, copies, make_step, mapped, run, slow
 
 import efopt
 
@@ -84,7 +84,7 @@ def test_any_number_of_workers(name, n):
 
 @pytest.mark.parametrize("name", CASES)
 def test_workers_stay_bit_identical_and_nothing_recompiles(name):
-    fn, state, place = mapped("auto", chain(name), zeros())
+    fn, state, place = mapped("auto", chain(name), zeros(), compiler_options=FAST)
     types = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
     structure = jax.tree.structure(state)
     for g in gradients(20, seed=1):
@@ -110,7 +110,7 @@ def test_zero_gradients_leave_everything_untouched(name):
     # What a codec remembers of a direction may go: zero has none.
     moves = ("count", "codec")
     tx = efopt.error_feedback(compressor, axis_name=AXIS, exchange=exchange)
-    fn, state, place = mapped("auto", tx, zeros())
+    fn, state, place = mapped("auto", tx, zeros(), compiler_options=FAST)
     start = jax.tree.map(np.asarray, state)
     zero = {k: np.zeros((8, *s), np.float32) for k, s in SHAPES.items()}
     for _ in range(2):

@@ -367,14 +367,20 @@ def test_virtual_params_of_an_unknown_rate_ask_for_it():
         with pytest.raises(ValueError, match="does not know what the residual is wort"):
             efopt.virtual_params(*at)
         for x, want in zip(
-            jax.tree.leaves(efopt.virtual_params(*at, told)), path, strict=True
+            jax.tree.leaves(efopt.virtual_params(*at, learning_rate=told)),
+            path,
+            strict=True,
         ):
             np.testing.assert_allclose(x[0], want, rtol=0, atol=1e-5)
 
 
 SINGLE = efopt.ef_sgd(efopt.top_k(k=1), 0.1)
 REFUSED = {
-    "no_feedback": (optax.sgd(0.1), None, "holds an `efopt.ErrorFeedbackState`"),
+    "no_feedback": (
+        optax.sgd(0.1),
+        None,
+        "holds an `efopt.feedback.ErrorFeedbackState`",
+    ),
     "no_compressor": (
         efopt.dist_ef_sgd(0.1, compressor=BLOCKED, axis_name=AXIS),
         None,
