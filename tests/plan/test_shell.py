@@ -33,7 +33,7 @@ def test_module_runs_from_a_shell():
         text=True,
         check=True,
     )
-    plan = wire.plan(efopt.scaled_sign(64), [S((10_000,), jnp.float32)], 8)
+    plan = wire.plan(efopt.scaled_sign(64), [S((10_000,), jnp.float32)], num_workers=8)
     assert done.stdout == f"{plan}\n"
 
 
@@ -48,8 +48,8 @@ def test_options_are_those_of_the_function(capsys):
     expected = wire.plan(
         efopt.power_sgd(rank=2),
         [S((64, 32), jnp.bfloat16), S((7,), jnp.bfloat16)],
-        4,
-        "all_reduce",
+        num_workers=4,
+        exchange="all_reduce",
         bandwidth=1e9,
         latency=50e-6,
         compute_seconds=20e-3,
@@ -65,12 +65,14 @@ def test_options_are_those_of_the_function(capsys):
 )
 def test_bandwidth_has_units(capsys, text, bits):
     tail = ("--parameters", "100", "--workers", "2", "--bandwidth", text)
-    plan = wire.plan(efopt.sign(), [S((100,), jnp.float32)], 2, bandwidth=bits)
+    plan = wire.plan(
+        efopt.sign(), [S((100,), jnp.float32)], num_workers=2, bandwidth=bits
+    )
     assert printed(capsys, "sign()", *tail) == f"{plan}\n"
 
 
 def test_the_readme_shows_what_it_prints(capsys):
-    readme = Path(__file__).parents[1].joinpath("README.md").read_text()
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
     blocks = re.findall(
         r"```sh\npython -m efopt.wire (.*?)```\n```text\n(.*?)```", readme, re.S
     )
@@ -115,7 +117,9 @@ def test_a_command_that_cannot_be_is_refused(capsys, argv, says):
         efopt.power_sgd(rank=4),
         efopt.top_k(fraction=0.01),
         efopt.compose(efopt.top_k(k=64), efopt.quantize(bits=4)),
-        efopt.partition({"a": efopt.sign(), "b": efopt.identity()}, ["a", "b"]),
+        efopt.compressors.partition(
+            {"a": efopt.sign(), "b": efopt.compressors.identity()}, ["a", "b"]
+        ),
     ],
     ids=repr,
 )
@@ -124,7 +128,8 @@ def test_what_a_compressor_prints_is_read_back(made):
 
 
 def test_every_public_compressor_can_be_written():
-    public = {n for n in efopt.__all__ if getattr(efopt, n) in FACTORIES.values()}
+    shelf = vars(efopt.compressors).items()
+    public = {name for name, made in shelf if made in FACTORIES.values()}
     assert public == set(FACTORIES) and {"sign", "compose", "partition"} <= public
     assert compressor("efopt.sign()") == efopt.sign()
 

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from workers_under_test import FAST
 
 from efopt.exchanges import carrier
-from efopt.ground import bits
-from efopt.ground.randomness import hash_words, stratified_sample
+from efopt.ground import bits, randomness
 
 SIGMAS = 6
+# Many small programs of exact operations: compile them fast rather than well.
+fast = functools.partial(jax.jit, compiler_options=FAST)
 
 
 # ---------------------------------------------------------------------- packing
@@ -22,8 +24,7 @@ def test_signs_survive_packing_at_every_size():
     sizes = [*range(1, 71), 1023, 1024, 1025]
     signs = [rng.random((3, size)) < 0.5 for size in sizes]
 
-    # Many small programs of exact operations: compile them fast rather than well.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @fast
     def both(signs):
         packed = [bits.pack_bits(x) for x in signs]
         sizes = [x.shape[1] for x in signs]
@@ -119,7 +120,9 @@ COUNTERS = 2**16
 @pytest.mark.parametrize("keys", [(0,), (1,), (7, 9)], ids=str)
 def test_hash_has_no_collisions_and_even_bits(keys):
     """65536 counters; each bit and each pair of bits even to 6 standard errors."""
-    words = np.asarray(hash_words(*keys, jnp.arange(COUNTERS, dtype=jnp.uint32)))
+    words = np.asarray(
+        randomness.hash_words(*keys, jnp.arange(COUNTERS, dtype=jnp.uint32))
+    )
     assert words.dtype == np.uint32
     assert np.unique(words).size == COUNTERS
     ones = (words[:, None] >> np.arange(32, dtype=np.uint32)) & 1
@@ -138,10 +141,10 @@ def test_hash_spreads_every_bit_of_every_word(word):
     """
     rng = np.random.default_rng(1)
     words = rng.integers(0, 2**32, (2, 4096), dtype=np.uint64).astype(np.uint32)
-    before = np.asarray(hash_words(*words))
+    before = np.asarray(randomness.hash_words(*words))
     flipped = np.repeat(words[:, None], 32, axis=1)
     flipped[word] ^= np.uint32(1) << np.arange(32, dtype=np.uint32)[:, None]
-    changed = np.asarray(hash_words(*flipped)) ^ before
+    changed = np.asarray(randomness.hash_words(*flipped)) ^ before
     ones = (changed[..., None] >> np.arange(32, dtype=np.uint32)) & 1
     assert np.abs(ones.mean(axis=1) - 0.5).max() <= SIGMAS * 0.5 / np.sqrt(4096)
 
@@ -149,22 +152,29 @@ def test_hash_spreads_every_bit_of_every_word(word):
 def test_hash_broadcasts_and_is_the_same_under_jit():
     a, b = (jnp.arange(n, dtype=jnp.uint32) for n in (5, 3))
     a, b = a[:, None], b[None]
-    hashed = hash_words(3, a, b)
+    hashed = randomness.hash_words(3, a, b)
     assert hashed.shape == (5, 3)
-    np.testing.assert_array_equal(hashed, jax.jit(hash_words)(3, a, b))
-    assert int(hashed[4, 2]) == int(hash_words(3, 4, 2))
-    assert int(hash_words(1, 2)) != int(hash_words(2, 1))
+    np.testing.assert_array_equal(hashed, jax.jit(randomness.hash_words)(3, a, b))
+    assert int(hashed[4, 2]) == int(randomness.hash_words(3, 4, 2))
+    assert int(randomness.hash_words(1, 2)) != int(randomness.hash_words(2, 1))
 
 
 # --------------------------------------------------------------------- sampling
+
+
+def samples(draws, num, size):
+    def draw(counters):
+        keys = randomness.hash_words(counters)
+        return randomness.stratified_sample(keys, num, size)
+
+    return np.asarray(fast(draw)(np.arange(draws, dtype=np.uint32)))
 
 
 @pytest.mark.parametrize(
     "num, size", [(1, 1), (1, 7), (2, 5), (5, 5), (16, 17), (999, 1000), (65536, 65537)]
 )
 def test_a_sample_has_distinct_indices_in_range(num, size):
-    keys = hash_words(jnp.arange(64, dtype=jnp.uint32))
-    sample = np.asarray(stratified_sample(keys, num, size))
+    sample = samples(64, num, size)
     assert sample.dtype == np.int32 and sample.shape == (64, num)
     assert sample.min() >= 0 and sample.max() < size
     assert all(len(set(row)) == num for row in sample.tolist())
@@ -176,8 +186,7 @@ def test_a_sample_has_every_index_equally_often(num, size):
 
     A count is binomial with p = num / size, and the counts of one sample add up to num.
     """
-    keys = hash_words(jnp.arange(4000, dtype=jnp.uint32))
-    sample = np.asarray(stratified_sample(keys, num, size))
+    sample = samples(4000, num, size)
     counts = np.bincount(sample.ravel(), minlength=size)
     p, freedom = num / size, size - 1
     z = (counts - 4000 * p) / np.sqrt(4000 * p * (1 - p))
@@ -193,8 +202,14 @@ def test_a_sample_has_every_index_equally_often(num, size):
 @pytest.mark.parametrize("size", [1, 5, 64, 1031])
 def test_integers_of_few_bits_come_back_and_fill_their_bytes(width, size):
     x = np.random.default_rng(0).integers(0, 2**width, (3, size)).astype(np.uint8)
-    packed = bits.pack_uints(jnp.asarray(x), width)
-    np.testing.assert_array_equal(bits.unpack_uints(packed, width, size), x)
+
+    @fast
+    def both(x):
+        packed = bits.pack_uints(x, width)
+        return packed, bits.unpack_uints(packed, width, size)
+
+    packed, opened = both(x)
+    np.testing.assert_array_equal(opened, x)
     fields = [w for w in (8, 4, 2, 1) if width & w]
     assert [p.shape for p in packed] == [(3, -(-size * w // 8)) for w in fields]
     assert all(p.dtype == jnp.uint8 for p in packed)
@@ -203,14 +218,15 @@ def test_integers_of_few_bits_come_back_and_fill_their_bytes(width, size):
 @pytest.mark.parametrize("size", [1, 4, 5, 6, 1031])
 def test_five_trits_share_a_byte(size):
     x = np.random.default_rng(0).integers(0, 3, (3, size)).astype(np.uint8)
-    packed = bits.pack_trits(jnp.asarray(x))
+    packed = fast(bits.pack_trits)(x)
     assert packed.shape == (3, -(-size // 5)) and packed.dtype == jnp.uint8
-    np.testing.assert_array_equal(bits.unpack_trits(packed, size), x)
+    opened = fast(lambda packed: bits.unpack_trits(packed, size))(packed)
+    np.testing.assert_array_equal(opened, x)
 
 
 def test_rounding_up_makes_products_with_small_integers_exact():
     x = np.exp(np.random.default_rng(0).uniform(-60, 60, 10_000)).astype(np.float32)
-    up = np.asarray(bits.round_up(jnp.asarray(x)))
+    up = np.asarray(fast(bits.round_up)(x))
     ratio = up.astype(np.float64) / x
     assert ratio.min() >= 1 and ratio.max() <= 1 + 2.0**-7
     product = up.astype(np.float64) * 255

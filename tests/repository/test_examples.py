@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 METHODS = ["dense", "signsgd", "ef-signsgd", "ef-signsgd-two-phase", "ef-top-k"]
 PARAMETERS = 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
 

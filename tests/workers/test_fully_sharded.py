@@ -10,7 +10,7 @@ import pytest
 
 import efopt
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "fully_sharded.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "fully_sharded.py"
 WORKERS, STEPS = 8, 3
 # Whole programs on eight devices: `pytest -m slow`.
 pytestmark = pytest.mark.slow
@@ -91,7 +91,7 @@ def test_what_travels_is_the_parameters_and_a_tenth_of_the_gradient(
     ranges = sum(4 * -(-p.size // WORKERS) for p in leaves)
     payload = sum(4 * -(-p.size // 10) for p in leaves)
     loss = 8
-    efopt.hlo.check(
+    efopt.wire.check(
         step,
         state,
         batch,

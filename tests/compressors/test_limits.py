@@ -20,7 +20,7 @@ def test_low_rank_leaves_an_empty_leaf_alone(shape):
 
 @pytest.mark.parametrize(
     "make",
-    [efopt.top_k, efopt.random_k, efopt.random_block, efopt.count_sketch],
+    [efopt.top_k, efopt.random_k, efopt.random_block, efopt.compressors.count_sketch],
     ids=lambda make: make.__name__,
 )
 def test_a_block_that_32_bits_cannot_number_is_refused_with_the_cure(make):
@@ -49,4 +49,4 @@ def test_only_what_loses_too_much_keeps_no_residual():
         assert reason in (bad.codec.keeps_no_residual() or "")
     for good in (efopt.quantize(4), efopt.quantize(8), efopt.top_k(k=8)):
         assert good.codec.keeps_no_residual() is None
-    assert efopt.identity().codec.exact and not nearest.codec.exact
+    assert efopt.compressors.identity().codec.exact and not nearest.codec.exact

@@ -12,8 +12,8 @@ from efopt import wire
 
 ROUNDS = {"all_reduce": 1, "all_gather": 1, "two_phase": 2, "majority_vote": 2}
 CASES = [
-    (efopt.identity(), "all_reduce"),
-    (efopt.identity(), "all_gather"),
+    (efopt.compressors.identity(), "all_reduce"),
+    (efopt.compressors.identity(), "all_gather"),
     (efopt.sign(), "all_gather"),
     (efopt.sign(), "two_phase"),
     (efopt.sign(), "majority_vote"),
@@ -33,9 +33,9 @@ SHAPES = [(64, 64), (64, 64), (100, 33), (4096,), (37,), (5,), (), (0,), (3, 3, 
 def report(compressor, exchange, shapes=SHAPES, n=8, dtypes=None):
     mesh = make_mesh("auto", n)
     dtypes = dtypes or [jnp.float32] * len(shapes)
-    params = [jnp.zeros(s, d) for s, d in zip(shapes, dtypes, strict=True)]
-    tx = efopt.error_feedback(compressor, AXIS, exchange)
-    state = efopt.distribute(tx.init(params), mesh)
+    params = list(map(jax.ShapeDtypeStruct, shapes, dtypes))
+    tx = efopt.error_feedback(compressor, axis_name=AXIS, exchange=exchange)
+    state = efopt.distribute(jax.eval_shape(tx.init, params), mesh)
     specs = efopt.partition_specs(state)
     sharding = jax.NamedSharding(mesh, P(AXIS))
     grads = [
@@ -105,8 +105,8 @@ def test_collectives_do_not_grow_with_leaves_or_dtypes(compressor, exchange):
     "compressor",
     [
         efopt.power_sgd(2),
-        efopt.partition(
-            {"matrix": efopt.power_sgd(2), "vector": efopt.identity()},
+        efopt.compressors.partition(
+            {"matrix": efopt.power_sgd(2), "vector": efopt.compressors.identity()},
             lambda params: ["matrix" if p.ndim > 1 else "vector" for p in params],
         ),
     ],
@@ -122,7 +122,7 @@ def test_two_rounds_are_two_collectives_however_many_matrices(compressor):
 def test_packed_sign_is_thirty_times_smaller_than_dense():
     """20 leaves, 1 M coordinates, blocks of 1024, padding included."""
     shapes = [(100, 500)] * 19 + [(50_000,)]
-    dense = report(efopt.identity(), "all_reduce", shapes).operand_bytes
+    dense = report(efopt.compressors.identity(), "all_reduce", shapes).operand_bytes
     signs = report(efopt.scaled_sign(1024), "all_gather", shapes).operand_bytes
     assert dense == 4_000_000
     assert dense / signs >= 30
@@ -144,9 +144,11 @@ def test_the_program_does_not_grow_with_leaves_as_a_decode_per_leaf_would():
 
     def loops(leaves):
         mesh = make_mesh("auto")
-        params = [jnp.zeros((8, 8 + i % 5)) for i in range(leaves)]
-        tx = efopt.error_feedback(efopt.scaled_sign(64), AXIS)
-        state = efopt.distribute(tx.init(params), mesh)
+        params = [
+            jax.ShapeDtypeStruct((8, 8 + i % 5), "float32") for i in range(leaves)
+        ]
+        tx = efopt.error_feedback(efopt.scaled_sign(64), axis_name=AXIS)
+        state = efopt.distribute(jax.eval_shape(tx.init, params), mesh)
         specs = efopt.partition_specs(state)
         fn = jax.shard_map(
             lambda g, s: tx.update([x[0] for x in g], s),
@@ -154,7 +156,7 @@ def test_the_program_does_not_grow_with_leaves_as_a_decode_per_leaf_would():
             in_specs=(P(AXIS), specs),
             out_specs=(P(), specs),
         )
-        grads = [jnp.zeros((8, *p.shape)) for p in params]
+        grads = [jax.ShapeDtypeStruct((8, *p.shape), p.dtype) for p in params]
         text = jax.jit(fn).lower(grads, state).as_text()
         return text.count("stablehlo.while"), text.count("stablehlo.shift_right")
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
-from test_wire import (
+from test_mesh import build, mapped
+from test_read_and_measure import (
     ALL_8,
     DATA,
     KNOWN,
@@ -19,7 +20,6 @@ from test_wire import (
     place,
     sharded,
 )
-from test_wire_mesh import build, mapped
 
 import efopt
 from efopt import wire
@@ -162,11 +162,11 @@ def test_promises_that_make_no_sense(promise, error, says):
 
 def test_a_plan_is_a_promise(mesh):
     compressor, n = efopt.scaled_sign(64), 8
-    tx = efopt.compress(compressor, "data")
+    tx = efopt.compress(compressor, axis_name="data")
     x = jax.ShapeDtypeStruct((n, 1000), jnp.float32)
     state = tx.init(jnp.zeros(1000))
     step = sharded(lambda g, s: tx.update(g[0], s)[0], mesh, P(), (DATA, P()))
-    planned = wire.plan(compressor, jnp.zeros(1000), n)
+    planned = wire.plan(compressor, jnp.zeros(1000), num_workers=n)
     limit = planned.bytes_sent_per_worker
     wire.check(step, place(x, mesh), state, at_most=limit)
     with pytest.raises(ValueError, match="at_most"):

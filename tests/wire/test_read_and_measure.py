@@ -1056,5 +1056,5 @@ def test_report_without_collectives_says_so_in_words():
 )
 def test_results_are_frozen_and_hashable(value):
     assert hash(value) == hash(dataclasses.replace(value))
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign"):
         setattr(value, dataclasses.fields(value)[0].name, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 # A network in a box takes its time: `pytest -m slow`.
 pytestmark = pytest.mark.slow
 PARAMETERS = 64 * 1408 + 1408 + 2 * (1408 * 1408 + 1408) + 1408 * 10 + 10

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_wire import TPU_SLICES, collective
+from test_read_and_measure import TPU_SLICES, collective
 
 from efopt import wire
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
 from workers_under_test import AXIS
 
 import efopt
@@ -35,34 +34,6 @@ def grad_fn(params):
     return jax.tree.map(pull, params)
 
 
-PARAMS = {"b": jnp.zeros(5), "w": jnp.full((3, 4), 2.0, jnp.float32)}
-REFERENCE = jax.tree.map(jnp.zeros_like, PARAMS)
-FACTORIES = {
-    "damped": lambda lr: optax.chain(
-        efopt.damped_error_feedback(efopt.quantize(4), 0.1, 0.9), optax.sgd(lr)
-    ),
-    "ec_sgd": lambda lr: efopt.ec_sgd(TOP_1, lr),
-    "ec_gd_star": lambda lr: efopt.ec_gd_star(TOP_1, lr, reference_grads=REFERENCE),
-    "ec_sgd_diana": lambda lr: efopt.ec_sgd_diana(TOP_1, lr, shift_compressor=UNBIASED),
-    "ec_lsvrg": lambda lr: efopt.ec_lsvrg(TOP_1, lr, probability=0.2),
-    "ec_lsvrg_diana": lambda lr: efopt.ec_lsvrg_diana(
-        TOP_1, lr, probability=0.2, shift_compressor=UNBIASED
-    ),
-    "ec_lsvrg_shifted": lambda lr: efopt.ec_lsvrg_shifted(TOP_1, lr, probability=0.2),
-    "ecq_sgd": lambda lr: efopt.ecq_sgd(lr),
-    # Error feedback of one coordinate in twelve bears no steps of 1 / smoothness here.
-    "eclk": lambda lr: efopt.eclk(TOP_1, smoothness=3.0, strong_convexity=0.1),
-    "loopless_katyusha": lambda lr: efopt.loopless_katyusha(
-        smoothness=1.0, strong_convexity=0.1, probability=0.5
-    ),
-}
-each = pytest.mark.parametrize("name", FACTORIES)
-
-
-def make(name, lr=0.3):
-    return FACTORIES[name](lr)
-
-
 def advance(tx, params, state, function=grad_fn):
     updates, state = tx.update(
         function(params),
@@ -75,46 +46,6 @@ def advance(tx, params, state, function=grad_fn):
     return optax.apply_updates(params, updates), state
 
 
-def specs(tree):
-    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
-
-
-# ---------------------------------------------------- Optax's entrance exam
-
-
-@each
-def test_it_converges_in_float32(name):
-    tx = make(name)
-    many = jax.jit(
-        lambda c: jax.lax.scan(lambda c, _: (advance(tx, *c), None), c, length=800)[0]
-    )
-    for x in jax.tree.leaves(many((PARAMS, tx.init(PARAMS)))[0]):
-        np.testing.assert_allclose(x, 1, atol=1e-3)
-
-
-@each
-def test_state_and_dtypes_are_stable(name):
-    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
-    params["b"] = PARAMS["b"]
-    tx = make(name, lambda count: 0.3 / (1 + count))
-    new, state = jax.eval_shape(functools.partial(advance, tx), params, tx.init(params))
-    assert specs(new) == specs(params)
-    assert specs(state) == specs(tx.init(params))
-    structs = jax.eval_shape(lambda: params)
-    assert specs(jax.eval_shape(tx.init, structs)) == specs(tx.init(params))
-
-
-@each
-def test_map_params_knows_what_is_shaped_like_parameters(name):
-    tx = make(name)
-    state = tx.init(PARAMS)
-    marked = optax.tree.map_params(
-        tx, lambda x: jnp.full_like(x, 7), state, transform_non_params=jnp.zeros_like
-    )
-    for x in jax.tree.leaves(marked):
-        assert (x == (7 if x.shape in ((5,), (3, 4)) else 0)).all()
-
-
 # -------------------------------------------------------------- what is claimed
 
 
@@ -123,8 +54,8 @@ def test_diana_and_star_keep_the_mean_and_learn_the_difference():
     grads = jnp.asarray(draws.standard_normal((4, 6)), jnp.float32)
     mean = np.broadcast_to(grads.mean(axis=0), (4, 6))
     for tx in (
-        efopt.diana(UNBIASED, axis_name=AXIS),
-        efopt.star(grads, axis_name=AXIS),
+        efopt.convex.diana(UNBIASED, axis_name=AXIS),
+        efopt.convex.star(grads, axis_name=AXIS),
     ):
         state = efopt.stack_workers(tx.init(grads[0]), 4)
         step = jax.jit(jax.vmap(tx.update, axis_name=AXIS))
@@ -163,7 +94,7 @@ def test_eclk_goes_to_the_constrained_optimum():
 
     def minimise(prox):
         tx, x = (
-            efopt.eclk(TOP_1, smoothness=1.0, strong_convexity=0.1, prox=prox),
+            efopt.convex.eclk(TOP_1, smoothness=1.0, strong_convexity=0.1, prox=prox),
             jnp.zeros(3),
         )
         step = functools.partial(advance, tx, function=gradient)
@@ -220,8 +151,8 @@ def test_no_field_of_a_state_is_named_like_an_option(name):
 
 def test_default_probability_of_a_partition_is_that_of_its_payloads():
     """Of 20 coordinates 4 travel whole and of 16 one: 4 * 32 + 40 bits of 640."""
-    both = {"a": efopt.top_k(k=1), "b": efopt.identity()}
-    compressor = efopt.partition(both, {"a": "a", "b": "b"})
+    both = {"a": efopt.top_k(k=1), "b": efopt.compressors.identity()}
+    compressor = efopt.compressors.partition(both, {"a": "a", "b": "b"})
     tx, x = eclk(compressor), {"a": jnp.zeros(16), "b": jnp.zeros(4)}
 
     def one(carry, _):
@@ -236,30 +167,33 @@ def test_default_probability_of_a_partition_is_that_of_its_payloads():
 # ------------------------------------------------------------------- bad input
 
 OPTIONS = {
-    "probability-zero": (lambda: efopt.lsvrg(0.0), "`lsvrg(probability=...)` must lie"),
-    "probability-above": (lambda: efopt.lsvrg(1.5), r"in (0, 1], got 1.5"),
-    "probability-nan": (lambda: efopt.lsvrg(float("nan")), "got nan"),
+    "probability-zero": (
+        lambda: efopt.convex.lsvrg(0.0),
+        "`lsvrg(probability=...)` must lie",
+    ),
+    "probability-above": (lambda: efopt.convex.lsvrg(1.5), r"in (0, 1], got 1.5"),
+    "probability-nan": (lambda: efopt.convex.lsvrg(float("nan")), "got nan"),
     "probability-eclk": (
         lambda: eclk(TOP_1, probability=0),
         "`eclk(probability=...)` must lie in (0, 1], got 0",
     ),
     "probability-katyusha": (
-        lambda: efopt.loopless_katyusha(
+        lambda: efopt.convex.loopless_katyusha(
             smoothness=1.0, strong_convexity=0.1, probability=2.0
         ),
         "`loopless_katyusha(probability=...)` must lie in (0, 1], got 2.0",
     ),
-    "coin": (lambda: efopt.lsvrg(0.5, coin="own"), "'shared', 'per_worker'"),
+    "coin": (lambda: efopt.convex.lsvrg(0.5, coin="own"), "'shared', 'per_worker'"),
     "alpha-zero": (
-        lambda: efopt.diana(UNBIASED, alpha=0.0),
+        lambda: efopt.convex.diana(UNBIASED, alpha=0.0),
         "`diana(alpha=...)` must be p",
     ),
     "diana-biased": (
-        lambda: efopt.diana(TOP_1),
+        lambda: efopt.convex.diana(TOP_1),
         "needs an unbiased compressor, such as `efopt.random_k(k=1, unbiased=True)`",
     ),
     "diana-two-phase": (
-        lambda: efopt.diana(
+        lambda: efopt.convex.diana(
             efopt.quantize(stochastic=True), axis_name=AXIS, exchange="two_phase"
         ).init(jnp.zeros(600)),
         "`diana(exchange='two_phase')` cannot work: a residual stays",
@@ -283,12 +217,12 @@ OPTIONS = {
         "must sum to at most 1, got 0.6 and 0.6",
     ),
     "damped-alpha": (
-        lambda: efopt.damped_error_feedback(UNBIASED, 1.5, 1.0),
+        lambda: efopt.feedback.damped_error_feedback(UNBIASED, alpha=1.5, beta=1.0),
         "`damped_error_feedback(alpha=...)` must be in [0, 1], got 1.5",
     ),
-    "damped-beta": (lambda: efopt.ecq_sgd(0.1, beta=-0.1), "got -0.1"),
+    "damped-beta": (lambda: efopt.optimizers.ecq_sgd(0.1, beta=-0.1), "got -0.1"),
     "ecq-biased": (
-        lambda: efopt.ecq_sgd(0.1, compressor=TOP_1),
+        lambda: efopt.optimizers.ecq_sgd(0.1, compressor=TOP_1),
         "needs an unbiased quantiser",
     ),
 }
@@ -305,101 +239,43 @@ def test_option_is_refused(name):
 def test_alpha_above_its_bound_needs_force_and_warns_even_so():
     bound = r"above 1 / \(1 \+ omega\) = 0\.2"  # one of five coordinates
     with pytest.raises(ValueError, match=f"{bound}.*`force=True`"):
-        efopt.diana(UNBIASED, alpha=0.5).init(jnp.zeros(5))
+        efopt.convex.diana(UNBIASED, alpha=0.5).init(jnp.zeros(5))
     with pytest.warns(UserWarning, match=bound):
-        efopt.diana(UNBIASED, alpha=0.5, force=True).init(jnp.zeros(5))
-    efopt.diana(UNBIASED, alpha=0.2).init(jnp.zeros(5))
+        efopt.convex.diana(UNBIASED, alpha=0.5, force=True).init(jnp.zeros(5))
+    efopt.convex.diana(UNBIASED, alpha=0.2).init(jnp.zeros(5))
     with pytest.raises(ValueError, match=bound):
-        efopt.ec_sgd_diana(TOP_1, 0.1, shift_compressor=UNBIASED, alpha=0.5).init(
-            jnp.zeros(5)
-        )
+        efopt.convex.ec_sgd_diana(
+            TOP_1, 0.1, shift_compressor=UNBIASED, alpha=0.5
+        ).init(jnp.zeros(5))
 
 
 @pytest.mark.parametrize(
     "factory",
     [
-        lambda c: efopt.ec_sgd(c, 0.1),
-        lambda c: efopt.ec_gd_star(c, 0.1, reference_grads=jnp.zeros(100)),
-        lambda c: efopt.ec_sgd_diana(c, 0.1, shift_compressor=UNBIASED),
-        lambda c: efopt.ec_lsvrg(c, 0.1, probability=0.5),
-        lambda c: efopt.ec_lsvrg_diana(
+        lambda c: efopt.convex.ec_sgd(c, 0.1),
+        lambda c: efopt.convex.ec_gd_star(c, 0.1, reference_grads=jnp.zeros(100)),
+        lambda c: efopt.convex.ec_sgd_diana(c, 0.1, shift_compressor=UNBIASED),
+        lambda c: efopt.convex.ec_lsvrg(c, 0.1, probability=0.5),
+        lambda c: efopt.convex.ec_lsvrg_diana(
             c, 0.1, probability=0.5, shift_compressor=UNBIASED
         ),
-        lambda c: efopt.ec_lsvrg_shifted(c, 0.1, probability=0.5),
-        lambda c: efopt.ec_lsvrg_shifted(
+        lambda c: efopt.convex.ec_lsvrg_shifted(c, 0.1, probability=0.5),
+        lambda c: efopt.convex.ec_lsvrg_shifted(
             TOP_1, 0.1, probability=0.5, shift_compressor=c
         ),
         lambda c: eclk(c),
     ],
 )
-@pytest.mark.parametrize("compressor", [efopt.sign(), efopt.terngrad(), UNBIASED])
+@pytest.mark.parametrize(
+    "compressor", [efopt.sign(), efopt.compressors.terngrad(), UNBIASED]
+)
 def test_compressor_that_is_not_contractive_is_refused(factory, compressor):
     with pytest.raises(ValueError, match=r"needs a contractive compressor.*top_k"):
         factory(compressor).init(jnp.zeros(100))
 
 
-@pytest.mark.parametrize("name", ["ec_lsvrg", "ec_lsvrg_shifted", "eclk"])
-@pytest.mark.parametrize("missing", ["params", "grad_fn", "full_grad_fn"])
-def test_missing_function_is_named_with_the_call(name, missing):
-    tx = make(name)
-    given = {"params": PARAMS, "grad_fn": grad_fn, "full_grad_fn": grad_fn}
-    del given[missing]
-    params = given.pop("params", None)
-    with pytest.raises(ValueError) as caught:
-        tx.update(PARAMS, tx.init(PARAMS), params, **given)
-    what = "the parameters" if missing == "params" else f"`{missing}`"
-    call = "tx.update(grads, state, params, grad_fn=grad_fn, full_grad_fn=full_grad_fn)"
-    assert f"needs {what}" in str(caught.value) and call in str(caught.value)
-
-
-MAPPED = {
-    "diana": efopt.diana(UNBIASED, axis_name=AXIS),
-    "lsvrg": efopt.lsvrg(0.5, axis_name=AXIS),
-    "star": efopt.star(jnp.zeros((8, 3)), axis_name=AXIS),
-    "damped_error_feedback": efopt.damped_error_feedback(UNBIASED, 0.1, 0.9, AXIS),
-    "eclk": eclk(TOP_1, axis_name=AXIS),
-}
-
-
-@pytest.mark.parametrize("name", MAPPED)
-def test_update_outside_the_mapped_function_is_refused(name):
-    tx, x = MAPPED[name], jnp.zeros(3)
-    with pytest.raises(ValueError, match="works over the mapped axis 'data'"):
-        tx.update(x, tx.init(x), x, grad_fn=grad_fn, full_grad_fn=grad_fn)
-
-
-@pytest.mark.parametrize("name", MAPPED)
-def test_gradients_already_summed_over_workers_are_refused(mesh, name):
-    tx, x = MAPPED[name], jnp.zeros(3)
-    state = efopt.distribute(tx.init(x), mesh)
-
-    def step(state, x):
-        own = {"grad_fn": grad_fn, "full_grad_fn": grad_fn}
-        return tx.update(grad_fn(x), state, x, **own)[0]
-
-    mapped = jax.shard_map(
-        step, mesh=mesh, in_specs=(efopt.partition_specs(state), P()), out_specs=P()
-    )
-    with pytest.raises(ValueError, match="already equal on all workers along 'data'"):
-        jax.eval_shape(mapped, state, x)
-
-
-@pytest.mark.parametrize("name", [n for n in MAPPED if n != "star"])
-def test_state_that_is_not_placed_is_refused(name):
-    tx, x = MAPPED[name], jnp.zeros((4, 3))
-    state = tx.init(x[0])
-
-    def step(grads):
-        own = {"grad_fn": grad_fn, "full_grad_fn": grad_fn}
-        two = jax.tree.map(lambda s: jnp.stack([s, s]), state)
-        return tx.update(grads, two, grads, **own)[0]
-
-    with pytest.raises(ValueError, match="not laid out over the workers|shape"):
-        jax.eval_shape(jax.vmap(step, axis_name=AXIS), x)
-
-
 def test_star_needs_one_gradient_for_each_worker():
-    tx = efopt.star(jnp.zeros((3, 5)), axis_name=AXIS)
+    tx = efopt.convex.star(jnp.zeros((3, 5)), axis_name=AXIS)
     with pytest.raises(ValueError, match=r"\(4, 5\), and got \(3, 5\)"):
         jax.eval_shape(
             jax.vmap(lambda g: tx.update(g, optax.EmptyState())[0], axis_name=AXIS),

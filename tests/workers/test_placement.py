@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 
+import chex
 import flax.linen as nn
 import flax.serialization
 import jax
@@ -111,16 +112,7 @@ def expected(grads, lr=LR, names=("b", "w"), compressor=oracle.scaled_sign):
 
 def assert_close(got, want):
     """Equal to rounding: 8 steps of numbers of order one, in float32."""
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)  # noqa: E731
-    jax.tree.map(close, jax.tree.map(np.asarray, got), want)
-
-
-def assert_same(got, want):
-    """The same structure, types and bits."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    chex.assert_trees_all_close(got, want, rtol=0, atol=1e-5)
 
 
 def types(tree):
@@ -148,14 +140,14 @@ def test_per_worker_is_a_pytree_that_keeps_its_static_fields():
 
 
 def test_partition_specs_split_what_is_per_worker_and_nothing_else():
-    momentum = efopt.per_worker(optax.trace(0.9), AXIS)
+    momentum = efopt.per_worker(optax.trace(0.9), axis_name=AXIS)
     tx = optax.chain(momentum, two_phase(), optax.adam(LR))
     state = tx.init(PARAMS)
     specs = efopt.partition_specs(state)
     assert jax.tree.structure(specs) == jax.tree.structure(state)
     trace, ef, adam = specs
     assert set(jax.tree.leaves(trace)) == {P(AXIS)}
-    assert set(jax.tree.leaves((ef.residual, ef.server))) == {P(AXIS)}
+    assert set(jax.tree.leaves((ef.residual, ef.link.server))) == {P(AXIS)}
     assert set(jax.tree.leaves((ef.count, adam))) == {P()}
 
 
@@ -167,8 +159,8 @@ def test_partition_specs_of_structs_are_those_of_arrays():
 
 def test_params_specs_stand_behind_the_worker_axis():
     params_specs = {"b": P(), "w": P(None, "model")}
-    momentum = efopt.per_worker(optax.trace(0.9), AXIS)
-    tx = optax.chain(momentum, feedback(efopt.identity()), optax.trace(0.5))
+    momentum = efopt.per_worker(optax.trace(0.9), axis_name=AXIS)
+    tx = optax.chain(momentum, feedback(efopt.compressors.identity()), optax.trace(0.5))
     trace, ef, outer = efopt.partition_specs(tx.init(PARAMS), params_specs)
     assert trace.value.trace == {"b": P(AXIS), "w": P(AXIS, None, "model")}
     assert ef.residual.value == trace.value.trace
@@ -187,8 +179,8 @@ def test_params_specs_of_a_bare_array_leave_the_counter_alone():
 def test_training_with_sharded_parameters_on_a_2d_mesh(kind):
     mesh = jax.make_mesh((4, 2), (AXIS, "model"), axis_types=(kind, kind))
     params_specs = {"b": P(), "w": P(None, "model")}
-    momentum = efopt.per_worker(optax.trace(0.9), AXIS)
-    tx = optax.chain(momentum, feedback(efopt.identity()), optax.scale(-LR))
+    momentum = efopt.per_worker(optax.trace(0.9), axis_name=AXIS)
+    tx = optax.chain(momentum, feedback(efopt.compressors.identity()), optax.scale(-LR))
     carry = (PARAMS, tx.init(PARAMS))
     specs = efopt.partition_specs(carry, params_specs)
     carry = efopt.distribute(carry, mesh, params_specs)
@@ -231,7 +223,7 @@ def test_donated_steps_leave_the_parameters_of_the_caller_alone(mesh, placed):
     for grads in GRADS[:2]:
         carry = step(carry, grads)
     assert early[0]["w"].is_deleted()  # the donation was a real one
-    assert_same(jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, PARAMS))
+    chex.assert_trees_all_equal(params, PARAMS)
 
 
 def test_distribute_makes_strong_arrays_of_python_numbers(mesh):
@@ -262,12 +254,12 @@ def test_distribute_twice_changes_nothing_and_copies_again(mesh, exchange):
     differing = lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape)  # noqa: E731
     once = jax.tree.map(differing, once)
     twice = efopt.distribute(once, mesh)
-    assert_same(twice, once)
+    chex.assert_trees_all_equal(twice, once, strict=True)
     shardings = [jax.tree.map(lambda x: x.sharding, t) for t in (once, twice)]
     assert shardings[0] == shardings[1]
     before = jax.tree.map(np.asarray, once)
     jax.tree.map(lambda x: x.delete(), twice)
-    assert_same(once, before)
+    chex.assert_trees_all_equal(once, before, strict=True)
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 7, 8, 9, 13, 16])
@@ -304,10 +296,10 @@ def test_stack_workers_gives_every_leaf_a_worker_axis():
 EVERYTHING = {
     "all_gather": feedback(),
     "two_phase": two_phase(),
-    "per_worker": efopt.per_worker(optax.adam(LR), AXIS),
+    "per_worker": efopt.per_worker(optax.adam(LR), axis_name=AXIS),
     "accumulate": efopt.accumulate(feedback(), every=3, axis_name=AXIS),
     "chain": optax.chain(
-        efopt.per_worker(optax.trace(0.9), AXIS), two_phase(), optax.adam(LR)
+        efopt.per_worker(optax.trace(0.9), axis_name=AXIS), two_phase(), optax.adam(LR)
     ),
 }
 
@@ -319,7 +311,7 @@ def test_state_made_inside_the_mapped_function_equals_a_placed_one(mesh, name):
     specs = efopt.partition_specs(placed)
     init = jax.shard_map(tx.init, mesh=mesh, in_specs=P(), out_specs=specs)
     made = jax.jit(init)(PARAMS)
-    assert_same(made, placed)
+    chex.assert_trees_all_equal(made, placed, strict=True)
     for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(placed), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
@@ -362,7 +354,7 @@ INNER = {"trace": optax.trace(0.9), "adam": optax.scale_by_adam()}
 @pytest.mark.parametrize("name", INNER)
 def test_per_worker_runs_the_inner_transformation_on_each_worker(mesh, name, how):
     inner = INNER[name]
-    tx = efopt.per_worker(inner, AXIS)
+    tx = efopt.per_worker(inner, axis_name=AXIS)
 
     def step(state, grads):
         updates, state = tx.update(jax.tree.map(lambda g: g[0], grads), state, PARAMS)
@@ -392,7 +384,7 @@ def test_per_worker_passes_extra_arguments_on(mesh):
         return jax.tree.map(lambda u: gain * u, updates), state
 
     inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
-    tx = efopt.per_worker(inner, AXIS)
+    tx = efopt.per_worker(inner, axis_name=AXIS)
     state = efopt.stack_workers(tx.init(PARAMS), N)
     fn = jax.vmap(lambda g, s: tx.update(g, s, gain=3.0), axis_name=AXIS)
     updates, _ = fn(GRADS[0], state)
@@ -415,8 +407,8 @@ def test_accumulate_takes_one_step_of_the_mean_every_k_calls(mesh, how):
         carry = fn(carry, grads)
         assert types(carry) == structure
         if t % 4 != 3:
-            assert_same(carry[0], before)
-            assert_same(carry[1].inner, wanted[1])
+            chex.assert_trees_all_equal(carry[0], before, strict=True)
+            chex.assert_trees_all_equal(carry[1].inner, wanted[1], strict=True)
             continue
         mean = jax.tree.map(lambda *g: sum(x / 4 for x in g), *GRADS[t - 3 : t + 1])
         wanted = whole(wanted, mean)
@@ -432,7 +424,7 @@ def test_accumulate_takes_one_step_of_the_mean_every_k_calls(mesh, how):
 def test_accumulate_sends_nothing_outside_the_branch(mesh):
     tx = efopt.accumulate(feedback(), every=4, axis_name=AXIS)
     carry = efopt.distribute((PARAMS, tx.init(PARAMS)), mesh)
-    report = efopt.hlo.measure(on_mesh(mesh, step_of(tx), carry), carry, GRADS[0])
+    report = efopt.wire.measure(on_mesh(mesh, step_of(tx), carry), carry, GRADS[0])
     assert [c.operation for c in report.collectives] == ["all-gather"]
     assert all(c.loop for c in report.collectives)
 
@@ -448,7 +440,9 @@ def test_accumulate_of_one_is_the_inner_transformation(mesh):
 
 def test_accumulate_keeps_small_gradients_of_a_narrow_dtype():
     # 256 + 1 is 256 in bfloat16: a sum in the leaf's dtype would lose the second half.
-    tx = efopt.accumulate(feedback(efopt.identity()), every=2, axis_name=AXIS)
+    tx = efopt.accumulate(
+        feedback(efopt.compressors.identity()), every=2, axis_name=AXIS
+    )
     params = jnp.zeros(2, jnp.bfloat16)
     state = efopt.stack_workers(tx.init(params), 2)
     assert state.accumulator.value.dtype == jnp.float32
@@ -494,7 +488,7 @@ def test_gradients_at_local_params_are_those_of_each_worker(kind):
 def test_local_params_changes_nothing_under_vmap_and_pmap():
     for mapping in (jax.vmap, jax.pmap):
         got = mapping(lambda x: efopt.local_params(x, AXIS), axis_name=AXIS)(GRADS[0])
-        assert_same(got, jax.tree.map(jnp.asarray, GRADS[0]))
+        chex.assert_trees_all_equal(got, GRADS[0], strict=True)
 
 
 # Training loops.
@@ -589,7 +583,7 @@ def flax_loop(mesh, state):
 
 
 def test_flax_train_state_donated(mesh):
-    momentum = efopt.per_worker(optax.trace(0.9), AXIS)
+    momentum = efopt.per_worker(optax.trace(0.9), axis_name=AXIS)
     tx = optax.chain(momentum, feedback(), optax.sgd(LR))
     fresh = flax_state(tx)
     state = efopt.distribute(fresh, mesh)
@@ -613,7 +607,7 @@ def test_flax_train_state_donated(mesh):
 
 def test_partition_with_dense_leaves_is_right_for_both(mesh):
     # The replacement for `optax.masked(error_feedback(...))`.
-    dense = efopt.compress(efopt.identity(), axis_name=AXIS)
+    dense = efopt.compress(efopt.compressors.identity(), axis_name=AXIS)
     kinds = {"sparse": feedback(efopt.top_k(k=2)), "dense": dense}
     tx = optax.chain(
         optax.partition(kinds, {"b": "dense", "w": "sparse"}), optax.sgd(LR)
@@ -762,22 +756,37 @@ def test_nnx_split_of_the_optimizer_is_refused(mesh):
 
 
 REFUSED = {
-    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
-    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
-    "masked": lambda tx: optax.masked(tx, {"b": False, "w": True}),
-    "trace in front": lambda tx: optax.chain(optax.trace(0.9), tx),
+    "MultiSteps": (
+        lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+        "use `efopt.accumulate` in place of `optax.MultiSteps`",
+    ),
+    "apply_if_finite": (
+        lambda tx: optax.apply_if_finite(tx, 3),
+        "branches must have equal output types",
+    ),
+    "masked": (
+        lambda tx: optax.masked(tx, {"b": False, "w": True}),
+        "require replication which can't be statically inferred",
+    ),
+    "trace in front": (
+        lambda tx: optax.chain(optax.trace(0.9), tx),
+        "require replication which can't be statically inferred",
+    ),
 }
 INSTEAD = {
-    "MultiSteps": lambda tx: efopt.accumulate(tx, 2, AXIS),
+    "MultiSteps": lambda tx: efopt.accumulate(tx, every=2, axis_name=AXIS),
     "apply_if_finite": lambda tx: optax.chain(
-        efopt.per_worker(optax.zero_nans(), AXIS), tx
+        efopt.per_worker(optax.zero_nans(), axis_name=AXIS), tx
     ),
     "masked": lambda tx: optax.partition(
-        {"ef": tx, "dense": efopt.compress(efopt.identity(), axis_name=AXIS)},
+        {
+            "ef": tx,
+            "dense": efopt.compress(efopt.compressors.identity(), axis_name=AXIS),
+        },
         {"b": "dense", "w": "ef"},
     ),
     "trace in front": lambda tx: optax.chain(
-        efopt.per_worker(optax.trace(0.9), AXIS), tx
+        efopt.per_worker(optax.trace(0.9), axis_name=AXIS), tx
     ),
 }
 
@@ -789,9 +798,10 @@ def test_wrapper_around_an_exchange_is_refused_and_its_replacement_is_not(mesh, 
         carry = efopt.distribute((PARAMS, tx.init(PARAMS)), mesh)
         jax.eval_shape(on_mesh(mesh, step_of(tx), carry), carry, GRADS[0])
 
-    # Whichever of the wrapper, JAX or efopt notices: that somebody does is the promise.
-    with pytest.raises((TypeError, ValueError)):
-        trace(REFUSED[name])
+    # By whichever of the wrapper, JAX or efopt notices first.
+    wrap, words = REFUSED[name]
+    with pytest.raises((TypeError, ValueError), match=words):
+        trace(wrap)
     trace(INSTEAD[name])
 
 
@@ -824,7 +834,7 @@ def through_orbax(state, mesh, folder):
     "through", [through_flax, through_orbax], ids=["flax", "orbax"]
 )
 def test_checkpoint_restores_every_bit(mesh, tmp_path, through, exchange):
-    momentum = efopt.per_worker(optax.trace(0.9), AXIS)
+    momentum = efopt.per_worker(optax.trace(0.9), axis_name=AXIS)
     ef = feedback(efopt.scaled_sign(4), exchange=exchange)
     tx = optax.chain(momentum, ef, optax.sgd(LR))
     state = efopt.distribute(flax_state(tx), mesh)
@@ -836,7 +846,7 @@ def test_checkpoint_restores_every_bit(mesh, tmp_path, through, exchange):
     residual = optax.tree.get(state.opt_state, "residual").value["Dense_0"]["kernel"]
     assert not np.array_equal(residual[0], residual[1])  # workers really differ
     restored = through(state, mesh, tmp_path)
-    assert_same(restored, state)
+    chex.assert_trees_all_equal(restored, state, strict=True)
     shardings = [jax.tree.map(lambda x: x.sharding, s) for s in (restored, state)]
     for a, b, x in zip(*map(jax.tree.leaves, (*shardings, state)), strict=True):
         assert a.is_equivalent_to(b, x.ndim)
@@ -844,7 +854,7 @@ def test_checkpoint_restores_every_bit(mesh, tmp_path, through, exchange):
         state, loss = step(state, x)
         restored, again = step(restored, x)
         assert float(loss) == float(again)
-    assert_same(restored, state)
+    chex.assert_trees_all_equal(restored, state, strict=True)
     assert step._cache_size() == 1
 
 
@@ -854,7 +864,7 @@ def test_flax_stores_the_value_of_a_node_and_nothing_else():
     stored = flax.serialization.to_state_dict(state)
     assert set(stored["residual"]) == {"value"}
     back = flax.serialization.from_state_dict(tx.init(PARAMS), stored)
-    assert_same(back, state)
+    chex.assert_trees_all_equal(back, state, strict=True)
     assert isinstance(back.residual, efopt.PerWorker)
 
 
