@@ -59,9 +59,8 @@ def scaled_sign(block_size: int | None = None) -> Compressor:
 
     A block of zeros has scale zero and decodes to zero. A zero in another block is sent
     as a coin that falls the other way at every second step, and the opposite way on
-    each two neighbours among the workers, so that it does not drift, as with
-    :func:`efopt.sign`.
-    Padding has no share in a scale.
+    each two neighbours among the workers: as with :func:`efopt.sign`, it does not
+    drift. Padding has no share in a scale.
 
     Shapes: each leaf ``(...)`` -> same shape and dtype.
     Payload: uint8, 8 signs to a byte; one scale a block, float32 (float64 for float64).

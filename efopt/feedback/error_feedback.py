@@ -103,7 +103,7 @@ def error_feedback(
     ``sign``, ``threshold``, ``natural`` nor what rounds to a grid. Under a schedule
     pass the same schedule as ``learning_rate``: the factor above then keeps parameters
     minus rate times residual on SGD's path. At a rate of zero nothing is sent or owed:
-    updates are zero and the residual is held; a subnormal rate counts as zero.
+    updates are zero and the residual is held; a rate below 2^-64 of the last is zero.
 
     *What stands around it.* State in front of it must be each worker's own, for example
     ``per_worker(optax.trace(0.9), axis_name=...)`` for local momentum. Momentum behind

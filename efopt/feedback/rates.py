@@ -1,14 +1,16 @@
 """Learning rates that stand behind the feedback: residuals keep their units.
 
-A subnormal rate counts as zero. A residual in units of such a rate would be infinite,
-and nothing of it would be left in units of the next; what a step moves is nothing
-either way.
+A rate that is subnormal, or nothing beside the last one, counts as zero. A residual in
+units of such a rate would be infinite, and nothing of it would be left in units of the
+next; what a step moves is nothing either way.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+NOTHING = 2.0**-64  # beside one, for a learning rate
 
 
 def rates(learning_rate: Any, count: Any, previous: Any) -> tuple[Any, Any, Any]:
@@ -25,8 +27,9 @@ def rates(learning_rate: Any, count: Any, previous: Any) -> tuple[Any, Any, Any]
         return None, (), None
     rate = learning_rate(count) if callable(learning_rate) else learning_rate
     rate = jnp.asarray(rate).astype(jnp.float32)
-    rate = jnp.where(jnp.abs(rate) < jnp.finfo(rate.dtype).tiny, 0, rate)
     last = jnp.asarray(previous).astype(rate.dtype)
+    least = jnp.maximum(jnp.abs(last) * NOTHING, jnp.finfo(rate.dtype).tiny)
+    rate = jnp.where(jnp.abs(rate) < least, 0, rate)
     usable = (rate != 0) & (last != 0)
     ratio = jnp.where(usable, last / jnp.where(usable, rate, 1), 1)
     last = jnp.where(rate == 0, last, rate)

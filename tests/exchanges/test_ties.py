@@ -13,7 +13,7 @@ WAYS = ("majority_vote", "all_gather", "two_phase")
 
 
 def steps_of(grads, *, exchange="majority_vote", compressor=None):
-    """Updates ``(steps, d)`` of worker 0; the same gradients ``(n, d)`` at each step."""
+    """Updates ``(steps, d)``, equal on all workers, of gradients ``(steps, n, d)``."""
     compressor = efopt.sign() if compressor is None else compressor
     tx = efopt.compress(compressor, axis_name=AXIS, exchange=exchange)
     n, d = grads[0].shape
