@@ -67,17 +67,25 @@ def is_spec(x):
     return isinstance(x, P)
 
 
-def task(mesh, steps=5, dtype=np.float32, seed=0):
+EVEN = {
+    "a_rows": ((16, 6), P("fsdp", None)),
+    "b_columns": ((5, 16), P(None, "fsdp")),  # 20 or 40 a shard: no whole blocks
+    "c_scale": ((32,), P()),
+    "f_empty": ((0, 4), P()),
+    "g_whole": ((6, 12), P()),  # a matrix that nobody shards
+}
+# Pieces of unequal length: on some devices shorter, on some nothing at all.
+UNEVEN = {
+    "a_rows": ((16, 6), P("fsdp", None)),
+    "c_scale": ((30,), P()),
+    "d_tiny": ((3,), P()),
+    "e_scalar": ((), P()),
+}
+
+
+def task(mesh, steps=5, dtype=np.float32, seed=0, shapes=EVEN):
     """Parameters, their specs, and gradients ``(workers, *shape)`` for every step."""
-    shapes = {
-        "a_rows": ((16, 6), P("fsdp", None)),
-        "b_columns": ((5, 16), P(None, "fsdp")),  # 20 or 40 a shard: no whole blocks
-        "c_scale": ((30,), P()),
-        "d_tiny": ((3,), P()),  # smaller than the mesh
-        "e_scalar": ((), P()),
-        "f_empty": ((0, 4), P()),
-        "g_whole": ((6, 12), P()),  # a matrix that nobody shards
-    }
+    shapes = dict(shapes)
     if "tensor" in mesh.names:
         shapes |= {
             "h_both": ((8, 10), P("fsdp", "tensor")),
@@ -214,8 +222,8 @@ class Part:
         named = {n for e in self.spec for n in (e if isinstance(e, tuple) else (e,))}
         return tuple(n for n in self.mesh.inner if n not in named)
 
-    def take(self, x, at):
-        """What one device compresses of a global array."""
+    def take(self, x, at, padded=False):
+        """What one device compresses of a global array; the last pieces are shorter."""
         shard, spare = np.asarray(x)[self.window(at)], self.spare()
         if not spare:
             return shard
@@ -223,7 +231,9 @@ class Part:
         for name in spare:
             number = number * self.mesh.size(name) + int(at[name])
         length = -(-shard.size // n)
-        flat = np.pad(shard.reshape(-1), (0, n * length - shard.size))
+        flat = shard.reshape(-1)
+        if padded:
+            flat = np.pad(flat, (0, n * length - shard.size))
         return flat[number * length : (number + 1) * length]
 
     def join(self, pieces):

@@ -135,7 +135,7 @@ def owners_debts(link, params, cuts):
         return {name: np.zeros(x.shape) for name, x in params.items()}
     debts = []
     for d, at in enumerate(next(iter(cuts.values())).devices()):
-        local = {name: cuts[name].take(x, at) for name, x in params.items()}
+        local = {n: cuts[n].take(x, at, padded=True) for n, x in params.items()}
         own = [
             efopt.PerWorker(np.asarray(s.value[:, d]), s.axis_name, s.split)
             for s in link.server
