@@ -1,10 +1,10 @@
 """One training step on a mesh of two levels, from all three entrances.
 
 ``Mesh`` names the axes, which of them joins workers, and how parameters are sharded
-behind each. ``run`` feeds it gradients, another tree for every worker and step. ``flat``
-does the same by hand: it cuts out in NumPy what every device compresses, its shard of
-a leaf or its piece of what is equal behind a worker, and gives each device's list to
-the library as a tree of its own, without a mesh.
+behind each. ``run`` feeds it gradients, another tree for every worker and step.
+``flat`` does the same by hand: it cuts out in NumPy what every device compresses, its
+shard of a leaf or its piece of what is equal behind a worker, and gives each device's
+list to the library as a tree of its own, without a mesh.
 """
 
 import dataclasses
@@ -165,9 +165,7 @@ def make(entrance, tx, mesh, params, specs, wrapped=None, **jit):
 
         placed = efopt.partition_specs(state, specs)
         batches = jax.tree.map(stacked, specs, is_leaf=is_spec)
-        step = jax.shard_map(
-            own, mesh=on, in_specs=(placed, batches), out_specs=placed
-        )
+        step = jax.shard_map(own, mesh=on, in_specs=(placed, batches), out_specs=placed)
     return jax.jit(wrapped(step) if wrapped else step, **jit), state, place
 
 
@@ -285,7 +283,9 @@ def flat(tx, mesh, params, grads, cuts):
     sizes = tuple(mesh.size(n) for n in mesh.slows)
     first, ends = next(iter(cuts.values())), []
     for at in first.devices():
-        local = {name: jnp.asarray(cuts[name].take(x, at)) for name, x in params.items()}
+        local = {
+            name: jnp.asarray(cuts[name].take(x, at)) for name, x in params.items()
+        }
         state = efopt.stack_workers((local, tx.init(local)), sizes)
         for g in grads:
             own = {

@@ -70,8 +70,10 @@ def test_sharded_parameters_send_nothing_inside(case, entrance):
 
 @pytest.mark.parametrize(
     "entrance",
-    [pytest.param(e, marks=[] if e == "nested" else [pytest.mark.slow])
-     for e in meshes.ENTRANCES],
+    [
+        pytest.param(e, marks=[] if e == "nested" else [pytest.mark.slow])
+        for e in meshes.ENTRANCES
+    ],
 )
 def test_what_is_equal_behind_a_worker_is_sent_once(entrance):
     """Each device sends a quarter of a bias; the rest of it comes on the fast axis."""

@@ -13,7 +13,9 @@ import efopt
 
 MESH = meshes.TWO_BY_FOUR
 CASES = {
-    f"{row.name}-{exchange}": (row, exchange) for row in COMPRESSORS for exchange in row.exchanges
+    f"{row.name}-{exchange}": (row, exchange)
+    for row in COMPRESSORS
+    for exchange in row.exchanges
 }
 # The default lane: of every kind the exchange that asks most.
 DEFAULT = {
@@ -22,7 +24,9 @@ DEFAULT = {
     "random_block_10pct-all_reduce",
     "power_sgd-all_reduce",
 }
-assert {name.split("-")[0] for name in DEFAULT} == {row.name for row in COMPRESSORS if row.kind}
+assert {name.split("-")[0] for name in DEFAULT} == {
+    row.name for row in COMPRESSORS if row.kind
+}
 cases = pytest.mark.parametrize(
     "case",
     [
@@ -108,7 +112,9 @@ def test_nothing_is_lost_on_any_shard(case, entrance):
     owed = owners_debts(feedback.link, params, cuts)
     for name, x in params.items():
         came = np.sum([g[name].astype(np.float64) for g in grads], axis=0).mean(0)
-        applied = (x.astype(np.float64) - np.asarray(state["params"][name])) / meshes.RATE
+        applied = (
+            x.astype(np.float64) - np.asarray(state["params"][name])
+        ) / meshes.RATE
         residual = np.asarray(feedback.residual.value[name], np.float64).mean(0)
         assert residual.shape == x.shape
         np.testing.assert_allclose(

@@ -74,9 +74,7 @@ SCHEMES = {
     "ef_signsgd": lambda: efopt.ef_signsgd(0.1, axis_name=AXIS),
     "signsgd": lambda: efopt.signsgd(0.1, weight_decay=0.01, axis_name=AXIS),
     "signum": lambda: efopt.optimizers.signum(0.1, axis_name=AXIS),
-    "power_sgd_momentum": lambda: efopt.power_sgd_momentum(
-        0.1, rank=1, axis_name=AXIS
-    ),
+    "power_sgd_momentum": lambda: efopt.power_sgd_momentum(0.1, rank=1, axis_name=AXIS),
     "ecq_sgd": lambda: efopt.optimizers.ecq_sgd(
         0.1, compressor=SIGN, alpha=0.5, beta=0.9, axis_name=AXIS
     ),

@@ -138,9 +138,7 @@ def test_gradients_that_are_averaged_or_unmarked(change):
 
 def test_rows_of_some_workers_only():
     with pytest.raises(ValueError, match=r"one row for each of the 2 workers"):
-        stepped(
-            placed(), task()[2], change=lambda g: jax.tree.map(lambda x: x[:1], g)
-        )
+        stepped(placed(), task()[2], change=lambda g: jax.tree.map(lambda x: x[:1], g))
 
 
 def test_stacked_gradients_of_a_single_worker():
@@ -174,9 +172,7 @@ def test_an_auto_mesh_without_a_placed_state():
     """A link that keeps nothing by shard: no type and no shape would tell."""
     tx = tx_of(exchange=None)
     state = fresh(tx)
-    residual = jax.tree.map(
-        lambda x: jnp.concatenate([x, x]), state["opt"][0].residual
-    )
+    residual = jax.tree.map(lambda x: jnp.concatenate([x, x]), state["opt"][0].residual)
     state["opt"] = (state["opt"][0]._replace(residual=residual), *state["opt"][1:])
 
     def own(state, batch):
