@@ -121,7 +121,7 @@ def manual_specs(tree_specs, slow):
 def make(entrance, tx, mesh, params, specs, wrapped=None, **jit):
     """The jitted step ``(state, batch) -> state``, its state, and a batch's place."""
     on = mesh.make()
-    state = {"params": params, "opt": tx.init(params)}
+    state = {"params": params, "opt": jax.jit(tx.init)(params)}
     state = efopt.distribute(state, on, specs)
 
     def apply(state, grads):
@@ -281,12 +281,12 @@ def flat(tx, mesh, params, grads, cuts):
         step = jax.vmap(step, axis_name=name)
     step = jax.jit(step)
     sizes = tuple(mesh.size(n) for n in mesh.slows)
+    # One program: outside `jit` every operation would be one of its own.
+    start = jax.jit(lambda p: efopt.stack_workers((p, tx.init(p)), sizes))
     first, ends = next(iter(cuts.values())), []
     for at in first.devices():
-        local = {
-            name: jnp.asarray(cuts[name].take(x, at)) for name, x in params.items()
-        }
-        state = efopt.stack_workers((local, tx.init(local)), sizes)
+        local = {name: cuts[name].take(x, at) for name, x in params.items()}
+        state = start(local)
         for g in grads:
             own = {
                 name: np.stack([cuts[name].take(row, at) for row in x])
