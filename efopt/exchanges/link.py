@@ -138,8 +138,7 @@ class Link:
             have.
         """
         if self.axes is not None:
-            single = ", or pass `axis_name=None` for a single worker"
-            self.axes.require_bound(self.api, single)
+            self._require_bound(self.axes)
         paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
         if like is not None:
             _check_like(self.api, paths, treedef, like)
@@ -174,6 +173,14 @@ class Link:
                 "that differs along both. If parameters are sharded along it, pass "
                 "their specs to `efopt.distribute` and `efopt.partition_specs`."
             )
+
+    def _require_bound(self, axes: Axes) -> None:
+        cure = (
+            "; in a plain jitted step over global arrays take the gradients of "
+            f"`efopt.value_and_grad(..., axis_name={axes.key!r})` as they are; or pass "
+            "`axis_name=None` for a single worker"
+        )
+        axes.require_bound(self.api, cure)
 
     def turn(self, count: jax.Array) -> Turn:
         """The step, and this worker, for what draws random numbers."""
@@ -279,7 +286,10 @@ class Link:
 
         def update_fn(updates, state, params=None, **extra_args):
             if self.axes is None:
+                _check_single(self.api, updates)
                 return inside(updates, state, params, **extra_args)
+            if not node.is_node(updates):
+                self._require_bound(self.axes)
             around = regions.around(self.api, self.axes, updates, state)
             if around is None:
                 return inside(updates, state, params, **extra_args)
@@ -426,6 +436,15 @@ def _decoded_last(
         zeros = vary(zeros, *varying(jax.tree.leaves(mean.payload)[0]))
         averages.append(mean.decode_in(zeros))
     return averages
+
+
+def _check_single(api: str, updates: Any) -> None:
+    if node.is_node(updates):
+        raise ValueError(
+            f"{api} has `axis_name=None`, a single worker, and the gradients are "
+            f"stacked over {updates.axis_name!r}: pass "
+            f"`axis_name={updates.axis_name!r}`."
+        )
 
 
 def _check_like(api, paths, treedef, like):

@@ -35,20 +35,19 @@ def around(api: str, axes: Axes, updates: Any, state: Any) -> Around | None:
     """
     mapped = manual_axes()
     if isinstance(updates, PerWorker):
-        _check_stacked(api, axes, updates)
-        return _region(
-            _home(api, state), axes, mesh_of(updates, axes), (), stacked=True
-        )
+        mesh = mesh_of(updates, axes)
+        _check_stacked(api, axes, updates, mesh)
+        return _region(_home(api, state, axes, mesh), axes, mesh, (), stacked=True)
     if not axes.bound() or not set(axes.names) <= set(mapped):
         return None  # `vmap`, `pmap`, or an error that is worded better further on
     mesh = jax.sharding.get_abstract_mesh()
     rest = [a for a in mesh.axis_names if a not in mapped and mesh.shape[a] > 1]
     if not rest:
         return None
-    return _region(_home(api, state), axes, None, mapped, stacked=False)
+    return _region(_home(api, state, axes, mesh), axes, None, mapped, stacked=False)
 
 
-def _home(api: str, state: Any) -> Home:
+def _home(api: str, state: Any, axes: Axes, mesh: Any) -> Home:
     is_home = lambda x: isinstance(x, Home)  # noqa: E731
     homes = [x for x in jax.tree.leaves(state, is_leaf=is_home) if is_home(x)]
     if not homes or homes[0].specs is None:
@@ -57,6 +56,14 @@ def _home(api: str, state: Any) -> Home:
             "know how leaves are sharded over the mesh axes that are left to the "
             "compiler here. Place it with `efopt.distribute(state, mesh, params_specs)`"
             " before the step, also if `params_specs` is None: nothing sharded."
+        )
+    inner = tuple((a, mesh.shape[a]) for a in mesh.axis_names if a not in axes.names)
+    if homes[0].inner != inner:
+        raise ValueError(
+            f"{api} got a state that is placed for a mesh with {dict(homes[0].inner)} "
+            f"behind each worker, and this step runs on one with {dict(inner)}. Place "
+            "parameters and state together: `efopt.distribute(state, mesh, "
+            "params_specs)`."
         )
     return homes[0]
 
@@ -99,13 +106,21 @@ def _region(home: Home, axes: Axes, mesh: Any, mapped: Any, stacked: bool) -> Ar
     return run
 
 
-def _check_stacked(api: str, axes: Axes, updates: PerWorker) -> None:
+def _check_stacked(api: str, axes: Axes, updates: PerWorker, mesh: Any) -> None:
     if updates.axis_name != axes.key:
         raise ValueError(
             f"{api} works over the axis {axes.key!r}, and the gradients are stacked "
             f"over {updates.axis_name!r}: give `efopt.value_and_grad` the same "
             "`axis_name`."
         )
+    n = axes.size_on(mesh)
+    for path, x in jax.tree_util.tree_flatten_with_path(updates.value)[0]:
+        if x.shape[:1] != (n,):
+            raise ValueError(
+                f"{api} takes stacked gradients with one row for each of the {n} "
+                f"workers along {axes.key!r}, got shape {x.shape} at "
+                f"{jax.tree_util.keystr(path) or 'the root'}."
+            )
 
 
 def _is_spec(x: Any) -> bool:

@@ -61,8 +61,8 @@ def value_and_grad(
 
     Raises:
       TypeError: If ``axis_name`` is neither a string nor a tuple of strings.
-      ValueError: When called, if no argument lies on a mesh with that axis, or a batch
-        cannot be cut into as many parts.
+      ValueError: When called, if no argument lies on a mesh with that axis, a batch
+        cannot be cut into as many parts, or the step is mapped over the axis already.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -80,6 +80,12 @@ def value_and_grad(
     inner = jax.value_and_grad(fun, argnums, has_aux)
 
     def wrapped(*args: Any) -> Any:
+        if axes.bound():
+            raise ValueError(
+                "`value_and_grad` is for a step over global arrays, and this one is "
+                f"mapped over {axes.key!r} already. Here take `jax.value_and_grad` "
+                f"with respect to `efopt.local_params(params, {axes.key!r})`."
+            )
         mesh = mesh_of(args, axes)
         n = axes.size_on(mesh)
         explicit = AxisType.Explicit in mesh.axis_types

@@ -1,0 +1,94 @@
+"""What crosses the slow axis, and that nothing crosses the fast ones for it."""
+
+import functools
+
+import jax
+import meshes
+import optax
+import pytest
+
+import efopt
+from efopt import wire
+
+MESH = meshes.TWO_BY_FOUR
+# Cheap machine code: these programs are only looked at.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+SHARDED = {
+    "rows": ((256, 512), jax.P("fsdp", None)),
+    "columns": ((512, 256), jax.P(None, "fsdp")),
+}
+BIAS = {"bias": ((8192,), jax.P())}
+LEAST = {
+    "sign-gather": (efopt.scaled_sign(1024), "all_gather", 30),
+    "sign-two_phase": (efopt.scaled_sign(1024), "two_phase", 30),
+    "top_k-gather": (efopt.top_k(fraction=0.01, block_size=1024), "all_gather", 60),
+    "bits-two_phase": (efopt.quantize(8, block_size=1024), "two_phase", 3.9),
+    "power_sgd": (efopt.power_sgd(4), "all_reduce", 14),  # 64 x 512 / (4 (64 + 512))
+}
+
+
+def step_of(entrance, compressor, exchange, shapes):
+    tx = optax.chain(
+        efopt.error_feedback(compressor, axis_name="dcn", exchange=exchange),
+        optax.sgd(meshes.RATE),
+    )
+    params, specs, grads = meshes.task(MESH, steps=1, shapes=shapes)
+    step, state, place = meshes.make(
+        entrance, tx, MESH, params, specs, compiler_options=FAST
+    )
+    return step, state, place(grads[0])
+
+
+@functools.cache
+def dense(entrance, bias=False):
+    shapes = SHARDED | (BIAS if bias else {})
+    identity = efopt.compressors.identity()
+    return wire.measure(*step_of(entrance, identity, None, shapes))
+
+
+cases = pytest.mark.parametrize(
+    "case, entrance",
+    [
+        pytest.param(c, e, marks=[] if e == "global" else [pytest.mark.slow])
+        for c in LEAST
+        for e in meshes.ENTRANCES
+    ],
+)
+
+
+@cases
+def test_sharded_parameters_send_nothing_inside(case, entrance):
+    compressor, exchange, least = LEAST[case]
+    before = dense(entrance)
+    assert before.bytes_over("fsdp").link == 0
+    report = wire.check(
+        *step_of(entrance, compressor, exchange, SHARDED), axis="fsdp", beyond=before
+    )
+    sent, whole = report.bytes_over("dcn").link, before.bytes_over("dcn").link
+    assert whole >= least * sent > 0, report
+
+
+@pytest.mark.parametrize(
+    "entrance",
+    [
+        pytest.param(e, marks=[] if e == "nested" else [pytest.mark.slow])
+        for e in meshes.ENTRANCES
+    ],
+)
+def test_what_is_equal_behind_a_worker_is_sent_once(entrance):
+    """Each device sends a quarter of a bias; the rest of it comes on the fast axis."""
+    case = step_of(entrance, efopt.scaled_sign(1024), "two_phase", SHARDED | BIAS)
+    bias = 4 * 8192
+    report = wire.check(
+        *case,
+        axis="fsdp",
+        beyond=dense(entrance, bias=True),
+        carriers=["all-gather:f32"],
+        at_most=2 * bias * 3 / 4,  # its average and what was lost of it
+    )
+    sent = report.bytes_over("dcn").link
+    alone = wire.measure(
+        *step_of(entrance, efopt.scaled_sign(1024), "two_phase", SHARDED)
+    )
+    added = sent - alone.bytes_over("dcn").link
+    assert added == 2 * (1024 // 8 + 4), report  # two blocks of signs and a scale
