@@ -240,8 +240,8 @@ def _mesh_links(
     per_card = next((devices_per_card[n] for n in slow if n in devices_per_card), 1)
     if type(per_card) is not int or per_card < 1 or behind % per_card:
         raise ValueError(
-            "`plan(devices_per_card=...)` must be an int of at least 1 that divides the "
-            f"{behind} devices of one position on the slow axis, got {per_card!r}."
+            "`plan(devices_per_card=...)` must be an int of at least 1 that divides "
+            f"the {behind} devices of one position on the slow axis, got {per_card!r}."
         )
     return MeshLinks(
         slow,

@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def bytes_sent_per_worker(self) -> int:
-        """Bytes that leave one worker in a step; on a mesh one device, over any axis."""
+        """Bytes that leave one worker in a step; on a mesh one device, by any axis."""
         return self.report.bytes_sent_per_worker
 
     @property
@@ -207,7 +207,7 @@ class Plan:
         if not self.slow:
             return ""
         sizes = ", ".join(f"{name}={size}" for name, size in self.report.mesh)
-        slow = f", slow axis {', '.join(self.slow)}, mesh {sizes}"
+        slow = f" along {' and '.join(self.slow)}, mesh: {sizes}"
         card = f", devices a network card: {self.devices_per_card}"
         return slow + (card if self.devices_per_card > 1 else "")
 
