@@ -142,7 +142,7 @@ def _on_a_mesh(given: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
             raise ValueError(f"--specs are one for each of --shapes, got {len(specs)}.")
     return [jax.ShapeDtypeStruct(shape, given.dtype) for shape in shapes], {
         "mesh": given.mesh,
-        "axis_name": slow if len(slow) > 1 else slow[0],
+        "axis_name": slow[0] if len(slow) == 1 else slow,
         "params_specs": specs,
         "links": {
             name: Link(bandwidth.get(name), latency.get(name, 0.0))
