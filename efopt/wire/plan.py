@@ -76,7 +76,8 @@ def plan(
       compute_seconds: Computation of a step without any exchange.
       compress_seconds: What compressing adds to it.
       platform: ``"cpu"``, where sums of bfloat16 travel as float32, ``"gpu"`` or
-        ``"tpu"``; ``None`` for what the program asks for.
+        ``"tpu"``, where on a mesh the workers are slices, between which sums travel in
+        tiles of 4 KiB; ``None`` for what the program asks for.
       topology: Of a TPU, such as ``"v5e:8x8"``: where the compiler is known to replace
         all-gathers (see :func:`tpu_compiler_options`), they are planned so, although
         some programs escape.

@@ -71,6 +71,9 @@ class Target:
             found = exchanged_on(
                 mesh, compressor, tree, specs, axes.key, exchange, sums
             )
+            if self.platform == "tpu":
+                slow = set(axes.names)
+                found = [tpu.tiled(c) if slow & set(c.axes or ()) else c for c in found]
             return WireReport(tuple(found), mesh=self.place.sizes)
         found = exchanged(compressor, tree, self.num_workers, exchange, sums)
         if self.topology is not None:
