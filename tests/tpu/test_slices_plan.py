@@ -119,12 +119,11 @@ def planned(mesh, way):
 LOSS = 4096 * 3 // 2  # link bytes of a scalar in a tile, over 4 slices
 QUICK = [
     ("v5e:2x4", 2, "sign two_phase", "nested"),
-    ("v5e:2x4", 2, "sign two_phase", "global"),
     ("v5e:2x4", 2, "low rank", "global"),
     ("v5e:4x4", 4, "sign gather", "nested"),
     ("v5e:4x4", 4, "top_k", "global"),
     ("v4:2x2x1", 2, "sign two_phase", "nested"),
-    ("v6e:2x4", 2, "top_k", "global"),
+    ("v6e:2x4", 2, "sign two_phase", "global"),
 ]
 SLOW = [
     (topology, n, way, how)
@@ -151,7 +150,7 @@ def test_what_crosses_slices_is_what_is_planned(topology, n, way, how):
     assert all(c.between_slices for c in between)
     assert between == list(report.over("dcn").collectives)
 
-    # The compiler may put an all-reduce in the place of the gathers of pieces.
+    # The compiler may put an all-reduce, of twice the bytes, in the place of a gather.
     before = wire.measure(dense)
     pieces = 2 * told.bytes_over("fsdp").link + LOSS
     wire.check(
@@ -159,8 +158,7 @@ def test_what_crosses_slices_is_what_is_planned(topology, n, way, how):
         axis="fsdp",
         beyond=before,
         at_most=pieces,
-        carriers=["all-gather:f32"],
-        small=2**16,
+        carriers=["f32"],
     )
 
     shard = 4 * D * F // slices(topology, n).shape["fsdp"]
