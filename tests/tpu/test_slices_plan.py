@@ -163,7 +163,8 @@ def test_what_crosses_slices_is_what_is_planned(topology, n, way, how):
 
     shard = 4 * D * F // slices(topology, n).shape["fsdp"]
     temporary = [x.memory_analysis().temp_size_in_bytes for x in (dense, step)]
-    assert temporary[1] <= temporary[0] + 2 * shard  # of two matrices
+    # A shard of two matrices; of 1024 chips that is less than small buffers take.
+    assert temporary[1] <= temporary[0] + max(2 * shard, 2**20)
 
     least = {"sign gather": 30, "sign two_phase": 30, "int8 two_phase": 3.9}.get(way)
     if least and n == 2 or way == "sign two_phase":
