@@ -128,8 +128,13 @@ def distribute(
     rule.require_fit(mesh)
     _specs(tree, rule)  # or an error
     lays_itself_out = lambda x: hasattr(x, "placed")  # noqa: E731
+
+    def lay_out(x):
+        made = lambda: x.placed(mesh, rule.at)  # noqa: E731
+        return jax.eval_shape(made) if abstract else made()
+
     tree = jax.tree.map(
-        lambda x: x.placed(mesh, rule.at) if lays_itself_out(x) else x,
+        lambda x: lay_out(x) if lays_itself_out(x) else x,
         tree,
         is_leaf=lays_itself_out,
     )
