@@ -170,6 +170,15 @@ def test_a_whole_state_restored_into_a_fresh_one_is_placed():
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
+@pytest.mark.parametrize("name", ["two_phase", "stored"])
+def test_what_was_saved_without_inner_axes_is_not_made_anew_for_them(name):
+    tx, mesh = FACTORED[name](), line()
+    params = {"w": jnp.zeros((64, 64))}
+    state = efopt.distribute(tx.init(params), mesh)
+    with pytest.raises(ValueError, match="laid out over workers, but not over"):
+        efopt.distribute(state, grid(), {"w": P("model")})
+
+
 # Specs by path and shape.
 
 
