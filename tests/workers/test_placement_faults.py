@@ -175,8 +175,12 @@ def test_what_was_saved_without_inner_axes_is_not_made_anew_for_them(name):
     tx, mesh = FACTORED[name](), line()
     params = {"w": jnp.zeros((64, 64))}
     state = efopt.distribute(tx.init(params), mesh)
-    with pytest.raises(ValueError, match="laid out over workers, but not over"):
+    with pytest.raises(ValueError, match="placed for another mesh"):
         efopt.distribute(state, grid(), {"w": P("model")})
+    data = flax.serialization.to_bytes(state)
+    again = flax.serialization.from_bytes(tx.init(params), data)
+    with pytest.raises(ValueError, match="laid out over workers, but not over"):
+        efopt.distribute(again, grid(), {"w": P("model")})
 
 
 # Specs by path and shape.
