@@ -171,12 +171,7 @@ def by_shard(state: LinkState, mesh: Any, spec_of: SpecOf) -> LinkState:
         return state
     if not home.inner:
         return state._replace(home=home)
-    if state.server and state.server.sizes is not None:
-        raise ValueError(
-            f"{link.api} got a state that is laid out over workers, but not over the "
-            "mesh axes behind them, by whose shards some of it is kept. Restore into "
-            "what `efopt.distribute(state, mesh, params_specs)` makes of a fresh one."
-        )
+    require_fresh(link.api, state.server)
     shards = home.shards()
     codecs = link.codecs(shards)
     states = init_states(link.codec, shards, link.api)
@@ -195,6 +190,16 @@ def by_shard(state: LinkState, mesh: Any, spec_of: SpecOf) -> LinkState:
     if link.keeps():
         server = owners.fresh(link.kept(layout), link.axes, home.inner_names)
     return LinkState(states, server, home)
+
+
+def require_fresh(api: str, marked: Any) -> None:
+    """Raises if what is about to be made anew has been laid out, and used, already."""
+    if isinstance(marked, PerWorker) and marked.sizes is not None:
+        raise ValueError(
+            f"{api} got a state that is laid out over workers, but not over the mesh "
+            "axes behind them, by whose shards some of it is kept. Restore into what "
+            "`efopt.distribute(state, mesh, params_specs)` makes of a fresh one."
+        )
 
 
 def _sharded(state: Any, axes: Axes, names: tuple[str, ...]) -> Any:

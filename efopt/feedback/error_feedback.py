@@ -8,6 +8,7 @@ import optax
 
 from efopt.codecs.compressor import Compressor
 from efopt.exchanges.exchange import Exchange
+from efopt.exchanges.home import require_fresh
 from efopt.exchanges.link import open_link
 from efopt.feedback.rates import hold, rates
 from efopt.feedback.residual import open_residual
@@ -59,6 +60,7 @@ class ContractiveErrorFeedbackState(NamedTuple):
         home = link.home
         residual = self.residual
         if home.inner:
+            require_fresh(home.link.api, residual)
             made = home.treedef.flatten_up_to(residual.remake(home.shards()))
             axes = home.link.axes
             residual = home.treedef.unflatten(

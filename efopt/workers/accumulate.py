@@ -79,7 +79,7 @@ def accumulate(
     ) -> Any:
         if is_node(updates):  # stacked gradients, in a plain jitted step
             total = dataclasses.replace(updates, value=state.accumulator.value)
-            wrap = lambda total: total  # noqa: E731
+            wrap = lambda total: state.accumulator.with_value(total.value)  # noqa: E731
         else:
             axes.require_bound("`accumulate`")
             axes.require_local("`accumulate`", updates)

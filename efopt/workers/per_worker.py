@@ -1,6 +1,5 @@
 """Transformations in front of the exchange, with a state of each worker's own."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -77,25 +76,32 @@ def per_worker(
         axes.require_bound("`per_worker`")
         axes.require_local("`per_worker`", updates)
         own = state.local(f"`per_worker(axis_name={axis_name!r})`")
+        index = axes.index() if has_keys(own) else None
+        out, own = one(updates, own, index, params, extra_args)
+        return out, PerWorker.wrap(own, axes)
+
+    def one(updates: Any, own: Any, index: Any, params: Any, extra_args: Any) -> Any:
         if not (fold_keys and has_keys(own)):
-            out, new = inner.update(updates, own, params, **extra_args)
-        else:
-            own_keys = with_keys(own, lambda key: _fold(key, axes))
-            out, new = inner.update(updates, own_keys, params, **extra_args)
-            # Keys go on as they do without a worker; of the rest nothing is computed.
-            _, common = inner.update(updates, own, params, **extra_args)
-            new = jax.tree_util.tree_map_with_path(
-                lambda path, x, y: y if is_key(path, x) else x, new, common
-            )
-        return out, PerWorker.wrap(new, axes)
+            return inner.update(updates, own, params, **extra_args)
+        folded = with_keys(own, lambda key: _fold(key, index))
+        out, new = inner.update(updates, folded, params, **extra_args)
+        # Keys go on as they do without a worker; of the rest nothing is computed.
+        _, common = inner.update(updates, own, params, **extra_args)
+        new = jax.tree_util.tree_map_with_path(
+            lambda path, x, y: y if is_key(path, x) else x, new, common
+        )
+        return out, new
 
     def _stacked(updates: Any, state: Any, params: Any, extra_args: Any) -> Any:
-        def one(updates, own):
-            return inner.update(updates, own, params, **extra_args)
-
-        over_workers = jax.vmap(one, spmd_axis_name=axes.key)
-        out, own = over_workers(updates.value, state.value)
-        return dataclasses.replace(updates, value=out), PerWorker(own, axes.key)
+        state.require_whole(f"`per_worker(axis_name={axis_name!r})`")
+        leaves = jax.tree.leaves((updates, state))
+        workers = jnp.arange(leaves[0].shape[0] if leaves else 1)
+        over_workers = jax.vmap(
+            lambda updates, own, index: one(updates, own, index, params, extra_args),
+            spmd_axis_name=axes.key,
+        )
+        out, own = over_workers(updates.value, state.value, workers)
+        return updates.with_value(out), state.with_value(own)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -127,9 +133,9 @@ def _raw_shape() -> tuple[int, ...]:
     return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
-def _fold(key: jax.Array, axes: Axes) -> jax.Array:
+def _fold(key: jax.Array, index: jax.Array) -> jax.Array:
     """A key, or an array of them, folded with the worker's index."""
-    fold = lambda key: jax.random.fold_in(key, axes.index())  # noqa: E731
+    fold = lambda key: jax.random.fold_in(key, index)  # noqa: E731
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     for _ in range(key.ndim if typed else key.ndim - 1):
         fold = jax.vmap(fold)

@@ -191,11 +191,11 @@ def _made(spread: Any, x: Any, shape: Any, sharding: NamedSharding) -> jax.Array
     mesh = jax.sharding.Mesh(given.devices, given.axis_names, kinds)
     auto = NamedSharding(mesh, sharding.spec)
     x = x if hasattr(x, "dtype") else jnp.asarray(x)
-    behind = P(None, *sharding.spec[1:]) if sharding.spec else P()
     if jnp.shape(x) == shape.shape:
         way = auto
-    elif isinstance(spread, _Spread) and spread.split is None and not spread.shards:
-        way = NamedSharding(mesh, behind)
+    elif isinstance(spread, _Spread) and spread.split is None:
+        lead = 2 if spread.shards else 1
+        way = NamedSharding(mesh, P(*[None] * lead, *sharding.spec[lead:]))
     else:
         way = NamedSharding(mesh, P())
     made = jax.jit(spread, out_shardings=auto)(jax.device_put(x, way))

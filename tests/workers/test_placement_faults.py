@@ -170,6 +170,19 @@ def test_a_whole_state_restored_into_a_fresh_one_is_placed():
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
+@pytest.mark.parametrize("name", ["two_phase", "stored"])
+def test_what_was_saved_without_inner_axes_is_not_made_anew_for_them(name):
+    tx, mesh = FACTORED[name](), line()
+    params = {"w": jnp.zeros((64, 64))}
+    state = efopt.distribute(tx.init(params), mesh)
+    with pytest.raises(ValueError, match="placed for another mesh"):
+        efopt.distribute(state, grid(), {"w": P("model")})
+    data = flax.serialization.to_bytes(state)
+    again = flax.serialization.from_bytes(tx.init(params), data)
+    with pytest.raises(ValueError, match="laid out over workers, but not over"):
+        efopt.distribute(again, grid(), {"w": P("model")})
+
+
 # Specs by path and shape.
 
 
@@ -281,7 +294,12 @@ def test_states_of_other_shapes_are_placed_by_their_own_rule(name, beside):
     placed = efopt.distribute(tree, grid(), specs, **known)
     if name == "stored":  # a payload is no parameter, whatever its shape
         residual = placed[1].residual if beside else placed.residual
-        assert {x.sharding.spec for x in jax.tree.leaves(residual)} == {P(AXIS)}
+        specs = {name: residual[name].value for name in params}
+        axes = {
+            k: {x.sharding.spec[:2] for x in jax.tree.leaves(v)}
+            for k, v in specs.items()
+        }
+        assert axes == {"a": {(AXIS, "model")}, "b": {(AXIS, "model")}, "c": {(AXIS,)}}
         return
     for shape, spec in per_worker_axes(placed):
         want = {(256, 96): (None, "model"), (96, 256): ("model", None)}
@@ -426,7 +444,7 @@ def test_optax_maps_specs_over_a_state(name, where):
     params = {"b": jnp.zeros(64), "w": jnp.zeros((64, 64))}
     specs = {"b": P(), "w": P("model")}
     tx, mesh = MAPPED[name](), grid()
-    if (name, where) == ("two_phase", "placed"):  # not by shard
+    if name in ("two_phase", "stored") and where == "placed":  # not by shard
         mesh, specs = line(), {"b": P(), "w": P()}
     state = tx.init(params)
     if where == "placed":
@@ -558,6 +576,18 @@ def test_keys_are_folded_under_shard_map_and_when_made_inside():
         )
         got, _ = jax.jit(f)(zeros, state)
         np.testing.assert_array_equal(np.ravel(got), np.ravel(want))
+
+
+def test_keys_are_folded_for_stacked_gradients():
+    inner = optax.add_noise(1.0, 0.0, jax.random.key(0))
+    tx, mesh = efopt.per_worker(inner, axis_name=AXIS), line()
+    state = efopt.distribute(tx.init(jnp.zeros(D)), mesh)
+    zeros = jax.device_put(np.zeros((N, D), np.float32), NamedSharding(mesh, P(AXIS)))
+    got, after = jax.jit(tx.update)(efopt.PerWorker(zeros, AXIS), state)
+    stacked = efopt.stack_workers(tx.init(jnp.zeros(D)), N)
+    want, _ = jax.vmap(tx.update, axis_name=AXIS)(zeros, stacked)
+    np.testing.assert_array_equal(got.value, want)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
 def test_fold_keys_is_a_bool():
