@@ -101,9 +101,7 @@ class Bucket:
         ends, wide = place == np.uint32(n - 1), compute_dtype(self.dtype)
         count = jnp.where(ends, np.int32(last), np.int32(size))
         full, rest = jnp.asarray(1 / size, wide), jnp.asarray(1 / last, wide)
-        return Blocks(
-            index, count, jnp.where(ends, rest, full), self.block, self.dtype
-        )
+        return Blocks(index, count, jnp.where(ends, rest, full), self.block, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
