@@ -194,7 +194,9 @@ def by_shard(state: LinkState, mesh: Any, spec_of: SpecOf) -> LinkState:
 
 def require_fresh(api: str, marked: Any) -> None:
     """Raises if what is about to be made anew has been laid out, and used, already."""
-    if isinstance(marked, PerWorker) and marked.sizes is not None:
+    if not isinstance(marked, PerWorker) or marked.sizes is None:
+        return
+    if not Axes.of(api, marked.axis_name).bound():  # made inside, it is fresh
         raise ValueError(
             f"{api} got a state that is laid out over workers, but not over the mesh "
             "axes behind them, by whose shards some of it is kept. Restore into what "

@@ -91,7 +91,7 @@ def exchanged_on(
 
     def step(stacked):
         grads = jax.tree.map(lambda x: x.reshape(x.shape[1:]), stacked)
-        state = link.placed(link.init(tree), mesh, lambda path, _: known[path])
+        state = link.init(tree).placed(mesh, lambda path, _: known[path])
         link.average(link.receive(grads), state, jnp.int32(0))
         return ()
 
