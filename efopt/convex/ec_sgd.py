@@ -5,6 +5,7 @@ estimate ``u_i`` alone, which stands in front of the feedback, and each walks be
 (:func:`efopt.virtual_params`) the path of SGD with the same estimates.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -332,7 +333,7 @@ def check_contractive(api: str, compressor: Compressor, params: Any) -> None:
     """Raises if residuals of some leaf would grow."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     for codec, (path, x) in zip(compressor.codec.assign(params), leaves, strict=True):
-        if jnp.size(x) and codec.delta(jnp.shape(x)) is None:
+        if math.prod(jnp.shape(x)) and codec.delta(jnp.shape(x)) is None:
             raise ValueError(
                 f"`{api}({compressor!r})` needs a contractive compressor, such as "
                 "`efopt.top_k(k=1)`; for the shape "

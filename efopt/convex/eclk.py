@@ -181,7 +181,7 @@ def eclk(
             tuple(
                 (c, jnp.shape(x), compute_dtype(jnp.result_type(x)))
                 for c, x in pairs
-                if jnp.size(x)
+                if math.prod(jnp.shape(x))
             )
         )
 
