@@ -1,5 +1,6 @@
 """What every test stands on: eight virtual CPU devices and a cache of programs."""
 
+import collections
 import hashlib
 import os
 import platform
@@ -53,6 +54,74 @@ def _instruction_set() -> str:
     flags = [line for line in lines if line.startswith(("flags", "Features"))]
     words = [platform.machine(), platform.processor(), *flags[:1]]
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
+
+
+# --------------------------------------------------------------- eager operations
+
+# JAX compiles every operation outside `jit` as a program of its own, for each shape and
+# dtype: they were most of what this suite compiled. A test that computes with `jnp`
+# what NumPy can, or calls `update` without `jit`, costs more than it looks.
+EAGER_BUDGET = 1800  # in a run of the default suite, all of its processes together
+eager: collections.Counter[str] = collections.Counter()
+running = ["collection"]
+
+
+def _is_operation(name: str) -> bool:
+    """Whether a program is a single operation of JAX, by its name."""
+    name = name.removeprefix("jit(").removesuffix(")")
+    public = name.strip("_")
+    rooms = jax.numpy, jax.lax, jax.random
+    return any(hasattr(room, public) for room in rooms) or "threefry" in name
+
+
+def _count(event: str, duration: float, fun_name: str = "", **details: object) -> None:
+    del duration, details
+    # What is lowered is counted, whether or not a cache holds the machine code.
+    if event.endswith("jaxpr_to_mlir_module_duration") and _is_operation(fun_name):
+        eager[running[0]] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    running[0] = item.nodeid.partition("::")[0]
+    return (yield)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """Adds what a worker of xdist has counted."""
+    del error
+    eager.update(getattr(node, "workeroutput", {}).get("eager", {}))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["eager"] = dict(eager)
+    elif _is_over_budget(session.config) and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    total = sum(eager.values())
+    terminalreporter.write_line(f"{total} eager operations compiled")
+    if _is_over_budget(config):
+        most = ", ".join(f"{file}: {n}" for file, n in eager.most_common(5))
+        terminalreporter.write_line(
+            f"FAILED: at most {EAGER_BUDGET} are allowed (see tests/conftest.py); most "
+            f"of them in {most}",
+            red=True,
+        )
+
+
+def _is_over_budget(config: pytest.Config) -> bool:
+    """The budget is that of the default suite, whatever part of it runs."""
+    default = config.getoption("markexpr") == "not slow"
+    return default and sum(eager.values()) > EAGER_BUDGET
 
 
 @pytest.fixture(scope="session")

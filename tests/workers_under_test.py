@@ -21,6 +21,12 @@ FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes"
 HOWS = ("auto", "explicit", "two_d", "pmap", "vmap")
 
 
+def once(tx, updates, state=None):
+    """One update under jit, from the first state unless another is given."""
+    state = tx.init(updates) if state is None else state
+    return jax.jit(tx.update, compiler_options=FAST)(updates, state)
+
+
 def slow(*values, when=True, **kwargs):
     """A case that `pytest -m slow` runs."""
     return pytest.param(*values, marks=[pytest.mark.slow] if when else [], **kwargs)
@@ -52,10 +58,10 @@ def make_step(tx):
     return step
 
 
-def mapped(how, tx, params, n=8):
+def mapped(how, tx, params, n=8, **options):
     """The jitted step, its first state, and how to place one step's gradients."""
     step = make_step(tx)
-    whole = (params, tx.init(params))
+    whole = (params, jax.tree.map(np.asarray, jax.jit(tx.init)(params)))
     if how in ("pmap", "vmap"):
         state = efopt.stack_workers(whole, n)
         if how == "pmap":
@@ -64,13 +70,15 @@ def mapped(how, tx, params, n=8):
                 state,
                 (lambda g: g),
             )
-        return jax.jit(jax.vmap(step, axis_name=AXIS)), state, lambda g: g
+        step = jax.jit(jax.vmap(step, axis_name=AXIS), **options)
+        return step, state, lambda g: g
     mesh = make_mesh(how, n)
     state = efopt.distribute(whole, mesh)
     specs = efopt.partition_specs(state)
     inner = lambda s, g: step(s, jax.tree.map(lambda x: x[0], g))  # noqa: E731
     fn = jax.jit(
-        jax.shard_map(inner, mesh=mesh, in_specs=(specs, P(AXIS)), out_specs=specs)
+        jax.shard_map(inner, mesh=mesh, in_specs=(specs, P(AXIS)), out_specs=specs),
+        **options,
     )
     sharding = jax.NamedSharding(mesh, P(AXIS))
     return fn, state, lambda g: jax.device_put(g, sharding)

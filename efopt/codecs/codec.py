@@ -89,7 +89,7 @@ class Codec:
     unbiased: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
     one_message: ClassVar[bool] = True  # has a single payload: no dialogue
-    one_bit: ClassVar[bool] = False  # the payload is one sign a coordinate
+    one_bit: ClassVar[bool] = False  # one sign a coordinate; a tied vote is a zero
     exact: ClassVar[bool] = False  # loses nothing: joining leaves would only copy
     block_size: ClassVar[int | None] = None  # None: whole leaves
 

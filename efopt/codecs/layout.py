@@ -65,6 +65,8 @@ class Bucket:
           valid: Of leaves whose end is padding on some devices, by position: how many
             of their coordinates are none here. int32, shape=().
         """
+        if valid is None and self.shape[0] > BUCKET_SIZE:
+            return self._blocks_of_one()
         index = np.arange(self.shape[0], dtype=np.uint32) + np.uint32(self.start)
         size, counts, dynamic = math.prod(self.block), [], False
         for i, coordinates, n in zip(
@@ -88,6 +90,18 @@ class Bucket:
         weight = jnp.asarray(weight, compute_dtype(self.dtype))
         index, count = jnp.asarray(index), jnp.asarray(count)
         return Blocks(index, count, weight, self.block, self.dtype)
+
+    def _blocks_of_one(self) -> Blocks:
+        """The blocks of one very large leaf, counted where they are used."""
+        n, size = self.shape[0], math.prod(self.block)
+        place = lax.iota(jnp.uint32, n)
+        index, last = place + np.uint32(self.start), self.sizes[0] - (n - 1) * size
+        if last == size:
+            return Blocks(index, None, None, self.block, self.dtype)
+        ends, wide = place == np.uint32(n - 1), compute_dtype(self.dtype)
+        count = jnp.where(ends, np.int32(last), np.int32(size))
+        full, rest = jnp.asarray(1 / size, wide), jnp.asarray(1 / last, wide)
+        return Blocks(index, count, jnp.where(ends, rest, full), self.block, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +143,12 @@ class Layout:
                     arrays[i] = x.reshape(-1)[:size].reshape(self.shapes[i])
         if not shared:
             return arrays
-        starts = [s for b, _ in shared for s in b.starts()]
-        whole, starts = once_with([x.reshape(-1) for _, x in shared], starts)
-        offsets = iter(starts)
-        for (b, _), flat in zip(shared, whole, strict=True):
-            for i, size in zip(b.leaves, b.sizes, strict=True):
-                piece = lax.dynamic_slice(flat, (next(offsets),), (size,))
+        whole, starts = once_with(
+            [x.reshape(-1) for _, x in shared], [b.starts() for b, _ in shared]
+        )
+        for (b, _), flat, offsets in zip(shared, whole, starts, strict=True):
+            for i, size, offset in zip(b.leaves, b.sizes, offsets, strict=True):
+                piece = lax.dynamic_slice(flat, (offset,), (size,))
                 arrays[i] = piece.reshape(self.shapes[i])
         return arrays
 

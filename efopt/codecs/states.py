@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from efopt.codecs.codec import Codec
 from efopt.codecs.layout import Layout
+from efopt.ground import bits
 from efopt.ground.dtypes import check_float
 
 
@@ -20,12 +21,22 @@ def init_states(codec: Codec, params: Any, api: str) -> Any:
     dtypes = [check_float(path, leaf, api) for path, leaf in paths]
     if not codec.stateful:
         return ()
-    if not paths:  # a placeholder of `optax.tree.map_params`
-        return params
+    if is_placeholder(params):
+        return jnp.zeros([])
     codecs = codec.assign(params)
     triples = zip(codecs, paths, dtypes, strict=True)
     states = [c.init(jnp.shape(leaf), dtype) for c, (_, leaf), dtype in triples]
     return treedef.unflatten(states)
+
+
+def is_placeholder(params: Any) -> bool:
+    """Whether ``optax.tree.map_params`` asks where a state is laid out as params are.
+
+    It calls ``init`` with a node of its own, without leaves. Where that stands in the
+    state it maps over the user's trees; an array says that what is there is laid out by
+    a rule of its own.
+    """
+    return "Placeholder" in type(params).__name__
 
 
 def open_states(layout: Layout, treedef: Any, states: Any) -> list[Any]:
@@ -36,8 +47,8 @@ def open_states(layout: Layout, treedef: Any, states: Any) -> list[Any]:
 
 
 def close_states(layout: Layout, treedef: Any, joined: list[Any], before: Any) -> Any:
-    """Inverse of :func:`open_states`; ``before`` is what was opened."""
+    """Inverse of :func:`open_states`; ``before`` is what was opened, in its dtypes."""
     if not any(b.codec.stateful for b in layout.buckets):
         return before
     old = treedef.flatten_up_to(before)
-    return treedef.unflatten(layout.part_blocked(joined, old))
+    return treedef.unflatten(bits.cast_like(layout.part_blocked(joined, old), old))

@@ -65,6 +65,18 @@ def _spread(label, part):
     return jax.tree.map(lambda _: label, part)
 
 
+def _is_function(labels: Any) -> bool:
+    """Whether labels are to be asked for, and not a tree that holds them.
+
+    Modules of some libraries are both: trees, here of labels, that can be called.
+    """
+    if not callable(labels):
+        return False
+    treedef = jax.tree.structure(labels)
+    is_bound = isinstance(labels, jax.tree_util.Partial)
+    return is_bound or treedef.num_leaves == 0 or jax.tree_util.treedef_is_leaf(treedef)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Fixed:
     """A tree of labels as a function, to be compared and hashed."""
@@ -107,7 +119,9 @@ def partition(
     Args:
       compressors: One for each label.
       labels: A tree of labels with the structure of the parameters or a prefix of it,
-        or a function from a tree of arrays (parameters or updates) to one. Static.
+        or a function from a tree of arrays (parameters or updates) to one. A tree that
+        can be called, such as a module with a label in the place of each array, is a
+        tree. Static.
 
     Returns:
       A :class:`efopt.Compressor`.
@@ -138,7 +152,7 @@ def partition(
                 "`partition(compressors)` takes an `efopt.Compressor` for each label, "
                 f"and no other partition; got {value!r} for {label!r}."
             )
-    if not callable(labels):
+    if not _is_function(labels):
         leaves, treedef = jax.tree.flatten(labels)
         labels = _Fixed(treedef, tuple(leaves))
     codecs = tuple((label, value.codec) for label, value in compressors.items())

@@ -92,6 +92,7 @@ class PowerSGD(Codec):
         q = self._start(blocks.index, columns, turn.draw, x.dtype)
         if self.warm_start:
             # A column that has died out, as in a matrix of lower rank, starts anew.
+            state = state.astype(x.dtype)
             q = jnp.where(jnp.any(state != 0, axis=1, keepdims=True), state, q)
         # A power of two that the factors are scaled by, so that no sum overflows; the
         # columns of P have length one, and P forgets it.

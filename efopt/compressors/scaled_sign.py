@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
+from efopt.codecs.signs import fair_signs
 from efopt.ground import bits, checks
 from efopt.ground.sums import block_sum
 
@@ -21,10 +22,9 @@ class ScaledSign(Codec):
         return f"scaled_sign(block_size={self.block_size})"
 
     def encode(self, x, blocks, turn):
-        del turn
         # Algorithm 1: (|p|_1 / d) sign(p).
         return {
-            "signs": bits.pack_bits(x >= 0),
+            "signs": fair_signs(x, blocks, turn),
             "scale": mean_magnitude(x, blocks.mean_weight())[:, None],
         }
 
@@ -57,16 +57,18 @@ def scaled_sign(block_size: int | None = None) -> Compressor:
 
     .. math::  C(x) = \frac{\|x\|_1}{d} \operatorname{sign}(x)  \quad\text{per block}
 
-    A block of zeros has scale zero and decodes to zero. Padding has no share in a
-    scale.
+    A block of zeros has scale zero and decodes to zero. A zero in another block is sent
+    as a coin that falls the other way at every second step, and the opposite way on
+    each two neighbours among the workers: as with :func:`efopt.sign`, it does not
+    drift. Padding has no share in a scale.
 
     Shapes: each leaf ``(...)`` -> same shape and dtype.
     Payload: uint8, 8 signs to a byte; one scale a block, float32 (float64 for float64).
     Cost: ``d + 32 * ceil(d / block_size)`` bits per leaf and the last block's padding.
     Properties: biased; contraction ``delta = |x|_1^2 / (d |x|_2^2)``, at least
-    ``1 / d`` and about ``2 / pi`` on Gaussian blocks of ``d``; not linear; no
-    randomness.
-    Placement: stateless.
+    ``1 / d`` and about ``2 / pi`` on Gaussian blocks of ``d``; not linear; random
+    in what becomes of zeros alone.
+    Placement: stateless; the step counter of the transformation turns the coins.
 
     Args:
       block_size: Coordinates that share a scale, at least 1; ``None``: the whole leaf.

@@ -7,9 +7,9 @@ Pass one as ``exchange=`` of any scheme, or its name. A third party's is a subcl
 from efopt.exchanges.all_gather import all_gather as all_gather
 from efopt.exchanges.all_reduce import all_reduce as all_reduce
 from efopt.exchanges.exchange import Exchange as Exchange
+from efopt.exchanges.home import LinkState as LinkState
 from efopt.exchanges.link import Averaged as Averaged
 from efopt.exchanges.link import Link as Link
-from efopt.exchanges.link import LinkState as LinkState
 from efopt.exchanges.link import open_link as open_link
 from efopt.exchanges.majority_vote import majority_vote as majority_vote
 from efopt.exchanges.two_phase import two_phase as two_phase

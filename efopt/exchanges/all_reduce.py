@@ -1,15 +1,18 @@
 """All-reduce: linear payloads are averaged by the network itself."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from efopt.codecs.layout import BUCKET_SIZE
 from efopt.exchanges.exchange import Exchange
+from efopt.ground import bits
 from efopt.workers.axes import Axes
 
 
@@ -40,7 +43,7 @@ class AllReduce(Exchange):
 
     def meet(self, messages, axes, server):
         payloads = tuple(m.payload for m in messages)
-        mean = _joined_mean if self.joined else _mean
+        mean = _joined_mean if self.joined else mean_in_range
         pairs = zip(messages, mean(payloads, axes), strict=True)
         return [m.with_payload(payload) for m, payload in pairs], server
 
@@ -51,6 +54,12 @@ def all_reduce() -> Exchange:
     ``b`` bytes of payload are ``2 (n - 1) / n b`` link bytes a worker. The default of
     linear compressors.
 
+    The network sums in the payload's dtype, and a sum of float16 may be infinite where
+    its mean is not: 30000 on four workers. What is not finite is then summed once more,
+    scaled down; that sum stands in a branch of the program which no other step takes,
+    so that a report of the program's bytes counts float16 payloads twice. Sums that are
+    finite are those of ``lax.pmean``, to the bit.
+
     Examples:
       >>> import efopt
       >>> tx = efopt.error_feedback(
@@ -60,8 +69,38 @@ def all_reduce() -> Exchange:
     return AllReduce()
 
 
-def _mean(tree: Any, axes: Axes) -> Any:
-    return axes.pmean(tree)
+def mean_in_range(tree: Any, axes: Axes) -> Any:
+    """``pmean`` of every array, finite if all of them are, in float16 too.
+
+    Dividing first would lose what becomes subnormal, and a wider sum is more bytes: so
+    only what has overflowed is summed again, in a branch that all workers take together
+    because they all see the same means.
+    """
+    arrays, treedef = jax.tree.flatten(tree)
+    means = axes.pmean(arrays)
+    short = [i for i, x in enumerate(arrays) if x.dtype == jnp.float16 and x.size]
+    if not short:
+        return treedef.unflatten(means)
+    down = 2.0 ** -math.ceil(math.log2(axes.size()))
+    given, got = [arrays[i] for i in short], [means[i] for i in short]
+
+    def again(given, got):
+        sums = axes.pmean([x * np.float16(down) for x in given])
+        wide = [x.astype(jnp.float32) * (1 / down) for x in sums]
+        pairs = zip(got, wide, strict=True)
+        return [jnp.where(jnp.isfinite(m), m, bits.cast(w, m.dtype)) for m, w in pairs]
+
+    def enough(given, got):
+        del given
+        return got
+
+    finite = [jnp.isfinite(m).all() for m in got]
+    overflown = ~jnp.stack(finite).all()
+    for i, mean in zip(
+        short, lax.cond(overflown, again, enough, given, got), strict=True
+    ):
+        means[i] = mean
+    return treedef.unflatten(means)
 
 
 def _joined_mean(tree: Any, axes: Axes) -> Any:
@@ -78,7 +117,7 @@ def _joined_mean(tree: Any, axes: Axes) -> Any:
         alone = x.size > BUCKET_SIZE  # what is joined is copied
         groups.setdefault((x.dtype, i if alone else None), []).append(i)
     joined = [_concatenate([arrays[i] for i in members]) for members in groups.values()]
-    means = axes.pmean(joined)
+    means = mean_in_range(joined, axes)
     for mean, members in zip(means, groups.values(), strict=True):
         for i, part in zip(
             members, _cut(mean, [arrays[i] for i in members]), strict=True

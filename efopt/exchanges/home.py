@@ -7,19 +7,31 @@ a worker its piece. State that is laid out by shard is made anew from these.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from efopt.codecs.layout import lay_out
+from efopt.codecs.states import init_states
+from efopt.exchanges import owners
+from efopt.exchanges.pieces import Cut
+from efopt.ground.imports import when_imported
+from efopt.workers.axes import Axes
+from efopt.workers.node import PerWorker
+from efopt.workers.specs import Path, path_of
+
 SpecOf = Callable[[str, tuple[int, ...]], P]
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Home:
     """What is static about the trees of one link: a node without arrays.
+
+    All are equal: a state has one structure, before and after it is placed, and where
+    ``optax.tree.map_params`` calls ``init`` with something that is no parameters.
 
     Attributes:
       link: The link itself, which makes state anew.
@@ -39,6 +51,12 @@ class Home:
     specs: tuple[P, ...] | None = None
     inner: tuple[tuple[str, int], ...] = ()
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Home)
+
+    def __hash__(self) -> int:
+        return hash(Home)
+
     @classmethod
     def of(cls, link: Any, params: Any) -> "Home":
         """The home of a tree of arrays or structs, not placed yet."""
@@ -50,6 +68,13 @@ class Home:
             tuple(jnp.shape(x) for _, x in found),
             tuple(jnp.result_type(x) for _, x in found),
         )
+
+    def places(self) -> dict[Path, tuple[int, ...]]:
+        """The global shape of every leaf, by its path."""
+        numbers = self.treedef.unflatten(range(len(self.shapes)))
+        paths = jax.tree_util.tree_flatten_with_path(numbers)[0]
+        pairs = zip(paths, self.shapes, strict=True)
+        return {path_of(path): shape for (path, _), shape in pairs}
 
     def on(self, mesh: Any, spec_of: SpecOf) -> "Home":
         """The same, placed on a mesh."""
@@ -111,3 +136,89 @@ class Home:
     def spec_tree(self) -> Any:
         """The specs as a tree like the parameters."""
         return self.treedef.unflatten(self.specs)
+
+
+class LinkState(NamedTuple):
+    """State of a link.
+
+    Attributes:
+      codec: The compressor's own state for each leaf, ``()`` if it has none. Equal on
+        all workers.
+      server: What the owners of ranges still owe, under ``exchange="two_phase"``: an
+        :class:`efopt.PerWorker` of one array per group of equal blocks, at least
+        float32. Else ``()``.
+      home: Where the trees live, a :class:`Home`; static. ``()`` without an axis.
+    """
+
+    codec: Any
+    server: Any
+    home: Any = ()
+
+    def placed(self, mesh: Any, spec_of: SpecOf) -> "LinkState":
+        """The state laid out for a mesh on which parameters have these specs."""
+        return self if self.home == () else by_shard(self, mesh, spec_of)
+
+
+def by_shard(state: LinkState, mesh: Any, spec_of: SpecOf) -> LinkState:
+    """The state laid out by shard, where a mesh has axes behind each worker."""
+    link, home = state.home.link, state.home.on(mesh, spec_of)
+    if state.home.specs is not None:
+        if (home.specs, home.inner) != (state.home.specs, state.home.inner):
+            raise ValueError(
+                f"{link.api} got a state that is placed for another mesh or other "
+                "specs of the parameters already; start from `tx.init(params)`."
+            )
+        return state
+    if not home.inner:
+        return state._replace(home=home)
+    require_fresh(link.api, state.server)
+    shards = home.shards()
+    codecs = link.codecs(shards)
+    states = init_states(link.codec, shards, link.api)
+    if states != ():
+        leaves = home.treedef.flatten_up_to(states)
+        states = home.treedef.unflatten(
+            [_sharded(s, link.axes, home.axes_of(i)) for i, s in enumerate(leaves)]
+        )
+    cuts = [
+        Cut(home.shard(i), spare if codec.one_message else (), home.extent(spare))
+        for i, codec in enumerate(codecs)
+        for spare in (home.spare(i),)
+    ]
+    layout = lay_out(codecs, [cut.piece for cut in cuts], home.dtypes)
+    server = ()
+    if link.keeps():
+        server = owners.fresh(link.kept(layout), link.axes, home.inner_names)
+    return LinkState(states, server, home)
+
+
+def require_fresh(api: str, marked: Any) -> None:
+    """Raises if what is about to be made anew has been laid out, and used, already."""
+    if not isinstance(marked, PerWorker) or marked.sizes is None:
+        return
+    if not Axes.of(api, marked.axis_name).bound():  # made inside, it is fresh
+        raise ValueError(
+            f"{api} got a state that is laid out over workers, but not over the mesh "
+            "axes behind them, by whose shards some of it is kept. Restore into what "
+            "`efopt.distribute(state, mesh, params_specs)` makes of a fresh one."
+        )
+
+
+def _sharded(state: Any, axes: Axes, names: tuple[str, ...]) -> Any:
+    """A codec's state of one leaf, of which every shard has its own.
+
+    It is equal on all workers, and marked as if it were not: no device holds more.
+    """
+    if not names or not jax.tree.leaves(state):
+        return state
+    return PerWorker.wrap(state, axes, None, names)
+
+
+def _register_with_flax(serialization: Any) -> None:
+    """Teaches ``flax.serialization`` that there is nothing to store."""
+    serialization.register_serialization_state(
+        Home, lambda home: {}, lambda target, stored: target
+    )
+
+
+when_imported("flax.serialization", _register_with_flax)

@@ -20,11 +20,17 @@ from efopt.codecs.codec import Codec, Message
 from efopt.codecs.compressor import Compressor
 from efopt.codecs.conversation import alone, converse
 from efopt.codecs.layout import Bucket, Layout, lay_out
-from efopt.codecs.states import close_states, init_states, open_states
-from efopt.exchanges import regions, table
+from efopt.codecs.states import (
+    close_states,
+    init_states,
+    is_placeholder,
+    open_states,
+)
+from efopt.exchanges import owners, regions, table
+from efopt.exchanges.all_reduce import mean_in_range
 from efopt.exchanges.exchange import Exchange
-from efopt.exchanges.groups import group_key, server_shapes
-from efopt.exchanges.home import Home, SpecOf
+from efopt.exchanges.home import Home, LinkState
+from efopt.exchanges.meeting import meet_all
 from efopt.exchanges.pieces import Cut, gather, spare_axes
 from efopt.ground import bits, checks
 from efopt.ground.barriers import zeros_after
@@ -32,28 +38,6 @@ from efopt.ground.dtypes import check_float, compute_dtype, wide_zeros
 from efopt.workers import node
 from efopt.workers.axes import Axes, vary, varying
 from efopt.workers.node import PerWorker
-from efopt.workers.ranges import range_size
-
-
-class LinkState(NamedTuple):
-    """State of a link.
-
-    Attributes:
-      codec: The compressor's own state for each leaf, ``()`` if it has none. Equal on
-        all workers.
-      server: What the owners of ranges still owe, under ``exchange="two_phase"``: one
-        :class:`efopt.PerWorker` per group of equal blocks, at least float32. Else
-        ``()``.
-      home: Where the trees live, a :class:`Home`; static. ``()`` without an axis.
-    """
-
-    codec: Any
-    server: Any
-    home: Any = ()
-
-    def placed(self, mesh: Any, spec_of: SpecOf) -> "LinkState":
-        """The state laid out for a mesh on which parameters have these specs."""
-        return self if self.home == () else self.home.link.placed(self, mesh, spec_of)
 
 
 class Averaged(NamedTuple):
@@ -97,54 +81,15 @@ class Link:
     def init(self, params: Any) -> LinkState:
         """The state for a tree of parameters, arrays or structs."""
         states = init_states(self.codec, params, self.api)
-        keeps = any(self._route(c).keeps for c in self.codec.members())
         if self.axes is None:
             return LinkState(states, ())
         home = Home.of(self, params)
-        if not keeps:
+        if not self.keeps():
             return LinkState(states, (), home)
-        if not jax.tree.leaves(params):
-            # A placeholder of `optax.tree.map_params`: stand in for params.
-            return LinkState(states, params, home)
-        return LinkState(states, self._server(self._layout(params)), home)
-
-    def placed(self, state: LinkState, mesh: Any, spec_of: SpecOf) -> LinkState:
-        """The state laid out by shard, where a mesh has axes behind each worker."""
-        home = state.home.on(mesh, spec_of)
-        if state.home.specs is not None:
-            if (home.specs, home.inner) != (state.home.specs, state.home.inner):
-                raise ValueError(
-                    f"{self.api} got a state that is placed for another mesh or other "
-                    "specs of the parameters already; start from `tx.init(params)`."
-                )
-            return state
-        if not home.inner:
-            return state._replace(home=home)
-        shards = home.shards()
-        codecs = self.codec.assign(shards)
-        states = init_states(self.codec, shards, self.api)
-        if states != ():
-            leaves = home.treedef.flatten_up_to(states)
-            states = home.treedef.unflatten(
-                [_by_shard(s, home.axes_of(i)) for i, s in enumerate(leaves)]
-            )
-        cuts = [
-            Cut(home.shard(i), spare if codec.one_message else (), home.extent(spare))
-            for i, codec in enumerate(codecs)
-            for spare in (home.spare(i),)
-        ]
-        layout = lay_out(codecs, [cut.piece for cut in cuts], home.dtypes)
-        return LinkState(states, self._server(layout, home.inner_names), home)
-
-    def _server(self, layout: Layout, shards: tuple[str, ...] = ()) -> Any:
-        """Server residuals of zero."""
-        assert self.axes is not None
-        n = self.axes.size() if self.axes.bound() else 1
-        server = []
-        for (blocks, *block), dtype in self._server_shapes(layout):
-            zeros = jnp.zeros((range_size(blocks, n), *block), dtype)
-            server.append(PerWorker.wrap(zeros, self.axes, blocks, shards))
-        return tuple(server)
+        if is_placeholder(params):
+            return LinkState(states, PerWorker.wrap(jnp.zeros([]), self.axes), home)
+        server = owners.fresh(self.kept(self._layout(params)), self.axes)
+        return LinkState(states, server, home)
 
     def zeros(self, params: Any) -> Any:
         """A residual of zero, one worker's, in the compute dtypes."""
@@ -189,7 +134,8 @@ class Link:
 
         Args:
           updates: The updates of this worker.
-          like: A tree of arrays with the structure and shapes that they must have.
+          like: A tree of arrays of this worker, whose structure and shapes they must
+            have.
         """
         if self.axes is not None:
             self._require_bound(self.axes)
@@ -200,7 +146,33 @@ class Link:
             check_float(path, x, self.api)
         if self.axes is not None:
             self.axes.require_local(self.api, updates)
+            if like is not None:
+                self.require_kept(paths, jax.tree.leaves(like))
         return treedef.unflatten([jnp.asarray(x) for _, x in paths])
+
+    def require_kept(self, paths: Any, kept: Sequence[Any]) -> None:
+        """Raises if types say that updates differ where what is kept of them does not.
+
+        Args:
+          paths: The updates, with their paths.
+          kept: An array of this worker's state for each.
+        """
+        for (path, x), e in zip(paths, kept, strict=True):
+            more = varying(x) - varying(e)
+            if not more or self.axes is None:
+                continue
+            names = ", ".join(map(repr, sorted(more)))
+            raise ValueError(
+                f"{self.api} got updates that differ along the mesh axes {names} too, "
+                f"at {jax.tree_util.keystr(path) or 'the root'}, where what it keeps "
+                f"of them is one for each worker along {self.axes.key!r}. If all of "
+                "these are axes of workers, name them all, `axis_name=(..., ...)`, or "
+                "average over the others first, uncompressed: "
+                "`optax.chain(efopt.compress(efopt.compressors.identity(), "
+                "axis_name=...), ...)`; two feedbacks in one chain would need a state "
+                "that differs along both. If parameters are sharded along it, pass "
+                "their specs to `efopt.distribute` and `efopt.partition_specs`."
+            )
 
     def _require_bound(self, axes: Axes) -> None:
         cure = (
@@ -258,8 +230,18 @@ class Link:
         else:
             ends = {i: cut.valid() for i, cut in enumerate(cuts)}
             valid = {i: end for i, end in ends.items() if end is not None}
-            means, rests, states, server = self._meet(
-                layout, xs, states, turn, state.server, ratio, valid
+            ways = [self._route(b.codec) for b in layout.buckets]
+            means, rests, states, server = meet_all(
+                self.api,
+                layout,
+                ways,
+                self.axes,
+                xs,
+                states,
+                state.server,
+                turn,
+                ratio,
+                valid,
             )
         if not wide:
             rests = [_and_rounding(m, r) for m, r in zip(means, rests, strict=True)]
@@ -320,8 +302,12 @@ class Link:
             return update
 
         def update_fn(updates, state, params=None, **extra_args):
+            state = node.laid_out(state)
+
             def dense(updates, state):
-                out = updates if self.axes is None else self.axes.pmean(updates)
+                out = updates
+                if self.axes is not None:
+                    out = mean_in_range(updates, self.axes)
                 return out, state._replace(count=optax.safe_increment(state.count))
 
             def compressed(updates, state):
@@ -342,25 +328,19 @@ class Link:
         """
         leaves, treedef = jax.tree.flatten(params)
         layout = self._layout(params)
-        kept = self._kept(layout)
-        wholes = {}
-        for own, key in zip(server, dict.fromkeys(map(group_key, kept)), strict=True):
-            x, axes = own.value, Axes.of(self.api, own.axis_name)
-            if axes.bound():
-                x = axes.all_gather(own.local(self.api))
-            wholes[key] = x.reshape(-1, *key[1])[: own.split]
-        xs, ends = [], dict.fromkeys(wholes, 0)
-        for b in layout.buckets:
-            if b not in kept:
-                xs.append(jnp.zeros(b.shape, compute_dtype(b.dtype)))
-                continue
-            key = group_key(b)
-            start, ends[key] = ends[key], ends[key] + b.shape[0]
-            xs.append(wholes[key][start : ends[key]])
+        xs = owners.whole(self.api, layout, self.kept(layout), server)
         zeros = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in leaves]
         return treedef.unflatten(layout.part(xs, zeros))
 
     # ------------------------------------------------------------------------ inside
+
+    def keeps(self) -> bool:
+        """Whether owners may keep a server residual."""
+        return any(self._route(c).keeps for c in self.codec.members())
+
+    def kept(self, layout: Layout) -> list[Bucket]:
+        """The buckets whose owners keep a server residual."""
+        return [b for b in layout.buckets if self._route(b.codec).keeps]
 
     def _cut(self, x: jax.Array, codec: Codec) -> Cut:
         """How a leaf is cut; one that speaks in rounds is not."""
@@ -374,70 +354,6 @@ class Link:
         shapes = [jnp.shape(x) for x in leaves]
         dtypes = [jnp.result_type(x) for x in leaves]
         return lay_out(self.codec.assign(tree), shapes, dtypes)
-
-    def _kept(self, layout: Layout) -> list[Bucket]:
-        """The buckets whose owners keep a server residual."""
-        return [b for b in layout.buckets if self._route(b.codec).keeps]
-
-    def _server_shapes(self, layout: Layout) -> list[Any]:
-        return server_shapes(self._kept(layout))
-
-    def _meet(self, layout, xs, states, turn, server, ratio, valid):
-        """The conversations about all buckets, each by the way of its codec."""
-        assert self.axes is not None
-        axes, codecs = self.axes, [b.codec for b in layout.buckets]
-        ways = [self._route(codec).settled(codecs) for codec in codecs]
-        # Where messages are equal, so must be what they draw.
-        turns = [_at(turn, way.level(axes), axes) for way in ways]
-        xs = [way.enter(x, axes) for way, x in zip(ways, xs, strict=True)]
-        owed = self._owed(layout, server, ratio)
-
-        def meet(messages: dict[int, Message]) -> dict[int, Message]:
-            nonlocal owed
-            means: dict[int, Message] = {}
-            kinds = [(way, b.kind) for way, b in zip(ways, layout.buckets, strict=True)]
-            for way, kind in dict.fromkeys(kinds):
-                # Leaves that differ along different axes do not travel together.
-                numbers = [i for i in messages if kinds[i] == (way, kind)]
-                if not numbers:
-                    continue
-                asked = [messages[i] for i in numbers]
-                given = owed if way.keeps else ()
-                got, left = way.meet(asked, way.level(axes), given)
-                means.update(zip(numbers, got, strict=True))
-                owed = left if way.keeps else owed
-            return means
-
-        means, rests, states = converse(layout, xs, states, turns, meet, valid)
-        rests = [
-            x - mean.decode() if way.pays_average else rest
-            for way, x, mean, rest in zip(ways, xs, means, rests, strict=True)
-        ]
-        pairs = zip(owed, server, strict=True)
-        server = tuple(PerWorker.wrap(x, axes, s.split, s.shards) for x, s in pairs)
-        return means, rests, states, server
-
-    def _owed(self, layout, server, ratio):
-        """What this worker owes as an owner, one array per group of blocks."""
-        assert self.axes is not None
-        shapes = [shape for shape, _ in self._server_shapes(layout)]
-        known = [
-            (own.split, *jnp.shape(own.value)[3 if own.shards else 2 :])
-            for own in server
-        ]
-        if known != shapes:
-            raise ValueError(
-                f"{self.api} keeps a server residual for the blocks that `init` saw, "
-                f"{known}, and the updates make {shapes} (blocks, block size). Updates "
-                "must have the structure and shapes of the parameters given to `init`, "
-                'and under `exchange="two_phase"` these cannot be sharded over another '
-                "mesh axis: use another exchange there."
-            )
-        owed = []
-        for own in server:
-            x = own.local(self.api, range_size(own.split, self.axes.size()))
-            owed.append(x if ratio is None else x * ratio.astype(x.dtype))
-        return tuple(owed)
 
 
 def open_link(
@@ -491,26 +407,12 @@ def open_link(
     return Link(label, compressor.codec, way, axes, start, stream)
 
 
-def _by_shard(state: Any, names: tuple[str, ...]) -> Any:
-    """A codec's state of one leaf, of which every shard has its own."""
-    if not names or not jax.tree.leaves(state):
-        return state
-    return PerWorker.wrap(state, Axes(names))
-
-
 def _wrapped_as(like: Any, state: Any) -> Any:
     """One leaf's state, wrapped as it came."""
     if not node.is_node(like):
         return state
     marked = PerWorker.wrap(state, Axes.of("link", like.axis_name), None, like.shards)
     return dataclasses.replace(marked, remake=like.remake)
-
-
-def _at(turn: Turn, level: Axes, axes: Axes) -> Turn:
-    """The turn of a worker as its exchange counts them."""
-    if level == axes:
-        return turn
-    return turn._replace(worker=level.index().astype(jnp.uint32))
 
 
 def _and_rounding(mean: Message, rest: jax.Array) -> jax.Array:

@@ -24,9 +24,13 @@ class MajorityVote(TwoPhase):
 def majority_vote() -> Exchange:
     """Every worker sends signs and receives the sign of their sum: one bit each way.
 
-    A tie, which an even number of workers allows, counts as +1, like a zero gradient.
-    What a worker has paid is the vote, not its own sign, so error feedback around it
-    stays conservative. For :func:`efopt.sign`.
+    A tie, which an even number of workers allows, is a zero, and what
+    :func:`efopt.sign` does with zeros decides it: a fair coin of the owner, which falls
+    the other way at every second step. Negated gradients give the negated vote in the
+    mean, however many workers there are, and a coordinate without any gradient does not
+    drift. What a worker has paid is the vote, not its own sign, so error feedback
+    around it stays conservative. For :func:`efopt.sign`; ``efopt.sign(zero=
+    "positive")`` counts zeros and ties as +1.
 
     Examples:
       >>> import efopt

@@ -78,7 +78,9 @@ def _region(home: Home, axes: Axes, mesh: Any, mapped: Any, stacked: bool) -> Ar
         if not stacked:  # the workers' axes are consumed already
             given = specs
             state_specs = jax.tree.map(
-                lambda s: _without(s, axes.names), state_specs, is_leaf=_is_spec
+                lambda x: _consumed(x, axes.names),
+                state_specs,
+                is_leaf=_is_spec_or_node,
             )
 
         def body(tree, state):
@@ -123,6 +125,18 @@ def _check_stacked(api: str, axes: Axes, updates: PerWorker, mesh: Any) -> None:
 
 def _is_spec(x: Any) -> bool:
     return isinstance(x, P)
+
+
+def _is_spec_or_node(x: Any) -> bool:
+    return _is_spec(x) or isinstance(x, PerWorker)
+
+
+def _consumed(x: Any, names: tuple[str, ...]) -> Any:
+    """A spec, or a node of specs, in which some axes are not named."""
+    if not isinstance(x, PerWorker):
+        return _without(x, names)
+    value = jax.tree.map(lambda s: _without(s, names), x.value, is_leaf=_is_spec)
+    return x.with_value(value)
 
 
 def _without(spec: P, names: tuple[str, ...]) -> P:

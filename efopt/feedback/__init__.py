@@ -12,4 +12,5 @@ from efopt.feedback.error_feedback import (
 )
 from efopt.feedback.error_feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback.error_feedback import error_feedback as error_feedback
+from efopt.feedback.frozen import frozen as frozen
 from efopt.feedback.virtual import virtual_params as virtual_params

@@ -9,7 +9,8 @@ import optax
 from efopt.codecs.compressor import Compressor
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.link import open_link
-from efopt.ground import checks
+from efopt.ground import bits, checks
+from efopt.ground.dtypes import wide
 from efopt.workers.axes import AxisName
 
 
@@ -112,10 +113,12 @@ def damped_error_feedback(
         h = link.unwrap(state.residual)
         updates = link.receive(updates, h)
         # 1806.08054 eq. (6): q = Q(g + alpha h),
-        p = jax.tree.map(lambda g, h: g.astype(h.dtype) + alpha * h, updates, h)
+        g, past = jax.tree.map(wide, updates), jax.tree.map(wide, h)
+        p = jax.tree.map(lambda g, h: g + alpha * h.astype(g.dtype), g, past)
         got = link.average(p, state.link, state.count, like=updates)
         # and eq. (5): h <- beta h + g - q, of which g + alpha h - q is what is lost
-        h = jax.tree.map(lambda lost, h: lost + (beta - alpha) * h, got.lost, h)
+        new = jax.tree.map(lambda lost, h: lost + (beta - alpha) * h, got.lost, past)
+        h = bits.cast_like(new, h)
         count = optax.safe_increment(state.count)
         return got.mean, DampedErrorFeedbackState(count, link.wrap(h), got.state)
 

@@ -8,6 +8,7 @@ import optax
 
 from efopt.codecs.compressor import Compressor
 from efopt.exchanges.exchange import Exchange
+from efopt.exchanges.home import require_fresh
 from efopt.exchanges.link import open_link
 from efopt.feedback.rates import hold, rates
 from efopt.feedback.residual import open_residual
@@ -59,6 +60,7 @@ class ContractiveErrorFeedbackState(NamedTuple):
         home = link.home
         residual = self.residual
         if home.inner:
+            require_fresh(home.link.api, residual)
             made = home.treedef.flatten_up_to(residual.remake(home.shards()))
             axes = home.link.axes
             residual = home.treedef.unflatten(
@@ -103,20 +105,40 @@ def error_feedback(
     ``sign``, ``threshold``, ``natural`` nor what rounds to a grid. Under a schedule
     pass the same schedule as ``learning_rate``: the factor above then keeps parameters
     minus rate times residual on SGD's path. At a rate of zero nothing is sent or owed:
-    updates are zero and the residual is held.
+    updates are zero and the residual is held; a rate below 2^-64 of the last is zero.
 
     *What stands around it.* State in front of it must be each worker's own, for example
     ``per_worker(optax.trace(0.9), axis_name=...)`` for local momentum. Momentum behind
     a coarse compressor such as :func:`efopt.scaled_sign` amplifies the residual's
-    delayed bursts and does not train at ordinary rates: put it in front. Do not wrap
-    the exchange in ``optax.MultiSteps`` (use :func:`efopt.accumulate`),
-    ``optax.apply_if_finite`` or other conditional wrappers, whose branch may differ
-    between workers, nor in ``optax.masked``, which leaves the other leaves un-averaged:
-    use ``optax.partition`` with ``compress(identity(), axis_name=...)`` for them.
+    delayed bursts and does not train at ordinary rates: put it in front.
+
+    ==================================  ================================================
+    for                                 write
+    ==================================  ================================================
+    other leaves uncompressed           ``optax.partition`` with ``compress(identity(),
+                                        axis_name=...)`` for them
+    frozen leaves, LoRA                 ``optax.partition`` with
+                                        :func:`efopt.feedback.frozen` for them, at no
+                                        bytes; ``optax.set_to_zero`` is refused there by
+                                        ``jax.shard_map``
+    ``optax.selective_transform``       ``chain(selective_transform(tx, freeze_mask=m),
+                                        masked(frozen(), m))``, at no bytes
+    ``chain(optax.freeze(m), tx)``      works, and sends the zeros
+    gradients of several mini-batches   :func:`efopt.accumulate`
+    two levels of axes                  one feedback, over the slow axis, behind
+                                        ``compress(identity(), axis_name=fast)``
+    ``optax.MultiSteps``,               do not: their branch may differ between workers
+    ``optax.apply_if_finite``, other
+    conditional wrappers
+    ``optax.masked(tx, m)``             do not: the other leaves stay un-averaged
+    two feedbacks in one chain          do not, if over two axes: the first's residual
+                                        would differ along both
+    ==================================  ================================================
 
     *The residual* is kept exact, or compressed by ``memory``: see
     :func:`efopt.contractive_error_feedback`, which is the same transformation by the
-    name of its paper.
+    name of its paper. It keeps the dtype that it comes in, also if the state was cast
+    or gradients are wider than the parameters.
 
     *Warm-up.* For ``start`` steps updates are averaged uncompressed and nothing is
     owed: while a network finds its scale, gradients are large and change quickly, and

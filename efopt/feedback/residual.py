@@ -43,19 +43,23 @@ class ExactResidual:
 
         def add(g, e):
             wide = compute_dtype(g.dtype)
-            e = e if ratio is None else e * ratio.astype(e.dtype)
-            return g.astype(wide) + e.astype(wide)
+            e = e.astype(wide)
+            return g.astype(wide) + (e if ratio is None else e * ratio.astype(wide))
 
         return jax.tree.map(add, updates, residual)
 
     def keeper(
         self, updates: Any, residual: Any, turn: Turn, ratio: Any
     ) -> Callable[[Any], Any] | None:
-        """What makes of the tree that is lost the new residual; ``None``: nothing."""
-        del updates, residual, turn, ratio
-        if self.dtype is None:
+        """What makes of the tree that is lost the new residual; ``None``: nothing.
+
+        It keeps the dtypes of the residual that was given, whoever chose them.
+        """
+        del turn, ratio
+        pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(residual), strict=True)
+        if all(e.dtype == compute_dtype(g.dtype) for g, e in pairs):
             return None
-        return lambda lost: jax.tree.map(lambda e: bits.cast(e, self.dtype), lost)
+        return lambda lost: bits.cast_like(lost, residual)
 
 
 def open_residual(

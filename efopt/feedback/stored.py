@@ -15,9 +15,10 @@ from efopt.codecs.blocks import Turn, rows
 from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.codecs.layout import BUCKET_SIZE, Bucket, Layout, lay_out
+from efopt.codecs.states import is_placeholder
 from efopt.compressors.identity import Identity
 from efopt.exchanges.link import Link
-from efopt.ground import checks, randomness
+from efopt.ground import bits, checks, randomness
 from efopt.ground.barriers import once
 from efopt.ground.dtypes import compute_dtype, wide
 
@@ -63,8 +64,8 @@ class StoredResidual:
     def init(self, params: Any) -> Any:
         """A residual of zero: the structure of ``params``, a payload at every leaf."""
         leaves, treedef = jax.tree.flatten(params)
-        if not leaves:  # a placeholder of `optax.tree.map_params`
-            return params
+        if is_placeholder(params):
+            return jnp.zeros([])
         layout, turn = self._layout(params), Turn(jnp.uint32(0), jnp.uint32(0))
 
         def zeros(b: Bucket) -> Any:
@@ -98,8 +99,15 @@ class StoredResidual:
             raise ValueError(
                 f"{self.api} got updates of another structure or other shapes than the "
                 "parameters given to `init`: the residual of these updates is stored "
-                f"in arrays of shapes {shapes[0]}, and the state holds {shapes[1]}."
+                f"in arrays of shapes {shapes[0]}, and the state holds {shapes[1]}. "
+                "Wider gradients than the parameters may be the cause: cast them."
             )
+        if link.axes is not None:
+            paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
+            payloads = map(jax.tree.leaves, treedef.flatten_up_to(residual))
+            # An empty leaf has no payload.
+            kept = [(p, x) for p, x in zip(paths, payloads, strict=True) if x]
+            link.require_kept([p for p, _ in kept], [x[0] for _, x in kept])
         return updates
 
     def damping_of(self, layout: Layout, b: Bucket) -> float:
@@ -186,9 +194,10 @@ class StoredResidual:
                     x = _blocked(x, b)
                 kept = 1 - self.damping_of(layout, b)
                 fresh = b.codec.increment(payload, x, kept, ratio, b.blocks(), still)
-                # The wall hangs on the step: one on the payload would keep a copy of it.
-                new.append(once((fresh, turn.step))[0] if _is_large(b) else fresh)
-            return treedef.unflatten(layout.part_blocked(new, payloads))
+                # The wall hangs on the step: else it would keep a copy of the payload.
+                new.append(once(fresh, turn.step) if _is_large(b) else fresh)
+            fresh = layout.part_blocked(new, payloads)
+            return treedef.unflatten(bits.cast_like(fresh, payloads))
 
         return keep
 

@@ -14,17 +14,39 @@ import numpy as np
 from jax import lax
 
 
-def once(tree: Any) -> Any:
-    """The arrays of ``tree``, each computed once and kept in one piece."""
-    return _walled(tree, ())[0]
+def once(tree: Any, by: jax.Array | None = None) -> Any:
+    """The arrays of ``tree``, each computed once and kept in one piece.
+
+    Args:
+      tree: Arrays of numbers.
+      by: An array of numbers on which the wall hangs in place of one of the tree, of
+        which it would keep a copy.
+    """
+    arrays, treedef = jax.tree.flatten(tree)
+    arrays, _ = once_with(arrays, [[]] * len(arrays), by)
+    return treedef.unflatten(arrays)
 
 
-def once_with(tree: Any, numbers: Sequence[int]) -> tuple[Any, list[jax.Array]]:
-    """:func:`once`, and numbers that come out unknown to the compiler.
+def once_with(
+    arrays: Sequence[jax.Array],
+    numbers: Sequence[Sequence[int]],
+    by: jax.Array | None = None,
+) -> tuple[list[jax.Array], list[list[jax.Array]]]:
+    """:func:`once`, and numbers with each array that come out unknown to the compiler.
 
     Slices of one size at different unknown offsets share one program.
     """
-    return _walled(tree, numbers)
+    kinds: dict[Any, list[int]] = {}
+    for i, x in enumerate(arrays):  # a wall makes all that it holds of one type
+        kind = getattr(jax.typeof(x), "mat", None)
+        kinds.setdefault(kind and kind.varying, []).append(i)
+    out, unknown = list(arrays), [list(map(jnp.int32, n)) for n in numbers]
+    for members in kinds.values():
+        held = [arrays[i] for i in members], [numbers[i] for i in members]
+        whole, told = _walled(*held, by)
+        for i, x, n in zip(members, whole, told, strict=True):
+            out[i], unknown[i] = x, n
+    return out, unknown
 
 
 def zeros_after(done: jax.Array, like: jax.Array) -> jax.Array:
@@ -45,20 +67,24 @@ def zeros_after(done: jax.Array, like: jax.Array) -> jax.Array:
     )
 
 
-def _walled(tree: Any, numbers: Sequence[int]) -> tuple[Any, list[jax.Array]]:
-    def barrier(tree):
-        return lax.optimization_barrier(tree), [jnp.int32(i) for i in numbers]
+def _walled(arrays: Any, numbers: Any, by: jax.Array | None) -> Any:
+    def told(numbers):
+        return [[jnp.int32(i) for i in some] for some in numbers]
 
-    def branch(tree):
+    def barrier(arrays):
+        return lax.optimization_barrier(arrays), told(numbers)
+
+    def branch(arrays):
         # The CPU compiler drops barriers before it fuses, but not a branch.
+        nothing = [[0 for _ in some] for some in numbers]
         return lax.cond(
-            _never(jax.tree.leaves(tree)[-1]),
-            lambda t: (jax.tree.map(jnp.negative, t), [jnp.int32(0) for _ in numbers]),
-            lambda t: (t, [jnp.int32(i) for i in numbers]),
-            tree,
+            _never(arrays[-1] if by is None else by),
+            lambda xs: (jax.tree.map(jnp.negative, xs), told(nothing)),
+            lambda xs: (xs, told(numbers)),
+            arrays,
         )
 
-    return lax.platform_dependent(tree, cpu=branch, default=barrier)
+    return lax.platform_dependent(arrays, cpu=branch, default=barrier)
 
 
 def _never(x: jax.Array) -> jax.Array:

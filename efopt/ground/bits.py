@@ -8,6 +8,7 @@ rounding error that error feedback exists to keep.
 
 import functools
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,19 @@ def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 def cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Converts ``x`` to ``dtype`` with a rounding that ``jit`` cannot remove."""
     return round_to(x, dtype).astype(dtype)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """A tree of arrays in the dtypes of another, rounded where those are shorter.
+
+    For what a state keeps: its dtypes are those that it came in, whatever was computed.
+    """
+
+    def one(x, old):
+        dtype = jnp.result_type(old)
+        return cast(x, dtype) if jnp.issubdtype(dtype, jnp.floating) else x
+
+    return jax.tree.map(one, tree, like)
 
 
 def round_up(x: jax.Array) -> jax.Array:

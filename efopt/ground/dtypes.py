@@ -34,7 +34,8 @@ def check_float(path: Any, leaf: Any, api: str) -> np.dtype:
         name = jax.tree_util.keystr(path) or "the array"
         raise TypeError(
             f"{api} takes real floating-point leaves ({', '.join(FLOATS)}), got "
-            f"{dtype.name} at {name}. Leave such leaves out with `optax.partition`."
+            f"{dtype.name} at {name}. Leave such leaves out: `optax.partition`, with "
+            "`efopt.feedback.frozen()` as their transformation."
         )
     return dtype
 

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from efopt.hlo.algorithms import messages
-from efopt.hlo.report import WireReport
+from efopt.hlo.algorithms import link_bytes, messages
+from efopt.hlo.report import Collective, WireReport
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,71 @@ class Link:
             messages(c.operation, c.group_size) for c in report.collectives
         )
 
+    def bytes_sent(self, report: WireReport) -> int:
+        """Bytes of ``report`` that take the link."""
+        return report.bytes_sent_per_worker
+
     def seconds(self, report: WireReport) -> float:
         """Messages one after the other times latency, and bytes by bandwidth."""
         rate = math.inf if self.bandwidth is None else self.bandwidth
-        return self.latencies(report) + 8 * report.bytes_sent_per_worker / rate
+        return self.latencies(report) + 8 * self.bytes_sent(report) / rate
+
+
+@dataclass(frozen=True)
+class MeshLinks:
+    """The links of a mesh: a slow one that is compared by, and fast ones.
+
+    A collective over several axes takes the slow ones first, with what has to cross
+    them (:meth:`efopt.wire.Collective.bytes_across`), and then the others one after the
+    other. An axis without a link takes no time.
+
+    Attributes:
+      slow: The slow axes; several count as one.
+      link: Their link, of one network card: bits a second that it can send.
+      fast: Name and link of other axes, of one device each.
+      devices_per_card: Devices that share the network card.
+    """
+
+    slow: tuple[str, ...]
+    link: Link = Link()
+    fast: tuple[tuple[str, Link], ...] = ()
+    devices_per_card: int = 1
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bits a second that a card can send on the slow axis."""
+        return self.link.bandwidth
+
+    def latencies(self, report: WireReport) -> float:
+        """Seconds of ``report`` that do not depend on that bandwidth."""
+        return sum(map(self._others, report.collectives))
+
+    def bytes_sent(self, report: WireReport) -> int:
+        """Bytes of ``report`` that leave a card on the slow axis."""
+        return self.devices_per_card * sum(
+            c.bytes_across(self.slow) for c in report.collectives
+        )
+
+    def seconds(self, report: WireReport) -> float:
+        """Seconds on all links, one after the other."""
+        rate = math.inf if self.bandwidth is None else self.bandwidth
+        return self.latencies(report) + 8 * self.bytes_sent(report) / rate
+
+    def _others(self, c: Collective) -> float:
+        spans = dict(zip(c.axes or (), c.spans, strict=True))
+        across = math.prod(n for name, n in spans.items() if name in self.slow)
+        seconds = self.link.latency * messages(c.operation, across)
+        gathers, links = c.operation == "all-gather", dict(self.fast)
+        given = c.operand_bytes * (across if gathers else 1)
+        for name, n in spans.items():
+            if name in self.slow:
+                continue
+            link = links.get(name, Link())
+            rate = math.inf if link.bandwidth is None else link.bandwidth
+            seconds += link.latency * messages(c.operation, n)
+            seconds += 8 * link_bytes(c.operation, given, n) / rate
+            given *= n if gathers else 1
+        return seconds
 
 
 def duration(seconds: float) -> str:

@@ -56,9 +56,9 @@ def _better(
             by = f' with exchange="{exchange}"' if exchange else ""
             time = f", {duration(changed.exchange_seconds)}"
             timed = time if plan.link.bandwidth is not None else ""
+            what = f"bytes over {', '.join(plan.slow)}" if plan.slow else "link bytes"
             yield (
-                f"This would: {name}{by}, {changed.bytes_sent_per_worker:,} link bytes"
-                f"{timed}."
+                f"This would: {name}{by}, {changed.bytes_per_device:,} {what}{timed}."
             )
             return
     yield f"Nor would anything else that was tried: stay with dense {plan.baseline}."
@@ -76,10 +76,12 @@ def _ways(compressor: Compressor) -> Iterator[_Option]:
 
 def _cost(plan: Plan) -> float:
     timed = plan.link.bandwidth is not None
-    return plan.step_seconds if timed else plan.bytes_sent_per_worker
+    return plan.step_seconds if timed else plan.bytes_per_card
 
 
 def _compiler(plan: Plan, target: Target) -> Iterator[str]:
+    if target.place is not None:
+        return
     operations = {c.operation for c in plan.report.collectives}
     replaced = any(c.instead_of for c in plan.report.collectives)
     if target.platform == "tpu" and target.topology is None:

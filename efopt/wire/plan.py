@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -18,9 +18,10 @@ from efopt.exchanges.link import Link as WorkersLink
 from efopt.exchanges.link import open_link
 from efopt.ground.checks import keyword_only
 from efopt.ground.dtypes import check_float
-from efopt.hlo.links import Link
+from efopt.hlo.links import Link, MeshLinks
 from efopt.hlo.report import WireReport
 from efopt.wire.advice import advise
+from efopt.wire.place import Place
 from efopt.wire.plan_report import LeafPlan, Plan
 from efopt.wire.target import Target
 from efopt.wire.trace import AXIS
@@ -31,7 +32,7 @@ def plan(
     compressor: Compressor,
     params: Any,
     *,
-    num_workers: int,
+    num_workers: int | None = None,
     exchange: Exchange | str | None = None,
     bandwidth: float | None = None,
     latency: float = 0.0,
@@ -39,6 +40,11 @@ def plan(
     compress_seconds: float = 0.0,
     platform: str | None = None,
     topology: str | None = None,
+    mesh: Any = None,
+    axis_name: Any = None,
+    params_specs: Any = None,
+    links: Mapping[str, Link] | None = None,
+    devices_per_card: Mapping[str, int] | None = None,
 ) -> Plan:
     """Says from shapes alone what a configuration sends in a step, and if that pays.
 
@@ -53,28 +59,53 @@ def plan(
     sends and receives at once, nothing overlapped, and none of the time that the
     software of the network takes to copy and to sum.
 
+    With ``mesh`` the workers stand along ``axis_name``, each of them many devices, and
+    sizes are per device: what is sharded over the other axes is compressed by shard,
+    what is equal on them is sent in pieces, one a device, and gathered on the fast
+    axes. The plan compares what crosses the slow axis with a dense step on the same
+    mesh, and ``plan.report.over(axis)`` has what crosses any.
+
     Args:
       compressor: An :class:`efopt.Compressor`.
       params: The tree of parameters: arrays or :class:`jax.ShapeDtypeStruct`.
-      num_workers: Number of workers, at least 1.
+      num_workers: Number of workers, at least 1, on a flat axis. Not with ``mesh``.
       exchange: As for :func:`efopt.error_feedback`; ``None`` for the compressor's own.
-      bandwidth: Bits a second that one worker can send: ``1e9`` for 1 Gbit/s.
+      bandwidth: Bits a second that one worker can send: ``1e9`` for 1 Gbit/s. With
+        ``mesh`` see ``links``.
       latency: Seconds that a message takes beside its bytes.
       compute_seconds: Computation of a step without any exchange.
       compress_seconds: What compressing adds to it.
       platform: ``"cpu"``, where sums of bfloat16 travel as float32, ``"gpu"`` or
-        ``"tpu"``; ``None`` for what the program asks for.
+        ``"tpu"``, where on a mesh the workers are slices, between which sums travel in
+        tiles of 4 KiB; ``None`` for what the program asks for.
       topology: Of a TPU, such as ``"v5e:8x8"``: where the compiler is known to replace
         all-gathers (see :func:`tpu_compiler_options`), they are planned so, although
         some programs escape.
+      mesh: Sizes by axis, the outermost first, such as ``{"dcn": 4, "fsdp": 64}``, or a
+        mesh of JAX; no devices are needed.
+      axis_name: With ``mesh``: the axis of the workers, or a tuple of axes, as for
+        :func:`efopt.error_feedback`. The slow axis is this one, or those of them over
+        which the exchange compresses; several count as one.
+      params_specs: With ``mesh``: how parameters are sharded, as for
+        :func:`efopt.distribute`: a tree of ``PartitionSpec`` like ``params``, or one
+        for all leaves. ``None``: as the leaves are placed on a mesh of these axes, or
+        replicated.
+      links: With ``mesh``: a :class:`Link` by axis. That of the slow axis is of one
+        network card: its ``bandwidth`` is in bits a second that a card can send. Others
+        are of one device. An axis without one takes no time.
+      devices_per_card: With ``mesh``: by slow axis, how many devices share a network
+        card; 1 if not given.
 
     Returns:
       A :class:`Plan`. Printed, it is a table and a verdict.
 
     Raises:
-      TypeError: If ``compressor`` is not one, or a leaf is not floating-point.
+      TypeError: If ``compressor`` is not one, a leaf is not floating-point, or ``mesh``
+        or an entry of ``links`` is none.
       ValueError: If a number is out of range, the exchange is unknown or cannot carry
-        the compressor, or the platform or topology is unknown.
+        the compressor, or the platform or topology is unknown; if both or neither of
+        ``num_workers`` and ``mesh`` are given, or an option that goes with the other;
+        if axes or specs do not fit the mesh or the parameters.
 
     Examples:
       >>> import jax
@@ -86,12 +117,38 @@ def plan(
       >>> print(p.verdict)
       A step is 8.0 times as fast as dense float32. It pays on any link, if compressing
       takes no time.
+
+      Four slices of 50 devices, whose hosts of 10 have one network card each:
+
+      >>> p = efopt.wire.plan(
+      ...     efopt.compressors.scaled_sign(1000), params, exchange="two_phase",
+      ...     mesh={"dcn": 4, "fsdp": 50}, axis_name="dcn",
+      ...     params_specs=jax.sharding.PartitionSpec("fsdp"),
+      ...     links={"dcn": efopt.wire.Link(bandwidth=1e11)},
+      ...     devices_per_card={"dcn": 10})
+      >>> p.bytes_per_device, p.bytes_per_card, p.report.bytes_over("fsdp").link
+      (3888, 38880, 0)
+      >>> p.dense.bytes_over("dcn").link
+      120000
     """
-    _check_numbers(num_workers, bandwidth, latency, compute_seconds, compress_seconds)
-    target = Target(num_workers, platform, topology)
-    target.check()
-    link = open_link("plan", compressor, axis_name=AXIS, exchange=exchange)
+    _check_numbers(bandwidth, latency, compute_seconds, compress_seconds)
     tree = _structs(params)
+    place: Place | None = None
+    if mesh is None:
+        flat = {"axis_name": axis_name, "params_specs": params_specs, "links": links}
+        _check_flat(num_workers, {**flat, "devices_per_card": devices_per_card})
+        link = open_link("plan", compressor, axis_name=AXIS, exchange=exchange)
+        measure: Link | MeshLinks = Link(bandwidth, latency)
+    else:
+        _check_no_flat(num_workers, bandwidth, latency)
+        place = Place.read(mesh, axis_name, params_specs, params)
+        link = open_link("plan", compressor, axis_name=axis_name, exchange=exchange)
+        slow = _slow_axes(link, tree)
+        num_workers = place.num_workers
+        measure = _mesh_links(place, slow, links or {}, devices_per_card or {})
+    assert num_workers is not None
+    target = Target(num_workers, platform, topology, place)
+    target.check()
     report = target.report(compressor, tree, exchange)
     leaves = jax.tree.leaves(tree)
     narrow = leaves and all(x.dtype.itemsize <= 2 for x in leaves)
@@ -103,7 +160,7 @@ def plan(
         dense_float32=target.dense(tree, "float32"),
         dense_bfloat16=target.dense(tree, "bfloat16"),
         baseline="bfloat16" if narrow else "float32",
-        link=Link(bandwidth, latency),
+        link=measure,
         compute_seconds=compute_seconds,
         compress_seconds=compress_seconds,
     )
@@ -111,28 +168,110 @@ def plan(
     return dataclasses.replace(result, advice=advice)
 
 
-def _check_numbers(num_workers, bandwidth, latency, compute, compress):
+def _check_flat(num_workers: Any, of_a_mesh: Mapping[str, Any]) -> None:
+    for name, value in of_a_mesh.items():
+        if value is not None:
+            raise ValueError(
+                f"`plan({name}=...)` goes with `mesh`, such as "
+                '`mesh={"dcn": 4, "fsdp": 64}`.'
+            )
     if type(num_workers) is not int or num_workers < 1:
         raise ValueError(
             "`plan(num_workers=...)` must be an int of at least 1, "
-            f"got {num_workers!r}."
+            f"got {num_workers!r}"
+            + ("; or give `mesh`." if num_workers is None else ".")
         )
-    if bandwidth is not None and not 0 < bandwidth < math.inf:
+
+
+def _check_no_flat(num_workers: Any, bandwidth: Any, latency: float) -> None:
+    if num_workers is not None:
         raise ValueError(
-            "`plan(bandwidth=...)` must be a positive number of bits a second, or None "
-            f"for no prediction of time, got {bandwidth!r}."
+            "`plan(num_workers=...)` is of a flat axis; with `mesh` the workers are "
+            "those along `axis_name`."
         )
-    seconds = {
-        "latency": latency,
-        "compute_seconds": compute,
-        "compress_seconds": compress,
-    }
-    for name, value in seconds.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(
-                f"`plan({name}=...)` must be a number of seconds, not negative, got "
-                f"{value!r}."
+    if bandwidth is not None or latency:
+        raise ValueError(
+            "`plan(bandwidth=..., latency=...)` are of a flat axis; with `mesh` give "
+            '`links={"dcn": Link(bandwidth=..., latency=...)}`, by axis.'
+        )
+
+
+def _slow_axes(link: WorkersLink, tree: Any) -> tuple[str, ...]:
+    """The axes over which messages differ."""
+    assert link.axes is not None
+    levels = [way.level(link.axes).names for way in link.routes(tree)]
+    found = {name for names in levels for name in names}
+    return tuple(n for n in link.axes.names if n in found or not levels)
+
+
+def _mesh_links(
+    place: Place,
+    slow: tuple[str, ...],
+    links: Mapping[str, Link],
+    devices_per_card: Mapping[str, int],
+) -> MeshLinks:
+    sizes = dict(place.sizes)
+    for api, given in (("links", links), ("devices_per_card", devices_per_card)):
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"`plan({api}=...)` must be a mapping by axis, got "
+                f"{type(given).__name__}."
             )
+        allowed = slow if given is devices_per_card else tuple(sizes)
+        for name in given:
+            if name not in allowed:
+                raise ValueError(
+                    f"`plan({api}=...)` must name "
+                    f"{'the slow axis' if allowed is slow else 'axes of the mesh'}, "
+                    f"{', '.join(map(repr, allowed))}; got {name!r}."
+                )
+        if len({given[name] for name in slow if name in given}) > 1:
+            raise ValueError(
+                f"`plan({api}=...)`: {', '.join(map(repr, slow))} are the axes of the "
+                "workers and count as one slow axis; give them one and the same."
+            )
+    for name, link in links.items():
+        if not isinstance(link, Link):
+            raise TypeError(
+                f"`plan(links=...)` must be a `Link` by axis, got "
+                f"{type(link).__name__} for {name!r}."
+            )
+        _check_link(link, f"links={{{name!r}: Link(", ")}")
+    behind = math.prod(n for name, n in sizes.items() if name not in slow)
+    per_card = next((devices_per_card[n] for n in slow if n in devices_per_card), 1)
+    if type(per_card) is not int or per_card < 1 or behind % per_card:
+        raise ValueError(
+            "`plan(devices_per_card=...)` must be an int of at least 1 that divides "
+            f"the {behind} devices of one position on the slow axis, got {per_card!r}."
+        )
+    return MeshLinks(
+        slow,
+        next((links[name] for name in slow if name in links), Link()),
+        tuple((name, link) for name, link in links.items() if name not in slow),
+        per_card,
+    )
+
+
+def _check_numbers(bandwidth, latency, compute, compress):
+    _check_link(Link(bandwidth, latency))
+    _check_seconds("compute_seconds=...", compute)
+    _check_seconds("compress_seconds=...", compress)
+
+
+def _check_link(link: Link, before: str = "", after: str = "") -> None:
+    if link.bandwidth is not None and not 0 < link.bandwidth < math.inf:
+        raise ValueError(
+            f"`plan({before}bandwidth=...{after})` must be a positive number of bits a "
+            f"second, or None for no prediction of time, got {link.bandwidth!r}."
+        )
+    _check_seconds(f"{before}latency=...{after}", link.latency)
+
+
+def _check_seconds(where: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(
+            f"`plan({where})` must be a number of seconds, not negative, got {value!r}."
+        )
 
 
 def _structs(params: Any) -> Any:
@@ -150,9 +289,12 @@ def _leaves(
     named = jax.tree_util.tree_flatten_with_path(tree)[0]
     codecs = link.codec.assign(tree)
     routes = [way.name for way in link.routes(tree)]
+    shapes = [x.shape for _, x in named]
+    if target.place is not None:
+        shapes = target.place.pieces(link, tree)
     bits = [
-        _payload_bits(codec, x.shape, x.dtype)
-        for codec, (_, x) in zip(codecs, named, strict=True)
+        _payload_bits(codec, shape, x.dtype)
+        for codec, shape, (_, x) in zip(codecs, shapes, named, strict=True)
     ]
     totals: dict[str, tuple[int, WireReport]] = {}
     for route in dict.fromkeys(routes):
@@ -161,7 +303,7 @@ def _leaves(
         if len(mine) < len(routes):
             makers: dict[Hashable, Compressor] = {i: make(codecs[i]) for i in mine}
             alone = partition(makers, lambda _, labels=mine: labels)
-            sent = target.report(alone, [named[i][1] for i in mine], route)
+            sent = target.of(mine).report(alone, [named[i][1] for i in mine], route)
         totals[route] = max(1, sum(bits[i] for i in mine)), sent
     leaves = []
     for i, (path, x) in enumerate(named):

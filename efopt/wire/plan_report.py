@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from efopt.ground.tables import table
-from efopt.hlo.links import Link, duration, rate
+from efopt.hlo.links import Link, MeshLinks, duration, rate
 from efopt.hlo.report import WireReport
 
 _PRINTED_LEAVES = 12
@@ -41,13 +41,15 @@ class Plan:
 
     Attributes:
       compressor: The compressor.
-      num_workers: The number of workers.
+      num_workers: The number of workers. On a mesh each of them is many devices, and
+        sizes are those of one device.
       leaves: The leaves, empty ones included.
       report: The collectives, as the named platform would compile them.
-      dense_float32: Those of an uncompressed all-reduce in float32.
+      dense_float32: Those of an uncompressed all-reduce in float32; on a mesh, of the
+        gradient's shards over the slow axis.
       dense_bfloat16: Those of one in bfloat16.
       baseline: Which of the two to compare with: ``"bfloat16"`` if no leaf is wider.
-      link: The link.
+      link: The link; on a mesh those of its axes.
       compute_seconds: Computation of a step, whatever is sent.
       compress_seconds: What compressing adds to it.
       advice: What would help if this does not, and notes; lines of text.
@@ -60,7 +62,7 @@ class Plan:
     dense_float32: WireReport
     dense_bfloat16: WireReport
     baseline: str
-    link: Link
+    link: Link | MeshLinks
     compute_seconds: float
     compress_seconds: float
     advice: tuple[str, ...] = ()
@@ -83,12 +85,32 @@ class Plan:
 
     @property
     def bytes_sent_per_worker(self) -> int:
-        """Bytes that leave one worker in a step."""
+        """Bytes that leave one worker in a step; on a mesh one device, by any axis."""
         return self.report.bytes_sent_per_worker
 
     @property
+    def slow(self) -> tuple[str, ...]:
+        """The slow axes of the mesh, or none."""
+        return self.link.slow if isinstance(self.link, MeshLinks) else ()
+
+    @property
+    def devices_per_card(self) -> int:
+        """Devices that share a network card on the slow axis."""
+        return self.link.devices_per_card if isinstance(self.link, MeshLinks) else 1
+
+    @property
+    def bytes_per_device(self) -> int:
+        """Bytes that leave one device over the slow axis; of a flat axis all."""
+        return self.bytes_per_card // self.devices_per_card
+
+    @property
+    def bytes_per_card(self) -> int:
+        """Bytes that leave one network card over the slow axis."""
+        return self.link.bytes_sent(self.report)
+
+    @property
     def exchange_seconds(self) -> float:
-        """Seconds that a step waits for the link; latency alone without a bandwidth."""
+        """Seconds that a step waits for links; latency alone without a bandwidth."""
         return self.link.seconds(self.report)
 
     @property
@@ -103,8 +125,8 @@ class Plan:
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes that leave a worker less than with the baseline."""
-        return self.dense.bytes_sent_per_worker - self.bytes_sent_per_worker
+        """Bytes that leave a worker, or a network card, less than with the baseline."""
+        return self.link.bytes_sent(self.dense) - self.link.bytes_sent(self.report)
 
     @property
     def helps(self) -> bool:
@@ -119,7 +141,7 @@ class Plan:
 
         If it sends less than dense, it pays on slower links: ``inf`` means on any. If
         it sends more, it can pay only on faster ones, by fewer messages. ``None``: on
-        none.
+        none. On a mesh those of a network card on the slow axis.
         """
         slower = (
             self.compress_seconds
@@ -135,13 +157,16 @@ class Plan:
         """In a sentence, whether it pays."""
         if self.num_workers == 1:
             return "This will not help: one worker sends nothing."
+        if self.slow and not self.dense.collectives:
+            return f"This will not help: nothing crosses {', '.join(self.slow)}."
         if not self.helps:
             return f"This will not help. {self._pays()}"
         if self.link.bandwidth is None:
-            sent = max(1, self.bytes_sent_per_worker)
-            ratio = self.dense.bytes_sent_per_worker / sent
+            sent = max(1, self.link.bytes_sent(self.report))
+            ratio = self.link.bytes_sent(self.dense) / sent
             dense = f"dense {self.baseline}"
-            return f"{ratio:.1f} times fewer bytes than {dense}. {self._pays()}"
+            over = f" over {', '.join(self.slow)}" if self.slow else ""
+            return f"{ratio:.1f} times fewer bytes{over} than {dense}. {self._pays()}"
         ratio = self.dense_step_seconds / self.step_seconds
         dense = f"dense {self.baseline}"
         return f"A step is {ratio:.1f} times as fast as {dense}. {self._pays()}"
@@ -156,14 +181,15 @@ class Plan:
                 "." if self.compress_seconds else ", if compressing takes no time."
             )
         side = "slower" if self.saved_bytes > 0 else "faster"
-        return f"It pays on links {side} than {rate(even)}."
+        card = " a network card" if self.devices_per_card > 1 else ""
+        return f"It pays on links {side} than {rate(even)}{card}."
 
     def __str__(self) -> str:
         ways = Counter((leaf.compressor, leaf.exchange) for leaf in self.leaves)
         sent = (f"{c} by {e}, leaves: {count}" for (c, e), count in ways.items())
         return "\n".join(
             [
-                f"{self.compressor}, workers: {self.num_workers}",
+                f"{self.compressor}, workers: {self.num_workers}{self._where()}",
                 *sent,
                 "",
                 *self._leaves(),
@@ -176,6 +202,14 @@ class Plan:
                 *self.advice,
             ]
         )
+
+    def _where(self) -> str:
+        if not self.slow:
+            return ""
+        sizes = ", ".join(f"{name}={size}" for name, size in self.report.mesh)
+        slow = f" along {' and '.join(self.slow)}, mesh: {sizes}"
+        card = f", devices a network card: {self.devices_per_card}"
+        return slow + (card if self.devices_per_card > 1 else "")
 
     def _leaves(self) -> list[str]:
         rows = [["leaf", "shape", "payload bits", "operand bytes", "link bytes"]]
@@ -199,14 +233,20 @@ class Plan:
             "dense float32": self.dense_float32,
             "dense bfloat16": self.dense_bfloat16,
         }
-        rows = [["", "collectives", "link bytes", "exchange", "step"]]
+        sent = [f"over {', '.join(self.slow)}"] if self.slow else ["link bytes"]
+        sent += ["of a card"] if self.devices_per_card > 1 else []
+        head = ["", "collectives", *sent]
+        timed = self.link.bandwidth is not None
+        rows = [[*head, "exchange", "step"] if timed else head]
         for name, report in reports.items():
-            cells = [f"{len(report.collectives)}", f"{report.bytes_sent_per_worker:,}"]
-            if self.link.bandwidth is not None:
+            card = self.link.bytes_sent(report)
+            cells = [f"{len(report.collectives)}"]
+            cells += [f"{card // self.devices_per_card:,}"]
+            cells += [f"{card:,}"] if self.devices_per_card > 1 else []
+            if timed:
                 exchange = self.link.seconds(report)
                 extra = self.compress_seconds if name == "this" else 0.0
                 step = self.compute_seconds + extra + exchange
                 cells += [duration(exchange), duration(step)]
             rows.append([name, *cells])
-        width = len(rows[1])
-        return table([row[:width] for row in rows], "<>>>>"[:width])
+        return table(rows, "<" + ">" * (len(rows[0]) - 1))

@@ -6,12 +6,15 @@ that there is no second description of payloads, carriers and padding to go stal
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 
 from efopt.codecs.compressor import Compressor
 from efopt.exchanges.link import open_link
@@ -21,9 +24,13 @@ from efopt.hlo.report import Collective
 AXIS = "workers"
 _OPERATIONS = {
     "psum": "all-reduce",
+    "psum_invariant": "all-reduce",
     "all_gather": "all-gather",
+    "all_gather_invariant": "all-gather",
     "all_to_all": "all-to-all",
+    "reduce_scatter": "reduce-scatter",
 }
+_SILENT = ("axis_index", "pvary", "pcast")  # move nothing
 
 
 def exchanged(
@@ -50,25 +57,89 @@ def exchanged(
     return traced(step, tree, num_workers, sums or {})
 
 
+def exchanged_on(
+    mesh: AbstractMesh,
+    compressor: Compressor,
+    tree: Any,
+    specs: Sequence[P],
+    axis_name: Any,
+    exchange: Any = None,
+    sums: Mapping[str, str] | None = None,
+) -> list[Collective]:
+    """The collectives of one step on a mesh, with parameters sharded behind workers.
+
+    Traced in a region over all axes, as schemes open one: what is sharded is compressed
+    by shard, what is equal on the devices of a worker in pieces.
+
+    Args:
+      mesh: The mesh.
+      compressor: The compressor.
+      tree: A tree of structs, of global shapes.
+      specs: The spec of each leaf.
+      axis_name: The axes of the workers.
+      exchange: As for :func:`exchanged`.
+      sums: As for :func:`exchanged`.
+    """
+    link = open_link("plan", compressor, axis_name=axis_name, exchange=exchange)
+    assert link.axes is not None
+    treedef = jax.tree.structure(tree)
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    known = {
+        jax.tree_util.keystr(path): spec
+        for (path, _), spec in zip(paths, specs, strict=True)
+    }
+
+    def step(stacked):
+        grads = jax.tree.map(lambda x: x.reshape(x.shape[1:]), stacked)
+        state = link.init(tree).placed(mesh, lambda path, _: known[path])
+        link.average(link.receive(grads), state, jnp.int32(0))
+        return ()
+
+    key, n = link.axes.key, link.axes.size_on(mesh)
+    around = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(treedef.unflatten([P(key, *spec) for spec in specs]),),
+        out_specs=(),
+    )
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), tree)
+    jaxpr = jax.make_jaxpr(around)(stacked).jaxpr
+    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    found = []
+    for names, c in _collected(jaxpr, sizes, sums or {}):
+        crossed = [name for name in sizes if name in names and sizes[name] > 1]
+        if crossed:
+            spans = tuple(sizes[name] for name in crossed)
+            found.append(replace(c, axes=tuple(crossed), spans=spans))
+    return found
+
+
 def traced(
     fn: Callable[..., Any], x: Any, num_workers: int, sums: Mapping[str, str]
 ) -> list[Collective]:
-    """The collectives of ``fn(x)`` over the mapped axis :data:`AXIS`.
+    """The collectives of ``fn(x)`` over the mapped axis :data:`AXIS`."""
+    jaxpr = jax.make_jaxpr(fn, axis_env=[(AXIS, num_workers)])(x).jaxpr
+    return [c for _, c in _collected(jaxpr, {AXIS: num_workers}, sums)]
+
+
+def _collected(
+    jaxpr: Any, sizes: Mapping[str, int], sums: Mapping[str, str]
+) -> Iterator[tuple[tuple[str, ...], Collective]]:
+    """The collectives over axes of these sizes, each with the names of its axes.
 
     All-reduces that do not wait for one another and sum one dtype are one: compilers
     combine them.
     """
-    jaxpr = jax.make_jaxpr(fn, axis_env=[(AXIS, num_workers)])(x).jaxpr
     merged: dict[Any, list[Any]] = {}
-    for i, (operation, stage, operand) in enumerate(_walk(jaxpr)):
+    for i, (operation, names, stage, operand) in enumerate(_walk(jaxpr, sizes)):
         if operation == "all-reduce":
             dtype = np.dtype(sums.get(operand.dtype.name, operand.dtype))
             operand, i = jax.ShapeDtypeStruct(operand.shape, dtype), None
-        merged.setdefault((operation, stage, operand.dtype, i), []).append(operand)
-    return [
-        _collective(operation, operands, num_workers)
-        for (operation, *_), operands in merged.items()
-    ]
+        key = operation, names, stage, operand.dtype, i
+        merged.setdefault(key, []).append(operand)
+    for (operation, names, *_), operands in merged.items():
+        size = math.prod(sizes[name] for name in names)
+        yield names, _collective(operation, operands, size)
 
 
 def _collective(operation: str, operands: Sequence[Any], group_size: int) -> Collective:
@@ -90,8 +161,10 @@ def hlo_type(dtype: np.dtype) -> str:
     return short.replace("uint", "u").replace("int", "s")
 
 
-def _walk(jaxpr: Any) -> Iterator[tuple[str, int, Any]]:
-    """Yields operation, stage and operand of each collective.
+def _walk(
+    jaxpr: Any, sizes: Mapping[str, int]
+) -> Iterator[tuple[str, tuple[str, ...], int, Any]]:
+    """Yields operation, axes, stage and operand of each collective.
 
     The stage is the number of collectives that it has to wait for, one after the other.
     """
@@ -99,19 +172,21 @@ def _walk(jaxpr: Any) -> Iterator[tuple[str, int, Any]]:
     for eqn in jaxpr.eqns:
         inputs = [stages.get(v, 0) for v in eqn.invars if not isinstance(v, Literal)]
         stage = max(inputs, default=0)
-        ours = AXIS in _axes(eqn.params)
+        ours = tuple(name for name in _axes(eqn.params) if name in sizes)
         name = eqn.primitive.name
         if name in _OPERATIONS and ours:
             for v in eqn.invars:
                 if math.prod(v.aval.shape):
-                    yield _OPERATIONS[name], stage, v.aval
+                    yield _OPERATIONS[name], ours, stage, v.aval
             stage += 1
-        elif ours and name != "axis_index":
+        elif ours and name not in _SILENT:
             raise ValueError(f"`plan` does not know the collective `{name}`.")
-        inner = [found for sub in jaxprs_in_params(eqn.params) for found in _walk(sub)]
-        for operation, depth, operand in inner:
-            yield operation, stage + depth, operand
-        stage += max((depth + 1 for _, depth, _ in inner), default=0)
+        inner = [
+            found for sub in jaxprs_in_params(eqn.params) for found in _walk(sub, sizes)
+        ]
+        for operation, names, depth, operand in inner:
+            yield operation, names, stage + depth, operand
+        stage += max((depth + 1 for _, _, depth, _ in inner), default=0)
         stages.update(dict.fromkeys(eqn.outvars, stage))
 
 

@@ -11,7 +11,7 @@ from jax import lax
 from efopt.ground import checks
 from efopt.ground.dtypes import wide_zeros
 from efopt.workers.axes import Axes, AxisName, zeros_like
-from efopt.workers.node import PerWorker, is_node
+from efopt.workers.node import PerWorker, is_node, laid_out
 
 
 class AccumulateState(NamedTuple):
@@ -79,7 +79,7 @@ def accumulate(
     ) -> Any:
         if is_node(updates):  # stacked gradients, in a plain jitted step
             total = dataclasses.replace(updates, value=state.accumulator.value)
-            wrap = lambda total: total  # noqa: E731
+            wrap = lambda total: state.accumulator.with_value(total.value)  # noqa: E731
         else:
             axes.require_bound("`accumulate`")
             axes.require_local("`accumulate`", updates)
@@ -100,7 +100,9 @@ def accumulate(
             return jax.tree.map(zeros_like, out), total, inner_state
 
         last = state.count == every - 1
-        out, total, inner_state = lax.cond(last, take, skip, total, state.inner)
+        out, total, inner_state = lax.cond(
+            last, take, skip, total, laid_out(state.inner)
+        )
         count = jnp.where(last, 0, state.count + 1)
         return out, AccumulateState(count, wrap(total), inner_state)
 

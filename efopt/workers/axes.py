@@ -65,7 +65,11 @@ class Axes:
 
     def size(self) -> int:
         """The number of workers."""
-        return math.prod(lax.axis_size(name) for name in self.names)
+        return math.prod(self.sizes())
+
+    def sizes(self) -> tuple[int, ...]:
+        """The lengths of the axes, one by one."""
+        return tuple(lax.axis_size(name) for name in self.names)
 
     def size_on(self, mesh: Any) -> int:
         """The number of workers on a mesh that has these axes."""

@@ -2,33 +2,53 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from efopt.workers.axes import Axes
+from efopt.workers.axes import Axes, AxisName
 from efopt.workers.node import PerWorker, is_node
 from efopt.workers.ranges import range_size
+from efopt.workers.specs import Rule, path_of
 
 
-def partition_specs(tree: Any, params_specs: Any = None) -> Any:
+def partition_specs(tree: Any, params_specs: Any = None, *, params: Any = None) -> Any:
     """The ``PartitionSpec`` of every leaf of a state, for ``jax.shard_map``.
 
     Leaves inside a :class:`efopt.PerWorker` are split over its axis, all others are
     replicated.
 
+    Parameters that are sharded over other mesh axes say so in ``params_specs``. Every
+    array whose path ends with the path of a parameter and whose shape is that
+    parameter's (behind the worker axis, where it is per worker) is sharded like it:
+    moments, residuals and the parameters themselves, under any wrapper, also where
+    ``optax.partition`` or ``optax.masked`` leave out the others. Arrays of other
+    shapes, such as factored moments, are replicated, or laid out by their own rule.
+
+    The shapes are those of ``params`` if given, or those that a scheme with an axis
+    saw in ``init``. Else the parameter is, of the arrays with its path and at least as
+    many axes as its spec, the one with the shortest path, as it stands in a
+    ``TrainState`` or beside the state; of several the largest.
+
     Args:
       tree: A state, a ``TrainState``, or anything that contains one; arrays or
         ``jax.ShapeDtypeStruct``.
-      params_specs: Specs of parameters that are sharded over other mesh axes: every
-        subtree with the structure of ``params_specs`` takes them, behind the worker
-        axis where it is per worker. ``None``: parameters are replicated.
+      params_specs: A tree like the parameters with a ``PartitionSpec`` at every leaf.
+        ``None``: parameters are replicated.
+      params: The parameters, or their structs, where the tree does not tell.
 
     Returns:
       A pytree of the structure of ``tree`` with a ``PartitionSpec`` at every leaf.
+
+    Raises:
+      TypeError: If a leaf of ``params_specs`` is no ``PartitionSpec``.
+      ValueError: If specs name parameters that are not there, have more entries than
+        their shapes, or shard what is per worker over an axis of the workers.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -38,39 +58,42 @@ def partition_specs(tree: Any, params_specs: Any = None) -> Any:
       >>> specs.residual.value == jax.sharding.PartitionSpec("data")
       True
     """
-    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-    given = jax.tree.leaves(params_specs, is_leaf=is_spec)
-    structure = jax.tree.structure(params_specs, is_leaf=is_spec)
-
-    def matches(x):
-        if params_specs is None or jax.tree.structure(x) != structure:
-            return False
-        pairs = zip(jax.tree.leaves(x), given, strict=True)
-        return all(jnp.ndim(leaf) >= len(spec) for leaf, spec in pairs)
-
-    def specs(subtree, *lead):
-        def one(x):
-            if is_node(x):
-                own = (x.axis_name, x.shards) if x.shards else (x.axis_name,)
-                return dataclasses.replace(x, value=specs(x.value, *own))
-            if matches(x):
-                return jax.tree.map(
-                    lambda s: PartitionSpec(*lead, *s), params_specs, is_leaf=is_spec
-                )
-            return PartitionSpec(*lead)
-
-        return jax.tree.map(one, subtree, is_leaf=lambda x: is_node(x) or matches(x))
-
-    return specs(tree)
+    return _specs(tree, Rule(tree, params_specs, params))
 
 
-def distribute(tree: Any, mesh: jax.sharding.Mesh, params_specs: Any = None) -> Any:
+def _specs(tree: Any, rule: Rule) -> Any:
+    def outside(path, x):
+        if not is_node(x):
+            return rule.of(path_of(path), jnp.shape(x), None) or P()
+        axes = Axes.of("partition_specs", x.axis_name)
+        if x.shards or x.split is not None:
+            spec = P(axes.key, x.shards) if x.shards else P(axes.key)
+            return x.with_value(jax.tree.map(lambda _: spec, x.value))
+
+        def inside(rest, y):
+            spec = rule.of(path_of((*path, *rest)), jnp.shape(y)[1:], axes) or P()
+            return P(axes.key, *spec)
+
+        return x.with_value(jax.tree_util.tree_map_with_path(inside, x.value))
+
+    return jax.tree_util.tree_map_with_path(outside, tree, is_leaf=is_node)
+
+
+def distribute(
+    tree: Any,
+    mesh: jax.sharding.Mesh,
+    params_specs: Any = None,
+    *,
+    params: Any = None,
+) -> Any:
     """Lays a state out over the workers of a mesh, ready for a jitted, donated step.
 
     Per-worker values get one copy a worker (or one range of blocks), everything else is
-    replicated. Every array is copied, also where it already lies right: a donated step
-    deletes its inputs, and those must not be the caller's own parameters. Python
-    numbers become arrays, or the second step would compile anew.
+    replicated, or sharded by ``params_specs``. Each array is made where it will live: a
+    device never holds more of it than its own part, and for a moment one worker's.
+    Every array is copied, also where it already lies right: a donated step deletes its
+    inputs, and those must not be the caller's own parameters. Python numbers become
+    arrays, or the second step would compile anew.
 
     Args:
       tree: A state fresh from ``init``, a ``TrainState``, or anything that contains
@@ -79,13 +102,16 @@ def distribute(tree: Any, mesh: jax.sharding.Mesh, params_specs: Any = None) -> 
         comes the same with shardings: enough to compile for devices one does not have.
       mesh: The mesh; every axis that the tree names must be one of its axes.
       params_specs: As in :func:`efopt.partition_specs`.
+      params: As there.
 
     Returns:
       The same pytree with global arrays.
 
     Raises:
-      ValueError: If the mesh lacks an axis, or the state is laid out over another
-        number of workers.
+      TypeError: As there.
+      ValueError: As there; if the mesh lacks an axis, or its axes do not divide a
+        parameter; if the state is laid out over another number of workers, or is the
+        share of a single one (see :class:`efopt.PerWorker`).
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -96,56 +122,103 @@ def distribute(tree: Any, mesh: jax.sharding.Mesh, params_specs: Any = None) -> 
       >>> state.residual.value.shape == (jax.device_count(), 3)
       True
     """
-
-    def spread(node):
-        names = Axes.of("distribute", node.axis_name).names
-        for name in names:
-            if name not in mesh.shape:
-                raise ValueError(
-                    f"`distribute(tree, mesh)` needs a mesh with the axis {name!r} of "
-                    f"the per-worker state, got axes {tuple(mesh.axis_names)}."
-                )
-        m = math.prod(mesh.shape[name] for name in node.shards)
-        return _spread(node, math.prod(mesh.shape[name] for name in names), m)
-
-    def lay_out(tree):
-        return jax.tree.map(
-            lambda x: spread(x) if is_node(x) else _strong(x), tree, is_leaf=is_node
-        )
-
-    def place(x, spec):
-        # A step returns empty arrays replicated, unless shardings are part of types.
-        if x.size == 0 and AxisType.Explicit not in mesh.axis_types:
-            spec = P()
-        sharding = NamedSharding(mesh, spec)
-        if abstract:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        # A copy of our own first: `device_put` may hand out the caller's buffers, even
-        # under `may_alias=False`, and a donated step would delete them.
-        return jax.device_put(jnp.copy(x), sharding)
-
-    def spec_of(path, shape):
-        return _spec_at(path, shape, params_specs)
-
+    leaves = jax.tree.leaves(tree)
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+    rule = Rule(tree, params_specs, params)
+    rule.require_fit(mesh)
+    _specs(tree, rule)  # or an error
     lays_itself_out = lambda x: hasattr(x, "placed")  # noqa: E731
+
+    def lay_out(x):
+        made = lambda: x.placed(mesh, rule.at)  # noqa: E731
+        return jax.eval_shape(made) if abstract else made()
+
     tree = jax.tree.map(
-        lambda x: x.placed(mesh, spec_of) if lays_itself_out(x) else x,
+        lambda x: lay_out(x) if lays_itself_out(x) else x,
         tree,
         is_leaf=lays_itself_out,
     )
-    leaves = jax.tree.leaves(tree)
-    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
-    tree = jax.eval_shape(lay_out, tree) if abstract else lay_out(tree)
-    return jax.tree.map(place, tree, partition_specs(tree, params_specs))
+
+    def place(spread, x, spec):
+        shape = _described(spread, x)
+        # A step returns empty arrays replicated, unless shardings are part of types.
+        if 0 in shape.shape and AxisType.Explicit not in mesh.axis_types:
+            spec = P()
+        sharding = NamedSharding(mesh, spec)
+        if abstract:
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+        return _made(spread, x, shape, sharding)
+
+    def one(x, specs):
+        if not is_node(x):
+            return place(_strong, x, specs)
+        sizes = _mesh_sizes(x, mesh)
+        value = jax.tree.map(
+            place, _spreads(x, sizes, "distribute", mesh), x.value, specs.value
+        )
+        return dataclasses.replace(x, value=value, sizes=sizes)
+
+    return jax.tree.map(one, tree, _specs(tree, rule), is_leaf=is_node)
 
 
-def stack_workers(tree: Any, num_workers: int | tuple[int, ...]) -> Any:
+def _mesh_sizes(node: PerWorker, mesh: jax.sharding.Mesh) -> tuple[int, ...]:
+    names = Axes.of("distribute", node.axis_name).names
+    for name in (*names, *node.shards):
+        if name not in mesh.shape:
+            raise ValueError(
+                f"`distribute(tree, mesh)` needs a mesh with the axis {name!r} of "
+                f"the per-worker state, got axes {tuple(mesh.axis_names)}."
+            )
+    return tuple(mesh.shape[name] for name in names)
+
+
+def _described(spread: Any, x: Any) -> Any:
+    """What ``spread`` makes of an array, as a struct, wherever the array lies."""
+    struct = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    return jax.eval_shape(spread, struct)
+
+
+def _made(spread: Any, x: Any, shape: Any, sharding: NamedSharding) -> jax.Array:
+    """``spread(x)``, in memory of its own, each part on the device where it will live.
+
+    What is given travels to the devices as small as it may: as it will be sharded
+    behind the axis that is new.
+    """
+    # Types that carry shardings would have to be told in every operation.
+    given = sharding.mesh
+    assert isinstance(given, jax.sharding.Mesh)
+    kinds = (AxisType.Auto,) * len(given.axis_names)
+    mesh = jax.sharding.Mesh(given.devices, given.axis_names, kinds)
+    auto = NamedSharding(mesh, sharding.spec)
+    x = x if hasattr(x, "dtype") else jnp.asarray(x)
+    if jnp.shape(x) == shape.shape:
+        way = auto
+    elif isinstance(spread, _Spread) and spread.split is None:
+        lead = 2 if spread.shards else 1
+        way = NamedSharding(mesh, P(*[None] * lead, *sharding.spec[lead:]))
+    else:
+        way = NamedSharding(mesh, P())
+    made = jax.jit(spread, out_shardings=auto)(jax.device_put(x, way))
+    return jax.device_put(made, sharding)
+
+
+def stack_workers(
+    tree: Any,
+    num_workers: int | tuple[int, ...],
+    *,
+    devices: Sequence[Any] | None = None,
+) -> Any:
     """Stacks a state for ``pmap`` or ``vmap``: a leading worker axis on every leaf.
+
+    To resume a stacked state, save and restore all of it: what workers owe differs, and
+    ``flax.jax_utils.unreplicate`` keeps that of one (see :class:`efopt.PerWorker`).
 
     Args:
       tree: A state fresh from ``init``, a ``TrainState``, or anything that holds one.
       num_workers: The number of workers, at least 1; for several mapped axes a tuple,
         their lengths in the order of ``axis_name``.
+      devices: For ``pmap``: as many devices, on each of which its worker's copy is
+        made. ``None``: all are made on one, as ``vmap`` needs them.
 
     Returns:
       The same pytree, every leaf with a leading axis of length ``num_workers``, or one
@@ -154,7 +227,8 @@ def stack_workers(tree: Any, num_workers: int | tuple[int, ...]) -> Any:
 
     Raises:
       TypeError: If ``num_workers`` is neither a Python int nor a tuple of such.
-      ValueError: If one is below 1, or the state is laid out over another number.
+      ValueError: If one is below 1; if the state is laid out over another number, or is
+        the share of a single worker; if there are more or fewer devices.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -176,77 +250,117 @@ def stack_workers(tree: Any, num_workers: int | tuple[int, ...]) -> Any:
                 f"{num_workers!r}."
             )
 
-    def apart(x):
-        return x.reshape(*sizes, *x.shape[1:])
+    placing = None
+    if devices is not None:
+        if len(devices) != math.prod(sizes):
+            raise ValueError(
+                f"`stack_workers(devices=...)` needs one device a worker, got "
+                f"{len(devices)} for {math.prod(sizes)} workers."
+            )
+        names = tuple(f"workers{i}" for i in range(len(sizes)))
+        mesh = jax.sharding.Mesh(np.asarray(devices).reshape(sizes), names)
+        placing = NamedSharding(mesh, P(*names))
+
+    def place(spread, x):
+        x = x if hasattr(x, "dtype") else jnp.asarray(x)
+        if placing is None:
+            return jax.jit(spread)(x)
+        return _made(spread, x, _described(spread, x), placing)
 
     def stack(x):
-        if is_node(x):
-            value = _spread(x, math.prod(sizes)).value
-            value = jax.tree.map(lambda v: apart(v[:, None]), value)
-            return PerWorker(value, x.axis_name, x.split)
-        x = _strong(x)
-        return jnp.broadcast_to(x, (*sizes, *x.shape)).copy()
+        if not is_node(x):
+            return place(_Stack(sizes), x)
+        spreads = _spreads(x, sizes, "stack_workers", stack=True)
+        value = jax.tree.map(place, spreads, x.value)
+        return dataclasses.replace(x, value=value, sizes=sizes)
 
     return jax.tree.map(stack, tree, is_leaf=is_node)
 
 
-def _spec_at(path: str, shape: tuple[int, ...], params_specs: Any) -> PartitionSpec:
-    """The spec of a parameter, found by the end of its path."""
-    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-    found = jax.tree_util.tree_flatten_with_path(params_specs, is_leaf=is_spec)[0]
-    for where, spec in found:
-        name = jax.tree_util.keystr(where)
-        if len(spec) <= len(shape) and (name.endswith(path) or path.endswith(name)):
-            return spec
-    return P()
+@dataclasses.dataclass(frozen=True)
+class _Spread:
+    """Makes of one worker's array that of all.
 
+    Attributes:
+      axis_name: The axes of the workers, for the error.
+      fresh: Whether the array may be one worker's, to be given to all.
+      sizes: Their lengths.
+      split: The number of blocks that workers share out, or ``None``.
+      shards: How many shards stand behind the worker axis; 0: there is no such axis.
+      stack: Whether the array is stacked for a mapping, one axis a mapped axis.
+    """
 
-def _spread(node: PerWorker, n: int, m: int = 1) -> PerWorker:
-    """The node with a worker axis of length ``n`` on every array."""
-    if node.shards and node.split is None:
+    axis_name: AxisName
+    fresh: bool
+    sizes: tuple[int, ...]
+    split: int | None
+    shards: int = 0
+    stack: bool = False
 
-        def copies(x):
-            if x.shape[:2] == (n, m):
-                return x
-            return jnp.broadcast_to(x, (n, m, *x.shape[2:])).copy()
-
-        return dataclasses.replace(node, value=jax.tree.map(copies, node.value))
-    if node.shards:
-        split = node.split or 0
-
-        def by_shard(x):
-            if x.shape[:2] == (n, m):
-                return x
-            rows = range_size(split, n)
-            padding = [(0, rows * n - split)] + [(0, 0)] * (x.ndim - 3)
-            x = jnp.pad(x[0, 0], padding).reshape(n, 1, rows, *x.shape[3:])
-            return jnp.broadcast_to(x, (n, m, *x.shape[2:])).copy()
-
-        return dataclasses.replace(node, value=jax.tree.map(by_shard, node.value))
-
-    def one(x):
-        x = _strong(x)
-        if node.split is not None:
-            if x.shape[:2] == (1, node.split):
-                rows = range_size(node.split, n)
-                padding = [(0, rows * n - node.split)] + [(0, 0)] * (x.ndim - 2)
-                return jnp.pad(x[0], padding).reshape(n, rows, *x.shape[2:])
-            if x.shape[:2] == (n, range_size(node.split, n)):
-                return x
-        elif x.shape[:1] == (1,):
-            return jnp.broadcast_to(x, (n, *x.shape[1:])).copy()
-        elif x.shape[:1] == (n,):
+    def __call__(self, x: Any) -> jax.Array:
+        x, n = self._spread(_strong(x)), math.prod(self.sizes)
+        if not self.stack:
             return x
+        return x.reshape(*self.sizes, 1, *x.shape[1:]) if x.shape[0] == n else x
+
+    def _spread(self, x: jax.Array) -> jax.Array:
+        n, lead = math.prod(self.sizes), (1, 1) if self.shards else (1,)
+        wide = (n, self.shards) if self.shards else (n,)
+        if self.split is None:
+            if x.shape[: len(lead)] == wide:
+                return x
+            if self.fresh and x.shape[: len(lead)] == lead:
+                return jnp.broadcast_to(x, (*wide, *x.shape[len(lead) :]))
+        else:
+            rows, rest = range_size(self.split, n), x.shape[len(lead) + 1 :]
+            if x.shape[: len(lead) + 1] == (*wide, rows):
+                return x
+            if self.fresh and x.shape[: len(lead) + 1] == (*lead, self.split):
+                padding = [(0, rows * n - self.split)] + [(0, 0)] * len(rest)
+                x = jnp.pad(x.reshape(self.split, *rest), padding)
+                x = x.reshape(n, *lead[1:], rows, *rest)
+                return jnp.broadcast_to(x, (*wide, rows, *rest))
         raise ValueError(
-            f"the per-worker state over {node.axis_name!r} has an array of shape "
+            f"the per-worker state over {self.axis_name!r} has an array of shape "
             f"{x.shape}, which is laid out neither for one worker nor for {n}. Start "
             "from `tx.init(params)`, or from a state of the same number of workers."
         )
 
-    return PerWorker(jax.tree.map(one, node.value), node.axis_name, node.split)
+
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """Makes one copy a worker of what is equal on all."""
+
+    sizes: tuple[int, ...]
+
+    def __call__(self, x: Any) -> jax.Array:
+        x = _strong(x)
+        return jnp.broadcast_to(x, (*self.sizes, *x.shape))
+
+
+def _spreads(
+    node: PerWorker,
+    sizes: tuple[int, ...],
+    api: str,
+    mesh: jax.sharding.Mesh | None = None,
+    stack: bool = False,
+) -> Any:
+    """A tree like the node's value, of what lays each array out."""
+    node.require_whole(f"`{api}`")
+    # What was laid out over one worker is that of any, as is a fresh state.
+    fresh = math.prod(node.sizes or ()) == 1
+    shards = math.prod(mesh.shape[a] for a in node.shards) if mesh else 1
+    shards = shards if node.shards else 0
+    spreads = [
+        _Spread(node.axis_name, fresh, sizes, split, shards, stack)
+        for split in node.splits()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(node.value), spreads)
 
 
 def _strong(x: Any) -> jax.Array:
-    """An array of definite dtype: a Python number would be weakly typed."""
+    """A copy, an array of definite dtype: a Python number would be weakly typed."""
     x = jnp.asarray(x)
-    return jax.lax.convert_element_type(x, x.dtype)
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return jnp.copy(x)
+    return jax.lax.convert_element_type(jnp.copy(x), x.dtype)

@@ -69,20 +69,22 @@ def rate(p):
 
 
 def ec_sgd(p, axis):
-    tx = efopt.ec_sgd(TOP_1, rate(p), axis_name=axis)
+    tx = efopt.convex.ec_sgd(TOP_1, rate(p), axis_name=axis)
     return tx, oracle_ec.plain(p.grads, p.n)
 
 
 def ec_gd_star(p, axis):
     given = p.reference() if axis else p.reference()[0]
-    tx = efopt.ec_gd_star(
+    tx = efopt.convex.ec_gd_star(
         TOP_1, rate(p), reference_grads=jnp.asarray(given), axis_name=axis
     )
     return tx, oracle_ec.star(oracle_ec.plain(p.grads, p.n), p.reference())
 
 
 def ec_sgd_diana(p, axis):
-    tx = efopt.ec_sgd_diana(TOP_1, rate(p), shift_compressor=SHIFTS, axis_name=axis)
+    tx = efopt.convex.ec_sgd_diana(
+        TOP_1, rate(p), shift_compressor=SHIFTS, axis_name=axis
+    )
     plain = oracle_ec.plain(p.grads, p.n)
     return tx, oracle_ec.Diana(plain, shared(SHIFTS), 0.1, p.start, p.n)  # 2 of 20
 
@@ -93,19 +95,19 @@ def lsvrg(p, kind):
 
 
 def ec_lsvrg(p, axis):
-    tx = efopt.ec_lsvrg(
+    tx = efopt.convex.ec_lsvrg(
         TOP_1, rate(p), probability=P_MOVE, axis_name=axis, coin="per_worker"
     )
     return tx, lsvrg(p, "per_worker")
 
 
 def ec_lsvrg_one_coin(p, axis):
-    tx = efopt.ec_lsvrg(TOP_1, rate(p), probability=P_MOVE, axis_name=axis)
+    tx = efopt.convex.ec_lsvrg(TOP_1, rate(p), probability=P_MOVE, axis_name=axis)
     return tx, lsvrg(p, "shared")
 
 
 def ec_lsvrg_diana(p, axis):
-    tx = efopt.ec_lsvrg_diana(
+    tx = efopt.convex.ec_lsvrg_diana(
         TOP_1,
         rate(p),
         probability=P_MOVE,
@@ -147,7 +149,7 @@ def residual(state):
 
 
 def is_feedback(x):
-    return isinstance(x, efopt.ErrorFeedbackState)
+    return isinstance(x, efopt.feedback.ErrorFeedbackState)
 
 
 def some(names, default):
@@ -196,7 +198,7 @@ def test_the_family_of_one_worker_is_its_oracle(name):
 
 
 def ec_lsvrg_shifted(p, axis):
-    tx = efopt.ec_lsvrg_shifted(
+    tx = efopt.convex.ec_lsvrg_shifted(
         TOP_1,
         rate(p),
         probability=P_MOVE,
@@ -218,7 +220,7 @@ def ec_lsvrg_shifted(p, axis):
 
 
 def ecq_sgd(p, axis):
-    tx = efopt.ecq_sgd(
+    tx = efopt.optimizers.ecq_sgd(
         0.05 * rate(p), compressor=SHIFTS, alpha=0.3, beta=0.8, axis_name=axis
     )
     path, _ = oracle_ec.ecq_sgd(
@@ -276,7 +278,7 @@ def eclk_prox(p, axis):
 
 
 def loopless_katyusha(p, axis):
-    tx = efopt.loopless_katyusha(
+    tx = efopt.convex.loopless_katyusha(
         smoothness=p.smoothness, strong_convexity=MU, probability=0.2, axis_name=axis
     )
     return tx, eclk_path(p, lambda x, t: x, probability=0.2)
@@ -364,14 +366,14 @@ def test_only_what_knows_the_workers_apart_converges():
     """EC-GD stalls; the star and DIANA go on; ECLK is there first."""
     p, gamma = Problem(8), 1 / problem(8).smoothness
     methods = {
-        "ec_gd": efopt.ec_sgd(TOP_1, gamma, axis_name=AXIS),
-        "star": efopt.ec_gd_star(
+        "ec_gd": efopt.convex.ec_sgd(TOP_1, gamma, axis_name=AXIS),
+        "star": efopt.convex.ec_gd_star(
             TOP_1,
             gamma,
             reference_grads=jnp.asarray(p.reference()),
             axis_name=AXIS,
         ),
-        "diana": efopt.ec_sgd_diana(
+        "diana": efopt.convex.ec_sgd_diana(
             TOP_1, gamma, shift_compressor=SHIFTS, axis_name=AXIS
         ),
         "eclk": eclk_of(p, axis_name=AXIS),
@@ -386,8 +388,10 @@ def test_only_what_knows_the_workers_apart_converges():
 def test_variance_reduction_removes_the_noise_of_minibatches():
     p, gamma = Problem(8, 3000), 0.25 / problem(8).smoothness
     methods = {
-        "ec_lsvrg": efopt.ec_lsvrg(TOP_1, gamma, probability=0.1, axis_name=AXIS),
-        "ec_lsvrg_diana": efopt.ec_lsvrg_diana(
+        "ec_lsvrg": efopt.convex.ec_lsvrg(
+            TOP_1, gamma, probability=0.1, axis_name=AXIS
+        ),
+        "ec_lsvrg_diana": efopt.convex.ec_lsvrg_diana(
             TOP_1,
             gamma,
             probability=0.1,
@@ -415,7 +419,7 @@ def test_full_gradients_are_evaluated_only_when_the_coin_falls():
         return MU * x - a[:2].T @ jax.nn.sigmoid(-(a[:2] @ x)) / 2
 
     for tx in (
-        efopt.lsvrg(P_MOVE),
+        efopt.convex.lsvrg(P_MOVE),
         eclk_of(p, probability=P_MOVE),
     ):
         calls.clear()

@@ -18,7 +18,10 @@ TOPOLOGY = "v5e:8x8"
 
 @pytest.mark.parametrize(
     "tx",
-    [efopt.signum(1e-3, axis_name="data"), efopt.dist_ef_sgd(0.1, axis_name="data")],
+    [
+        efopt.optimizers.signum(1e-3, axis_name="data"),
+        efopt.dist_ef_sgd(0.1, axis_name="data"),
+    ],
     ids=["majority_vote", "dist_ef_sgd"],
 )
 def test_one_bit_a_coordinate_each_way(tx):

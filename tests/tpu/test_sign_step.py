@@ -32,7 +32,7 @@ def mesh():
 )
 def test_signs_cross_the_links_as_words(compressor, exchange, expected, mesh):
     n = mesh.devices.size
-    tx = efopt.error_feedback(compressor, "data", exchange)
+    tx = efopt.error_feedback(compressor, axis_name="data", exchange=exchange)
     params = [jax.ShapeDtypeStruct(s, jnp.float32) for s in SHAPES]
     placed = efopt.distribute(jax.eval_shape(tx.init, params), mesh)
     specs = efopt.partition_specs(placed)

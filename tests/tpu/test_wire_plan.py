@@ -15,7 +15,7 @@ from efopt import wire
 
 TREE = [jax.ShapeDtypeStruct(s, jnp.float32) for s in [(256, 256), (1000,), (11,), ()]]
 CASES = {
-    "identity": (efopt.identity(), "all_reduce"),
+    "identity": (efopt.compressors.identity(), "all_reduce"),
     "gather": (efopt.scaled_sign(1024), "all_gather"),
     "two_phase": (efopt.scaled_sign(64), "two_phase"),
     "vote": (efopt.sign(), "majority_vote"),
@@ -32,7 +32,7 @@ def mesh(topology):
 
 
 def measured(compressor, exchange, topology, tree=TREE, options=None):
-    tx = efopt.compress(compressor, "data", exchange)
+    tx = efopt.compress(compressor, axis_name="data", exchange=exchange)
     placed = efopt.distribute(jax.eval_shape(tx.init, tree), mesh(topology))
     specs = efopt.partition_specs(placed)
     over, n = NamedSharding(mesh(topology), P("data")), mesh(topology).size
@@ -55,7 +55,12 @@ def kinds(report):
 def test_plan_agrees_with_the_tpu_compiler(compressor, exchange, topology):
     n = mesh(topology).size
     planned = wire.plan(
-        compressor, TREE, n, exchange, platform="tpu", topology=topology
+        compressor,
+        TREE,
+        num_workers=n,
+        exchange=exchange,
+        platform="tpu",
+        topology=topology,
     )
     got = measured(compressor, exchange, topology)
     assert planned.operand_bytes == pytest.approx(got.operand_bytes, rel=0.01)
@@ -72,7 +77,9 @@ def test_compiler_options_restore_the_gather(topology):
     restored = measured(*case, options=wire.tpu_compiler_options(topology))
     assert kinds(restored) == [("all-gather", ""), ("all-to-all", "")]
     n = mesh(topology).size
-    planned = wire.plan(efopt.scaled_sign(1024), TREE, n, "two_phase")
+    planned = wire.plan(
+        efopt.scaled_sign(1024), TREE, num_workers=n, exchange="two_phase"
+    )
     assert restored.bytes_sent_per_worker == planned.bytes_sent_per_worker
     assert doubled.bytes_sent_per_worker > 1.45 * planned.bytes_sent_per_worker
 
@@ -84,5 +91,12 @@ def test_a_large_slice_is_planned_as_it_compiles(topology, replaced):
     case, n = (efopt.sign(), "all_gather"), mesh(topology).size
     got = measured(*case, topology)
     assert any(c.instead_of for c in got.collectives) == replaced
-    planned = wire.plan(case[0], TREE, n, case[1], platform="tpu", topology=topology)
+    planned = wire.plan(
+        case[0],
+        TREE,
+        num_workers=n,
+        exchange=case[1],
+        platform="tpu",
+        topology=topology,
+    )
     assert kinds(planned.report) == kinds(got)

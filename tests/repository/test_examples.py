@@ -1,0 +1,201 @@
+"""The examples, run as a user runs them: from a shell, in a folder of their own."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+METHODS = ["dense", "signsgd", "ef-signsgd", "ef-signsgd-two-phase", "ef-top-k"]
+PARAMETERS = 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
+
+
+def run(script, *options, folder):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment.pop("NPROC", None)  # a script sees to that by itself
+    command = [sys.executable, EXAMPLES / script, *options]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def train_digits():
+    """The module, without running it."""
+    spec = importlib.util.spec_from_file_location(
+        "train_digits", EXAMPLES / "train_digits.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train_digits")
+    options = "--steps", "12", "--workers", "8", "--output", "picture.png"
+    done = run("train_digits.py", *options, folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.mark.slow
+def test_train_digits_prints_one_row_a_method(trained):
+    _, done = trained
+    lines = [re.split(r"\s{2,}", line) for line in done.stdout.splitlines()]
+    rows = {cells[0]: cells[1:] for cells in lines if cells[0] in METHODS}
+    assert list(rows) == METHODS
+    operand = {name: int(row[1].replace(",", "")) for name, row in rows.items()}
+    link = {name: int(row[3].replace(",", "")) for name, row in rows.items()}
+
+    assert operand["dense"] == 4 * PARAMETERS + 4  # the gradients and the loss
+    assert operand["dense"] >= 20 * operand["ef-signsgd"]
+    # Gathered by all, one bit a coordinate is 8 times less for 8 workers. In two phases
+    # bytes do not depend on their number.
+    assert 7 < link["dense"] / link["ef-signsgd"] < 9
+    assert link["dense"] >= 20 * link["ef-signsgd-two-phase"]
+    for name, row in rows.items():
+        accuracy = float(row[0].rstrip("%"))
+        assert 50 < accuracy <= 100, (name, accuracy)  # ten classes, twelve steps
+        assert float(row[2]) == pytest.approx(operand["dense"] / operand[name], abs=0.1)
+
+
+@pytest.mark.slow
+def test_train_digits_shows_progress_with_the_loss(trained):
+    _, done = trained
+    assert "8 workers" in done.stdout
+    for name in METHODS:
+        assert re.search(rf"^{name}: 100%.*loss=\d", done.stderr, re.M), name
+
+
+@pytest.mark.slow
+def test_train_digits_saves_a_small_png(trained):
+    folder, done = trained
+    assert [path.name for path in folder.iterdir()] == ["picture.png"]
+    picture = (folder / "picture.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert 10_000 < len(picture) < 200_000
+    assert "picture.png" in done.stdout
+
+
+@pytest.mark.slow
+def test_train_digits_is_the_same_on_one_device(train_digits, mesh):
+    """What a single accelerator does, which no machine with 8 devices would run."""
+    draws = np.random.default_rng(0)
+    images = draws.normal(size=(512, 64)).astype(np.float32)
+    labels = draws.integers(10, size=512).astype(np.int32)
+    data = images, images[:8], labels, labels[:8]
+
+    def losses(simulate):
+        tx = train_digits.METHODS["ef-signsgd"](0.1)
+        result = train_digits.train("", tx, data, mesh, simulate, steps=4, seed=0)
+        return result.losses
+
+    np.testing.assert_allclose(losses(True), losses(False), rtol=1e-4)
+
+
+def test_train_digits_help(train_digits, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_digits.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        train_digits.main()
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for word in [*METHODS, "--steps", "--workers", "--lr", "--methods", "--output"]:
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ("--steps 0", "must be at least 1, got 0"),
+        ("--steps few", "invalid int value: 'few'"),
+        ("--workers 1", "must be at least 2, got 1"),
+        ("--lr -0.1", "must be positive, got -0.1"),
+        ("--seed -1", "must be at least 0, got -1"),
+        ("--methods adam", "invalid choice: 'adam'"),
+        ("--output picture.txt", "picture.txt"),
+        ("--output no_such_folder/picture.png", "no_such_folder"),
+        ("--colour", "unrecognized arguments: --colour"),
+    ],
+)
+def test_train_digits_refuses(train_digits, monkeypatch, capsys, options, reason):
+    monkeypatch.setattr(sys, "argv", ["train_digits.py", *options.split()])
+    with pytest.raises(SystemExit) as stop:
+        train_digits.main()
+    assert stop.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_compressors_help():
+    done = run("compressors.py", "--help", folder=EXAMPLES)
+    assert done.returncode == 0 and "--output" in done.stdout
+
+
+def test_cluster_benchmark_help_names_methods_with_a_percent_sign():
+    done = run("benchmarks/cluster.py", "--help", folder=EXAMPLES)
+    assert done.returncode == 0, done.stderr
+    assert "block 1 %," in " ".join(done.stdout.split())
+
+
+@pytest.mark.slow
+def test_train_nnx(tmp_path):
+    done = run("train_nnx.py", "--steps", "30", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    accuracy = re.search(r"test accuracy ([\d.]+)%", done.stdout)
+    assert accuracy is not None and float(accuracy[1]) > 70, done.stdout
+    gathered = re.search(r"all-gather +u32 .* ([\d,]+) +[\d,]+$", done.stdout, re.M)
+    assert gathered is not None, done.stdout
+    parameters = 64 * 256 + 256 + 256 * 10 + 10
+    assert int(gathered[1].replace(",", "")) < 4 * parameters / 20
+
+
+def test_ef_sgd_images_tells_its_options_and_refuses_what_does_not_divide(tmp_path):
+    script = "paper/ef_sgd_images.py"
+    told = run(script, "--help", folder=tmp_path)
+    assert told.returncode == 0 and "--workers" in told.stdout
+    done = run(script, "--batch", "10", "--workers", "3", folder=tmp_path)
+    assert done.returncode == 2 and "multiple of --workers" in done.stderr
+
+
+@pytest.mark.slow
+def test_conef_text_tells_its_options_and_writes_what_it_found(tmp_path):
+    script, text = "paper/conef_text.py", tmp_path / "text.txt"
+    done = run(script, "--batch", "10", folder=tmp_path)
+    assert done.returncode == 2 and "multiple of --workers" in done.stderr
+    text.write_text("to be or not to be, that is the question; " * 50)
+    options = "--steps 3 --every 2 --width 32 --batch 16 --methods none ef conef-int8"
+    done = run(script, "--data", text, *options.split(), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(none|ef|conef-int8) +([\d.]+) +([\d,]+)", done.stdout, re.M)
+    sizes = {name: int(size.replace(",", "")) for name, _, size in rows}
+    assert sizes["none"] == 0 < sizes["conef-int8"] < sizes["ef"] / 3
+    assert all(float(loss) > 0 for _, loss, _ in rows)
+    assert (tmp_path / "conef_text.png").is_file()
+    assert "conef-int8" in (tmp_path / "conef_text.json").read_text()
+
+
+@pytest.mark.slow
+def test_error_feedback_trains_through_wrong_labels_at_batch_eight(monkeypatch):
+    """Mean of five seeds, at the rates that `noisy_labels.py` chooses by itself."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "paper"))
+    noisy_labels = importlib.import_module("noisy_labels")
+    keys = jax.random.split(jax.random.key(0), 5)
+
+    def mean(method, rate):
+        scores = []
+        for seed in range(5):
+            data = [a[None] for a in noisy_labels.digits(0.3, seed)]
+            key, small = keys[seed : seed + 1], rate * 8 / 128
+            scores += list(noisy_labels.accuracy(method, small, 8, 1000, data, key))
+        return 100 * sum(map(float, scores)) / 5
+
+    feedback = mean("ef-signsgd", 0.3)
+    assert feedback >= mean("scaled-sign", 0.3) + 1
+    assert feedback >= mean("sgdm", 0.1) - 1
