@@ -13,6 +13,7 @@ import efopt
 MESH = meshes.TWO_BY_FOUR
 AXIS = "dcn"
 SIGN = efopt.scaled_sign(8)
+ROUND = efopt.quantize(4, stochastic=True, block_size=16)
 RATES = optax.exponential_decay(0.5, 2, 0.5)
 # What is stored compressed is stored by shard: no leaf here is cut in pieces.
 STORED = {
@@ -76,10 +77,10 @@ SCHEMES = {
     "signum": lambda: efopt.optimizers.signum(0.1, axis_name=AXIS),
     "power_sgd_momentum": lambda: efopt.power_sgd_momentum(0.1, rank=1, axis_name=AXIS),
     "ecq_sgd": lambda: efopt.optimizers.ecq_sgd(
-        0.1, compressor=SIGN, alpha=0.5, beta=0.9, axis_name=AXIS
+        0.1, compressor=ROUND, alpha=0.5, beta=0.9, axis_name=AXIS
     ),
     "diana": lambda: chained(
-        efopt.convex.diana(SIGN, alpha=0.5, axis_name=AXIS, force=True)
+        efopt.convex.diana(ROUND, alpha=0.1, axis_name=AXIS), feedback()
     ),
 }
 # Whole scheme families through the entrance that is farthest from the flat case; the
