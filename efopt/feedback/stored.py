@@ -26,6 +26,7 @@ DAMPING = 0.9  # of a memory that is linear and noisy
 FORMS = ("increment", "rewrite")
 PRIVATE = 0x27D4EB2F  # tells the memory's private randomness from the compressor's
 SMALL_MATRIX, SMALL_VECTOR = 1 << 8, 1 << 16  # leaves below are kept exact
+MOST = 2**31 - 1  # coordinates whose places are numbered
 PIECES = 32  # in which a large leaf is written, at most
 
 
@@ -292,6 +293,8 @@ def _encode_in_pieces(x: jax.Array, b: Bucket, payload: Any, turn: Turn) -> Any:
     blocks = b.blocks()
     number = -(-x.size // (PIECES * blocks.size))
     length = number * blocks.size
+    if x.size > MOST:
+        return b.codec.encode(_blocked(x, b), blocks, turn)
     if number == len(blocks.index):
         padded = jnp.pad(x, (0, length - x.size)).reshape(number, *blocks.shape)
         return b.codec.encode(padded, blocks, turn)
