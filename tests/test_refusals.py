@@ -634,6 +634,13 @@ def test_local_params_outside_the_mapped_function_is_refused():
     refused(ValueError, words, efopt.local_params, PARAMS, AXIS)
 
 
+def test_update_outside_the_mapped_function_names_the_way_of_a_plain_step():
+    tx = over_workers()
+    words = ["'data'", "`efopt.value_and_grad(..., axis_name='data')`"]
+    words += ["`axis_name=None` for a single worker"]
+    refused(ValueError, words, tx.update, PARAMS, tx.init(PARAMS), PARAMS)
+
+
 def test_update_under_another_axis_is_refused():
     tx = over_workers()
     update = jax.vmap(tx.update, in_axes=(0, None), axis_name="model")
@@ -718,25 +725,6 @@ def test_server_residual_of_another_number_of_workers_is_refused(mesh):
     state = efopt.distribute(tx.init(PARAMS), half)
     words = ["'data'", "for 8", "`tx.init(params)`"]
     refused(ValueError, words, efopt.distribute, state, mesh)
-
-
-def test_two_phase_of_parameters_sharded_over_another_axis_is_refused():
-    # `init` counts the blocks of whole parameters, a worker those of its shards.
-    kinds = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh((4, 2), (AXIS, "model"), axis_types=kinds)
-    params = {"w": jnp.zeros((6, 8))}
-    grads, params_specs = {"w": jnp.ones((4, 6, 8))}, {"w": P(None, "model")}
-    tx = over_workers(efopt.scaled_sign(4), exchange="two_phase")
-    state = efopt.distribute(tx.init(params), mesh, params_specs)
-    specs = efopt.partition_specs(state, params_specs)
-
-    def step(state, grads):
-        return tx.update(own(grads), state)
-
-    options = {"in_specs": (specs, {"w": P(AXIS, None, "model")})}
-    options["out_specs"] = (params_specs, specs)
-    words = ["`error_feedback(scaled_sign(block_size=4"]
-    refused(ValueError, words, trace, mesh, step, state, grads, **options)
 
 
 def test_refusal_leaves_donated_arguments_alone(mesh):

@@ -18,7 +18,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from registry import AXIS, OPTIMIZERS, SCHEMES, SHAPES, WORKERS, Scheme
-from workers_under_test import FAST, HOWS, make_mesh, slow
+from workers_under_test import FAST, make_mesh, slow
 
 import efopt
 
@@ -150,12 +150,15 @@ def test_map_params_knows_what_is_shaped_like_parameters(row):
         state,
         transform_non_params=lambda x: "other",
     )
-    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(marked), strict=True)
-    for x, mark in pairs:
-        if x.shape in SHAPES.values():
-            assert mark == "params"
-        elif x.shape == ():
-            assert mark == "other"
+
+    def agrees(mark, below):  # what is laid out by a rule of its own has one mark
+        for x in jax.tree.leaves(below):
+            if x.shape in SHAPES.values():
+                assert mark == "params"
+            elif x.shape == ():
+                assert mark == "other"
+
+    jax.tree.map(agrees, marked, state)
 
 
 def start(tx):
@@ -327,9 +330,9 @@ def test_a_state_made_inside_the_mapped_function_equals_a_placed_one(row):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
-def history(row, how):
+def history(row, how, **changes):
     """Updates and the last state, `[step][worker]`, under one way of mapping."""
-    tx = make(row, AXIS)
+    tx = make(row, AXIS, **changes)
     whole = PARAMS, start(tx)
     out = []
     if how in ("pmap", "vmap"):
@@ -362,8 +365,8 @@ def history(row, how):
 
 
 def each_copy(x):
-    """What every worker's device holds of a replicated array."""
-    return np.stack([np.asarray(s.data) for s in x.addressable_shards[:WORKERS]])
+    """What every device holds of a replicated array."""
+    return np.stack([np.asarray(s.data) for s in x.addressable_shards])
 
 
 def turned(t):
@@ -382,7 +385,7 @@ def test_workers_agree_and_differ_however_they_are_mapped(row):
     for updates in reference:
         for u in jax.tree.leaves(updates):
             assert len({x.tobytes() for x in u}) == (1 if row.averages else WORKERS)
-    for how in HOWS[1:]:
+    for how in ("explicit", "pmap", "vmap"):
         updates, last = history(row, how)
         if how == "vmap":
             chex.assert_trees_all_close(updates, reference, rtol=0, atol=atol)
@@ -399,6 +402,62 @@ def test_workers_agree_and_differ_however_they_are_mapped(row):
                     y = y if is_own(b) else np.stack([y] * WORKERS)
                     x, y = x.reshape(y.shape) if is_own(a) else x, y
                 np.testing.assert_array_equal(x, y, err_msg=how)
+
+
+@each(over_workers, by_default=lambda row: row.kind)
+def test_along_a_second_axis_every_device_has_the_same_updates(row):
+    """Each sends a piece there, which is compressed as a leaf of its own.
+
+    Where nothing is lost, the pieces are the leaf: to the bit that of a flat axis.
+    """
+    names = {"compressor", "shift_compressor"} & row.parameters
+    changes = {name: efopt.compressors.identity() for name in names}
+    if row.options(AXIS).get("exchange") == "two_phase":
+        changes["exchange"] = None
+    for given in ({}, changes) if changes else ({},):
+        updates, _ = history(row, "two_d", **given)
+        for u in jax.tree.leaves(updates):
+            assert len({x.tobytes() for x in u}) == (1 if row.averages else WORKERS)
+    if changes:
+        reference, _ = history(row, "auto", **changes)
+        one = lambda tree: jax.tree.map(lambda u: u[:WORKERS], tree)  # noqa: E731
+        chex.assert_trees_all_equal(one(updates), reference)
+
+
+@each([r for r in over_workers if r.factory is efopt.error_feedback])
+def test_along_a_second_axis_nothing_is_lost(row):
+    """All that came in is what was applied and what workers and owners still owe."""
+    tx, mesh = make(row, AXIS), make_mesh("two_d", WORKERS)
+    carry = efopt.distribute((PARAMS, start(tx)), mesh)
+    fn = jax.jit(on_mesh(row, tx, mesh, carry), compiler_options=FAST)
+    for t in range(STEPS):
+        into = jax.tree.map(
+            lambda p, o: (curvature(p) * (np.asarray(p) - o)).mean(0, np.float64),
+            carry[0],
+            turned(t),
+        )
+        before = owed(carry[1])
+        carry, updates = fn(carry, turned(t))
+        after = owed(carry[1])
+        for name in SHAPES:
+            lost = into[name] + before[name] - np.asarray(updates[name]) - after[name]
+            if not jax.tree.leaves(carry[1].link.server):
+                np.testing.assert_allclose(lost, 0, rtol=0, atol=1e-5)
+                continue
+            into[name] = lost.sum()
+        if jax.tree.leaves(carry[1].link.server):  # in blocks of all leaves
+            lost = sum(into.values()) + before["server"] - after["server"]
+            np.testing.assert_allclose(lost, 0, rtol=0, atol=1e-4)
+
+
+def owed(state):
+    """By leaf what workers owe in the mean; and all that owners do."""
+    residual, server = jax.tree.map(
+        lambda x: np.asarray(x, np.float64),
+        (state.residual.value, jax.tree.leaves(state.link.server)),
+    )
+    total = {name: x.mean(axis=0) for name, x in residual.items()}
+    return {**total, "server": sum(x.sum() for x in server)}
 
 
 # ------------------------------------------------------------------- bad input
@@ -435,8 +494,8 @@ def test_state_passed_as_replicated_is_refused(row, state):
     tx, mesh, carry = placed(row)
     if state == "fresh":
         carry = jax.eval_shape(lambda: (PARAMS, tx.init(PARAMS)))
-    specs = jax.tree.map(lambda s: P(), efopt.partition_specs(carry))
-    step = on_mesh(row, tx, mesh, carry, specs=(specs[0], specs[1]))
+    # Mapped over, a node would put the worker axis in front of every `P()`.
+    step = on_mesh(row, tx, mesh, carry, specs=(P(), P()))
     with pytest.raises(ValueError, match="not laid out over the workers") as seen:
         jax.eval_shape(step, carry, OPTIMA)
     for cure in ("distribute(state, mesh)", "partition_specs(state)"):

@@ -34,6 +34,9 @@ def all_gather() -> Exchange:
     worker: for a few workers, or for payloads far smaller than the leaf. The default of
     compressors that are not linear.
 
+    Returns:
+      An :class:`efopt.exchanges.Exchange`.
+
     Examples:
       >>> import efopt
       >>> tx = efopt.error_feedback(

@@ -60,6 +60,9 @@ def all_reduce() -> Exchange:
     so that a report of the program's bytes counts float16 payloads twice. Sums that are
     finite are those of ``lax.pmean``, to the bit.
 
+    Returns:
+      An :class:`efopt.exchanges.Exchange`.
+
     Examples:
       >>> import efopt
       >>> tx = efopt.error_feedback(

@@ -76,6 +76,13 @@ class Home:
         pairs = zip(paths, self.shapes, strict=True)
         return {path_of(path): shape for (path, _), shape in pairs}
 
+    def gaps(self) -> set[Path]:
+        """Where there are no leaves: what a mask has left out, or nothing at all."""
+        numbers = self.treedef.unflatten(range(len(self.shapes)))
+        empty = lambda x: not jax.tree.leaves(x)  # noqa: E731
+        paths = jax.tree_util.tree_flatten_with_path(numbers, is_leaf=empty)[0]
+        return {path_of(path) for path, x in paths if empty(x)}
+
     def on(self, mesh: Any, spec_of: SpecOf) -> "Home":
         """The same, placed on a mesh."""
         axes = self.link.axes

@@ -376,11 +376,23 @@ def open_link(
       role: Names what it is used for where a chain may hold several: two roles never
         draw the same random numbers.
 
+    Returns:
+      A :class:`Link`.
+
     Raises:
       TypeError: If ``compressor``, ``axis_name``, ``exchange`` or ``start`` is not what
         it must be.
       ValueError: If the exchange is unknown, needs an axis or cannot carry the
         compressor.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import efopt
+      >>> link = efopt.exchanges.open_link("mine", efopt.top_k(k=1))
+      >>> x = jnp.array([3.0, 1.0])
+      >>> mean, lost, _ = link.average(x, link.init(x), jnp.int32(0))
+      >>> print(mean, lost)
+      [3. 0.] [0. 1.]
     """
     if not isinstance(compressor, Compressor):
         raise TypeError(

@@ -32,6 +32,9 @@ def majority_vote() -> Exchange:
     around it stays conservative. For :func:`efopt.sign`; ``efopt.sign(zero=
     "positive")`` counts zeros and ties as +1.
 
+    Returns:
+      An :class:`efopt.exchanges.Exchange`.
+
     Examples:
       >>> import efopt
       >>> tx = efopt.compress(

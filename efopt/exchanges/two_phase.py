@@ -72,6 +72,9 @@ def two_phase() -> Exchange:
     bytes a worker, however many workers there are. For compressors with a
     ``block_size``.
 
+    Returns:
+      An :class:`efopt.exchanges.Exchange`.
+
     Examples:
       >>> import efopt
       >>> tx = efopt.error_feedback(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -44,7 +44,10 @@ class Rule:
             _check_params(specs, shapes)
             found = {path: shapes[path] for path in specs}
         else:
-            found = _shapes(tree, specs, _told(tree))
+            told, left_out = _told(tree)
+            if params_specs is not None and told:
+                _check_told(tree, specs, told, left_out)
+            found = _shapes(tree, specs, told)
         paths = jax.tree_util.tree_flatten_with_path(params_specs, is_leaf=_is_spec)[0]
         self._names = {jax.tree_util.keystr(path): spec for path, spec in paths}
         self._parameters = {p: Parameter(s, found[p]) for p, s in specs.items()}
@@ -135,14 +138,61 @@ def _check_params(specs: dict[Path, Any], shapes: dict[Path, Any]) -> None:
             raise ValueError(_too_long(path, spec, shapes[path]))
 
 
-def _told(tree: Any) -> dict[Path, tuple[int, ...]]:
-    """The shapes of the parameters that schemes in the tree have been told of."""
+def _told(tree: Any) -> tuple[dict[Path, tuple[int, ...]], set[Path]]:
+    """What schemes in the tree have been told of the parameters.
+
+    Returns:
+      The shapes of parameters, and where a mask has left some out.
+    """
     is_home = lambda x: hasattr(x, "places")  # noqa: E731
     told: dict[Path, tuple[int, ...]] = {}
+    left_out: set[Path] = set()
     for x in jax.tree.leaves(tree, is_leaf=is_home):
         if is_home(x):
             told.update(x.places())
-    return told
+            left_out.update(x.gaps())
+    return told, left_out
+
+
+def _check_told(
+    tree: Any,
+    specs: dict[Path, Any],
+    told: dict[Path, tuple[int, ...]],
+    left_out: set[Path],
+) -> None:
+    """Raises if specs and parameters are not of the same names.
+
+    A scheme may have been told of a part of the parameters, so that paths begin deeper
+    there; or of more.
+    """
+    owners = {_owner(path, specs) for path, _ in _arrays(tree)}
+    unknown = [
+        name
+        for name in specs
+        if name not in owners
+        and not any(_ends_alike(path, name) for path in told)
+        and not any(_reaches_into(name, gap) for gap in left_out)
+    ]
+    if unknown:
+        raise ValueError(_of_others(unknown))
+    for path in told:
+        if not any(_ends_alike(path, name) for name in specs):
+            raise ValueError(
+                f"`params_specs` has no spec of {_show(path)}, a parameter that was "
+                "given to `init`. It must be a tree like the parameters, with `P()` "
+                "for those that are replicated."
+            )
+
+
+def _ends_alike(a: Path, b: Path) -> bool:
+    """Whether the longer path ends with the shorter one."""
+    n = min(len(a), len(b))
+    return a[len(a) - n :] == b[len(b) - n :]
+
+
+def _reaches_into(name: Path, gap: Path) -> bool:
+    """Whether a parameter may be where a mask has left some out."""
+    return any(name[i : i + len(gap)] == gap for i in range(len(name)))
 
 
 def _shapes(
@@ -161,10 +211,7 @@ def _shapes(
             found[name].append((len(path), shape))
     known = bool(told.keys() & specs.keys()) or any(found.values())
     if any(map(len, specs.values())) and arrays and not known:
-        raise ValueError(
-            "`params_specs` names parameters of which the tree has none: "
-            f"{', '.join(map(_show, specs))}. It must be a tree like the parameters."
-        )
+        raise ValueError(_of_others(specs))
     return {
         path: told[path] if path in told else _shape(path, spec, found[path])
         for path, spec in specs.items()
@@ -212,6 +259,13 @@ def _names(spec: Any) -> Iterator[str]:
 
 def _show(path: Path) -> str:
     return "/".join(path) or "the parameters"
+
+
+def _of_others(names: Iterable[Path]) -> str:
+    return (
+        "`params_specs` names parameters of which the tree has none: "
+        f"{', '.join(map(_show, names))}. It must be a tree like the parameters."
+    )
 
 
 def _too_long(path: Path, spec: Any, shape: Any) -> str:

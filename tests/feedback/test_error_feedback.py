@@ -218,7 +218,7 @@ def _owed(state):
     owed = {
         k: np.asarray(v, np.float64).mean(0) for k, v in state.residual.value.items()
     }
-    groups = [np.asarray(s.value, np.float64) for s in state.link.server]
+    groups = [np.asarray(x, np.float64) for x in jax.tree.leaves(state.link.server)]
     for k, blocks in _server_parts(groups).items():
         owed[k] = owed[k] + blocks
     return owed
@@ -316,13 +316,13 @@ def test_two_phase_is_its_oracle(mesh):
     for _ in range(6):
         grads = {"w": rng.standard_normal((8, 150)).astype(np.float32)}
         old = [_per_worker(state.residual.value, i) for i in range(8)]
-        server = np.asarray(state.link.server[0].value, np.float64).reshape(-1)[:150]
+        server = np.asarray(state.link.server.value[0], np.float64).reshape(-1)[:150]
         out, state = update(grads, state)
         average, residuals, new_server = oracle.two_phase_step(
             [_per_worker(grads, i) for i in range(8)], old, [server], compress
         )
         np.testing.assert_allclose(leaves(out)[0], average[0], rtol=0, atol=1e-5)
-        flat = np.asarray(state.link.server[0].value, np.float64).reshape(-1)
+        flat = np.asarray(state.link.server.value[0], np.float64).reshape(-1)
         np.testing.assert_allclose(flat[:150], new_server[0], rtol=0, atol=1e-5)
         np.testing.assert_array_equal(flat[150:], 0)
         for i in range(8):
@@ -338,8 +338,9 @@ def test_two_phase_is_its_oracle(mesh):
 def test_majority_vote_is_its_oracle_and_ties_are_positive(feedback, mesh):
     rng = np.random.default_rng(6)
     scheme = efopt.error_feedback if feedback else efopt.compress
+    sign = efopt.sign(zero="positive")  # the paper's letter
     update, state = _step_fn(
-        scheme(efopt.sign(), axis_name=AXIS, exchange="majority_vote"), mesh, tree(rng)
+        scheme(sign, axis_name=AXIS, exchange="majority_vote"), mesh, tree(rng)
     )
     for _ in range(3):
         grads = tree(rng, lead=(8,))

@@ -4,6 +4,7 @@ Eight workers under `shard_map`, twenty under `vmap`, one alone; all data differ
 """
 
 import functools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ import pytest
 from workers_under_test import AXIS
 
 import efopt
+from efopt.codecs import layout
+from efopt.codecs.blocks import Turn
 from efopt.convex import coins as coin_rule
 
 from .convex import MU, Problem, run
@@ -39,19 +42,27 @@ def close(a, b):
 
 
 @functools.cache
-def masks(compressor, rounds=ROUNDS):
-    """What a compressor with shared randomness multiplies each coordinate by."""
-    ones = jnp.ones(20)
+def masks(compressor, role=None, rounds=ROUNDS):
+    """What a compressor with shared randomness multiplies each coordinate by.
+
+    A role has a stream of random numbers of its own.
+    """
+    ones, stream = jnp.ones(20), zlib.crc32(role.encode()) if role else 0
+    plan = layout.lay_out([compressor.codec], [ones.shape], [ones.dtype])
+    (bucket,) = plan.buckets
+    (joined,) = plan.join([ones])
 
     def trip(step):
-        payload = compressor.compress(ones, step)
-        return compressor.decompress(payload, ones.shape, ones.dtype, step)
+        turn, blocks = Turn(step, jnp.uint32(0), stream), bucket.blocks()
+        payload = bucket.codec.encode(joined, blocks, turn)
+        sent = bucket.codec.decode(payload, blocks, turn)
+        return plan.part([sent], [jax.ShapeDtypeStruct(ones.shape, ones.dtype)])[0]
 
     return np.asarray(jax.jit(jax.vmap(trip))(jnp.arange(rounds, dtype=jnp.uint32)))
 
 
-def shared(compressor):
-    return lambda x, t: x * masks(compressor)[t]
+def shared(compressor, role=None):
+    return lambda x, t: x * masks(compressor, role)[t]
 
 
 def coins(p, n, kind="shared", seed=0, rounds=ROUNDS):
@@ -86,7 +97,9 @@ def ec_sgd_diana(p, axis):
         TOP_1, rate(p), shift_compressor=SHIFTS, axis_name=axis
     )
     plain = oracle_ec.plain(p.grads, p.n)
-    return tx, oracle_ec.Diana(plain, shared(SHIFTS), 0.1, p.start, p.n)  # 2 of 20
+    return tx, oracle_ec.Diana(
+        plain, shared(SHIFTS, "shifts"), 0.1, p.start, p.n
+    )  # 2 of 20
 
 
 def lsvrg(p, kind):
@@ -117,7 +130,7 @@ def ec_lsvrg_diana(p, axis):
         coin="per_worker",
     )
     inner = lsvrg(p, "per_worker")
-    return tx, oracle_ec.Diana(inner, shared(SHIFTS), 0.05, p.start, p.n)
+    return tx, oracle_ec.Diana(inner, shared(SHIFTS, "shifts"), 0.05, p.start, p.n)
 
 
 FAMILY = {
@@ -214,7 +227,7 @@ def ec_lsvrg_shifted(p, axis):
         coins(P_MOVE, p.n)[:, 0],
         rate(p),
         oracle_ec.top_1,
-        shared(efopt.random_k(k=3)),
+        shared(efopt.random_k(k=3), "shifts"),
     )
     return tx, path
 

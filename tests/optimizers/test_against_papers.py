@@ -537,15 +537,28 @@ def test_option_is_refused(call, words):
         call()
 
 
-def test_a_vote_of_one_is_its_own_and_a_tie_is_positive():
-    tx = efopt.signsgd(1.0, axis_name=AXIS)
+@pytest.mark.parametrize("zero", ["positive", "fair"])
+def test_a_vote_of_one_is_its_own_and_a_tie_is_a_zero(zero):
+    sign = efopt.sign(zero="positive")  # the paper's letter
+    letter = efopt.compress(sign, axis_name=AXIS, exchange="majority_vote")
+    letter = optax.chain(letter, optax.scale_by_learning_rate(1.0))
+    tx = letter if zero == "positive" else efopt.signsgd(1.0, axis_name=AXIS)
     update = jax.jit(jax.vmap(tx.update, axis_name=AXIS))
-    grads = jnp.array([[-2.0, 3.0, 0.0]])
-    (got,), _ = update(grads, efopt.stack_workers(tx.init(grads[0]), 1))
-    np.testing.assert_array_equal(got, [1.0, -1.0, -1.0])
-    tied = jnp.array([[5.0], [-1.0], [1.0], [-1.0]])
-    got, _ = update(tied, efopt.stack_workers(tx.init(tied[0]), 4))
-    np.testing.assert_array_equal(got, -np.ones((4, 1)))
+    for grads, clear in (
+        (jnp.array([[-2.0, 3.0, 0.0]]), [1.0, -1.0]),
+        (jnp.array([[5.0], [-1.0], [1.0], [-1.0]]), []),
+    ):
+        state = efopt.stack_workers(tx.init(grads[0]), len(grads))
+        first, state = update(grads, state)
+        second, _ = update(grads, state)
+        for got in (*first, *second):
+            np.testing.assert_array_equal(got[:-1], clear)
+        last = np.stack([first, second])[..., -1]
+        assert (np.abs(last) == 1).all() and (last == last[:, :1]).all()
+        if zero == "positive":
+            np.testing.assert_array_equal(last, -1)
+        else:  # the second step takes the first one back
+            np.testing.assert_array_equal(last[0], -last[1])
 
 
 # --------------------------------------------------------------- wire and memory

@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from workers_under_test import FAST, slow
 
 import efopt
 from efopt import compressors, wire
@@ -45,12 +46,15 @@ WAYS = {
     "random block": (compressors.random_block(fraction=0.1), None),
     "bf16": (compressors.cast("bfloat16"), None),
 }
+# Each entrance, and each kind of exchange and of mesh; all of them by `-m slow`.
 QUICK = {
-    *((way, "2x4") for way in ("dense", "sign two_phase", "top_k", "low rank")),
-    *(("sign two_phase", mesh) for mesh in MESHES),
+    ("sign two_phase", "2x4", "nested"),
+    ("sign two_phase", "2x2x2, in the middle", "global"),
+    ("low rank", "2x4", "global"),
+    ("top_k", "4x2", "nested"),
 }
 STEPS = [
-    pytest.param(way, mesh, how, marks=() if (way, mesh) in QUICK else pytest.mark.slow)
+    slow(way, mesh, how, when=(way, mesh, how) not in QUICK)
     for way in WAYS
     for mesh in MESHES
     for how in ("nested", "global")
@@ -110,7 +114,7 @@ def compiled(way, mesh, how):
         )
     else:
         step = globally
-    return jax.jit(step).lower(state, x).compile()
+    return jax.jit(step).lower(state, x).compile(FAST)
 
 
 def planned(way, mesh, **options):

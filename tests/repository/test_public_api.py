@@ -43,7 +43,9 @@ def public_functions():
             found[name] = thing
         elif inspect.ismodule(thing):
             for inner, value in vars(thing).items():
-                own = getattr(value, "__module__", "").startswith(thing.__name__)
+                # A shelf shows what it imports from other rooms; a file does not.
+                room = "efopt." if hasattr(thing, "__path__") else thing.__name__
+                own = getattr(value, "__module__", "").startswith(room)
                 if own and inspect.isfunction(value) and not inner.startswith("_"):
                     found[f"{name}.{inner}"] = value
     return found
@@ -122,7 +124,8 @@ def test_every_factory_has_a_row_in_its_table():
     }
     assert ours(COMPRESSORS) == set(MADE)
     around = {"per_worker", "accumulate"}
-    assert ours((*SCHEMES, *OPTIMIZERS)) == set(COMPOSED) | around
+    alone = {"frozen"}  # stateless, of no workers: feedback/test_frozen.py
+    assert ours((*SCHEMES, *OPTIMIZERS)) == set(COMPOSED) - alone | around
     assert ours(OPTIMIZERS) >= set(factories(efopt.optimizers))
     named = {row.name for row in EXCHANGES if row.alias}
     assert named == set(factories(efopt.exchanges))
@@ -161,7 +164,7 @@ def test_function_documents_every_argument_by_name(name):
 def test_compressors_and_schemes_document_wire_contract_and_source(name):
     published = {row.factory.__name__: row.published for row in COMPRESSORS}
     expected = {"Shapes", "Cost", "Properties", "Placement"}
-    if published.get(name, True):
+    if published.get(name, name != "frozen"):
         expected.add("References")
     function = {**MADE, **COMPOSED}[name]
     assert expected - sections(function) == set()
@@ -245,36 +248,72 @@ def test_only_the_axes_call_collectives(path):
         assert called == set()
 
 
-# Arrows run down only. `hlo` stands apart: of efopt it needs tables and nothing else.
-FLOORS = {
-    "ground": 0,
-    "workers": 1,
-    "hlo": 1,
-    "codecs": 2,
-    "compressors": 3,
-    "exchanges": 4,
-    "feedback": 5,
-    "convex": 6,
-    "optimizers": 6,
-    "wire": 7,
-    "memory": 7,
-}
+def floors():
+    """The picture of README's "Inside": the floor of every room, from the ground up."""
+    text = (PACKAGE.parent / "README.md").read_text()
+    (picture,) = re.findall(r"^## Inside$.*?^```text$(.*?)^```$", text, re.M | re.S)
+    stories = re.split(r"^-+$", picture, flags=re.M)
+    rooms = [re.findall(r"^(\w+)  ", story, re.M) for story in stories]
+    return {room: i for i, story in enumerate(reversed(rooms)) for room in story}
 
 
-def test_every_room_stands_on_a_floor():
-    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in SOURCES}
-    assert rooms - {"__init__"} == set(FLOORS)
+FLOORS = floors()
+INSIDE = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in SOURCES if path != PACKAGE / "__init__.py"],
-    ids=lambda p: str(p.relative_to(PACKAGE)),
-)
-def test_nothing_imports_upward(path):
-    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+def room_of(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def test_the_picture_shows_every_room_and_no_other():
+    assert FLOORS["ground"] == 0 and max(FLOORS.values()) >= 5
+    assert {room_of(path) for path in INSIDE} == set(FLOORS)
+
+
+@pytest.mark.parametrize("path", INSIDE, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_down_as_the_picture_shows(path):
+    own = room_of(path)
     for name in imports(path):
-        if name.startswith("efopt."):
-            other = name.split(".")[1]
-            assert other == own or FLOORS[other] < FLOORS[own], name
-            assert own != "hlo" or other in ("hlo", "ground"), name
+        if name.partition(".")[0] == "efopt":
+            other = (name.split(".") + [""])[1]
+            assert other == own or FLOORS.get(other, 99) < FLOORS[own], name
+            # It stands apart: of any program's bytes, with or without the rest.
+            assert own != "hlo" or name.startswith(("efopt.hlo", "efopt.ground.tables"))
+
+
+# -------------------------------------------------------------- names and positions
+
+
+def test_what_most_programs_need_stands_in_front():
+    shelves = [n for n in efopt.__all__ if inspect.ismodule(getattr(efopt, n))]
+    rooms = {"compressors", "convex", "exchanges", "feedback", "optimizers", "wire"}
+    assert set(shelves) == rooms | {"memory"}
+    assert len(efopt.__all__) - len(shelves) <= 27
+
+
+def test_a_name_that_is_not_in_front_is_told_its_shelf():
+    with pytest.raises(AttributeError, match=r"it is `efopt.compressors.qsgd`"):
+        efopt.qsgd  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
+        efopt.nothing  # noqa: B018
+
+
+BY_KEYWORD = {n: f for n, f in FUNCTIONS.items() if hasattr(f, "__wrapped__")}
+
+
+def test_all_that_have_many_options_take_them_by_keyword():
+    few = {"compose", "identity", "partition", "scaled_sign", "frozen"}
+    few |= set(factories(efopt.exchanges))
+    made = set(MADE) | set(COMPOSED) | {"accumulate", "per_worker"}
+    by_keyword = {f.__name__ for f in BY_KEYWORD.values()}
+    assert made - few <= by_keyword
+
+
+@pytest.mark.parametrize("name", BY_KEYWORD)
+def test_an_old_positional_call_is_told_the_keyword(name):
+    parameters = inspect.signature(BY_KEYWORD[name]).parameters.values()
+    options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    before = [None] * (len(parameters) - len(options))
+    said = rf"takes `{options[0]}` by keyword.*{options[0]}='old'"
+    with pytest.raises(TypeError, match=said):
+        BY_KEYWORD[name](*before, "old")

@@ -613,3 +613,30 @@ def test_flax_may_be_imported_at_any_time(how):
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "PerWorker", done.stderr[-500:]
+
+
+def half_frozen():
+    return {"base": {"w": jnp.zeros((8, 8))}, "head": {"w": jnp.zeros((8, 4))}}
+
+
+HALF = {"base": {"w": P("model")}, "head": {"w": P("model")}}
+
+
+@pytest.mark.parametrize("how", ["partition", "masked"])
+def test_specs_of_what_a_mask_left_out_are_no_mistake(how):
+    """Of a state alone, which holds nothing of these parameters."""
+    tx = efopt.error_feedback(efopt.scaled_sign(8), axis_name="data")
+    labels = {"base": "frozen", "head": "trained"}
+    if how == "partition":
+        inner = {"trained": tx, "frozen": efopt.feedback.frozen()}
+        tx = optax.partition(inner, labels)
+    else:
+        tx = optax.masked(tx, {"base": False, "head": True})
+    state = jax.eval_shape(tx.init, half_frozen())
+    specs = efopt.partition_specs(state, HALF)
+    leaves = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
+    assert P("data", "model") in leaves
+    with pytest.raises(ValueError, match="has no spec of head/w"):
+        efopt.partition_specs(state, {"base": HALF["base"]})
+    with pytest.raises(ValueError, match="none: tail/w"):
+        efopt.partition_specs(state, {**HALF, "tail": {"w": P()}})
