@@ -202,7 +202,8 @@ def test_least_squares_only_what_stays_in_the_span_generalises():
     assert np.all(np.abs(distance["scaled, sign(0) = +1"] - 9) < 0.6)
     # Coins take each other back: no further away than with three values.
     assert np.all(np.abs(distance["scaled, sign(0) = coin"] - 4.1) < 0.2)
-    assert test_loss["signum, sign(0) = coin"].min() > 1
+    # Above 1 where zeros count as +1, and every coordinate moves one way.
+    assert test_loss["signum, sign(0) = coin"].min() > 0.5
 
 
 @functools.partial(jax.jit, static_argnums=0)
