@@ -284,7 +284,10 @@ class Process:
             "jax": jax.__version__,
         }
         if compressor is None:
-            return found | {"dcn_link": self.link("dcn"), "fsdp_link": self.link("fsdp")}
+            return found | {
+                "dcn_link": self.link("dcn"),
+                "fsdp_link": self.link("fsdp"),
+            }
         plan = efopt.wire.plan(
             compressor,
             shapes,
@@ -447,7 +450,7 @@ def main():
             run["fsdp_link"] = found.pop("fsdp_link")
         run["methods"][name] = found
         print(row(name, found, run["methods"]), flush=True)
-        args.output.write_text(json.dumps(run, indent=2))
+        args.output.write_text(json.dumps({"runs": [run]}, indent=2))
     if not run["methods"]:
         sys.exit("gpu_hybrid.py: nothing could be measured")
 
