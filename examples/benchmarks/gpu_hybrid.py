@@ -1,0 +1,462 @@
+"""Two-level training on the GPUs of one host, made to look like two hosts.
+
+One process a GPU, on a mesh of 2 x m: parameters and moments are sharded over "fsdp",
+inside a half, and gradients are compressed over "dcn", between the halves. NCCL is told
+that each half is a host of its own, so that "fsdp" runs over the fast link and "dcn"
+over sockets. The model is a decoder-only transformer in Flax (369 M parameters by
+default) with float32 parameters, bfloat16 arithmetic and momentum, on random tokens;
+the step is a global one, through `efopt.value_and_grad`. Every method has processes of
+its own. Prints a table and writes gpu_hybrid.json, both as results come:
+
+  step      median milliseconds of a step, and how many times faster than `dense f32`
+  plan      milliseconds by `efopt.wire.plan`, from the step without any exchange and
+            the link that two all-reduces measured; compressing counts as free
+  dcn       bytes that leave a device over the slow axis in a step: from the compiled
+            program, as planned, and as the loopback interface counted them (all
+            traffic of the host, headers included)
+  fsdp      bytes that leave a device over the fast axis, from the compiled program
+  memory    peak of a device, in GB
+  same      whether parameters end bit-identical on both halves
+
+    python examples/benchmarks/gpu_hybrid.py --gpus 4
+    python examples/benchmarks/gpu_hybrid.py --cpu --gpus 4 --layers 2 --width 128 \
+        --heads 2 --vocabulary 512 --length 32
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+METHODS = (
+    "no exchange",
+    "dense f32",
+    "sign all_gather",
+    "sign two_phase",
+    "random_block 1 %",
+    "top_k 1 %",
+    "dense bf16",
+    "int8 two_phase",
+    "power_sgd 4",
+)
+HALVES = {
+    "NCCL_IB_DISABLE": "1",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_MNNVL_ENABLE": "0",
+    "NCCL_NVLS_ENABLE": "0",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+}
+CPU = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "1",
+    "NPROC": "32",
+}
+MOMENTUM, RATE = 0.9, 0.01
+SCRIPT = "examples/benchmarks/gpu_hybrid.py"
+COUNTER = Path("/sys/class/net/lo/statistics/tx_bytes")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(method, args):
+    """Runs a method, one process a GPU; the first one's JSON, or None on failure."""
+    settings = {k: v for k, v in vars(args).items() if k != "output"}
+    settings |= {"method": method, "port": free_port()}
+    processes = []
+    for i in range(args.gpus):
+        env = os.environ | (CPU if args.cpu else HALVES)
+        if not args.cpu:
+            half = i // (args.gpus // 2)
+            env |= {"CUDA_VISIBLE_DEVICES": str(i), "NCCL_HOSTID": f"half{half}"}
+        command = [sys.executable, __file__, "--process", str(i)]
+        command.append(json.dumps(settings))
+        pipe = subprocess.PIPE if i == 0 else subprocess.DEVNULL
+        errors = subprocess.PIPE if i == 0 else subprocess.DEVNULL
+        p = subprocess.Popen(command, env=env, stdout=pipe, stderr=errors, text=True)
+        processes.append(p)
+    try:
+        out, errors = processes[0].communicate(timeout=args.limit)
+        if processes[0].returncode == 0:
+            return json.loads(out.splitlines()[-1])
+        print(f"{method} failed:\n{errors[-3000:]}", file=sys.stderr, flush=True)
+    except subprocess.TimeoutExpired:
+        print(f"{method}: not done in {args.limit} s", file=sys.stderr, flush=True)
+    finally:
+        for p in processes:
+            p.kill()
+            p.wait()
+    return None
+
+
+def row(name, found, methods):
+    """One method as a line of text."""
+    ms = 1e3 * found["step_seconds"]
+    cells = [name, f"{ms:.2f}", "", "", "", "", "", "", "", ""]
+    if "dense f32" in methods:
+        ratio = methods["dense f32"]["step_seconds"] / found["step_seconds"]
+        cells[2] = f"{ratio:.2f}x"
+    if "exchange_seconds" in found:
+        if "no exchange" in methods:
+            plan = methods["no exchange"]["step_seconds"] + found["exchange_seconds"]
+            cells[3] = f"{1e3 * plan:.2f}"
+        cells[5] = f"{found['dcn_planned']:,.0f}"
+    cells[4] = f"{found['dcn_bytes']:,.0f}"
+    if found["dcn_counted"] is not None:
+        cells[6] = f"{found['dcn_counted']:,.0f}"
+    cells[7] = f"{found['fsdp_bytes']:,.0f}"
+    if found["peak_memory"]:
+        cells[8] = f"{found['peak_memory'] / 1e9:.2f}"
+    if found["identical"] is not None:
+        cells[9] = "yes" if found["identical"] else "NO"
+    return LINE(*cells)
+
+
+LINE = "{:17} {:>9} {:>7} {:>8} {:>14} {:>14} {:>14} {:>14} {:>7} {:>5}".format
+HEADS = LINE(
+    "method",
+    "step ms",
+    "speedup",
+    "plan ms",
+    "dcn",
+    "dcn planned",
+    "dcn counted",
+    "fsdp",
+    "memory",
+    "same",
+)
+
+
+class Process:
+    """One of the processes, with one GPU."""
+
+    def __init__(self, index, settings):
+        import jax
+
+        self.index, self.settings = index, settings
+        n = settings["gpus"]
+        # This process sees one GPU; without the list, all of the host are looked for.
+        local = {} if settings["cpu"] else {"local_device_ids": [0]}
+        address = f"127.0.0.1:{settings['port']}"
+        jax.distributed.initialize(address, n, index, **local)
+        devices = sorted(jax.devices(), key=lambda d: d.process_index)
+        auto = (jax.sharding.AxisType.Auto,) * 2
+        self.mesh = jax.make_mesh((2, n // 2), ("dcn", "fsdp"), auto, devices=devices)
+
+    def placed(self, *names):
+        import jax
+
+        return jax.NamedSharding(self.mesh, jax.P(*names))
+
+    def wait(self):
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("step")
+
+    def seconds(self, step, rounds, warm_up=3):
+        """Wall seconds of each of ``rounds``, and bytes on the loopback interface."""
+        import jax
+
+        for _ in range(warm_up):
+            jax.block_until_ready(step())
+        self.wait()
+        sent, seconds = counted(), []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            jax.block_until_ready(step())
+            seconds.append(time.perf_counter() - start)
+        self.wait()
+        return seconds, None if sent is None else counted() - sent
+
+    def all_reduce_seconds(self, axis, size):
+        import jax
+        import jax.numpy as jnp
+
+        shape, over = (*self.mesh.devices.shape, size), self.placed("dcn", "fsdp")
+        x = jax.jit(lambda: jnp.ones(shape), out_shardings=over)()
+        add = jax.jit(
+            jax.shard_map(
+                lambda x: jax.lax.psum(x, axis),
+                mesh=self.mesh,
+                in_specs=over.spec,
+                out_specs=jax.P(*(a for a in over.spec if a != axis)),
+            )
+        )
+        return statistics.median(self.seconds(lambda: add(x), 7)[0])
+
+    def link(self, axis):
+        """Bits a second and seconds a message, from a large and a small all-reduce."""
+        n, size = self.mesh.shape[axis], 1 << (22 if self.settings["cpu"] else 25)
+        if n == 1:
+            return None
+        small = self.all_reduce_seconds(axis, 1)
+        large = self.all_reduce_seconds(axis, size)
+        sent = 2 * (n - 1) / n * 4 * size
+        return 8 * sent / (large - small), small / (2 * (n - 1))
+
+    def train(self):
+        """Trains by the method that is asked for, and describes it."""
+        import jax
+        import jax.numpy as jnp
+        import optax
+
+        import efopt
+
+        settings, mesh = self.settings, self.mesh
+        model = transformer(settings, mesh)
+        shape = (settings["gpus"] * settings["batch"], settings["length"] + 1)
+        over = self.placed(("dcn", "fsdp"))
+        random_tokens = jax.jit(
+            lambda key: jax.random.randint(key, shape, 0, settings["vocabulary"]),
+            out_shardings=over,
+        )
+        tokens = random_tokens(jax.random.key(1))
+        example = jnp.zeros((mesh.shape["fsdp"], settings["length"]), jnp.int32)
+        init = lambda key: model.init(key, example)["params"]  # noqa: E731
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        specs = jax.tree.map(lambda x: sharded(x, mesh.shape["fsdp"]), shapes)
+        tx, compressor, exchange = transformation(settings["method"])
+
+        def begin(key):
+            params = init(key)
+            state = {"params": params, "opt": tx.init(params)}
+            return efopt.distribute(state, mesh, specs)
+
+        # Laid out in one program: each array by itself would be compiled for long.
+        state = {"params": shapes, "opt": jax.eval_shape(tx.init, shapes)}
+        state = efopt.distribute(state, mesh, specs)
+        places = jax.tree.map(lambda x: x.sharding, state)
+        state = jax.jit(begin, out_shardings=places)(jax.random.key(0))
+
+        def loss_fn(params, tokens):
+            logits = model.apply({"params": params}, tokens[:, :-1])
+            losses = optax.softmax_cross_entropy_with_integer_labels
+            return losses(logits.astype(jnp.float32), tokens[:, 1:]).mean()
+
+        def step(state, tokens):
+            grad = efopt.value_and_grad(loss_fn, axis_name="dcn")
+            loss, grads = grad(state["params"], tokens)
+            updates, opt = tx.update(grads, state["opt"], state["params"])
+            if compressor is None:
+                return state | {"opt": opt}, loss
+            params = optax.apply_updates(state["params"], updates)
+            return {"params": params, "opt": opt}, loss
+
+        step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+        start = time.perf_counter()
+        step = step.lower(state, tokens).compile()
+        compile_seconds = time.perf_counter() - start
+        wire = efopt.wire.measure(step, mesh=mesh)
+        cell = [state]
+        del state
+
+        def once():
+            cell[0], loss = step(cell[0], tokens)
+            return loss
+
+        seconds, sent = self.seconds(once, settings["steps"])
+        memory = jax.local_devices()[0].memory_stats() or {}
+        spread = lambda axis: wire.bytes_over(axis).link  # noqa: E731
+        found = {
+            "step_seconds": statistics.median(seconds),
+            "seconds": seconds,
+            "dcn_bytes": spread("dcn"),
+            "dcn_counted": None if sent is None else sent / len(seconds) / mesh.size,
+            "fsdp_bytes": spread("fsdp") if mesh.shape["fsdp"] > 1 else 0,
+            "peak_memory": memory.get("peak_bytes_in_use"),
+            "memory_in_use": memory.get("bytes_in_use"),
+            "temporary_memory": step.memory_analysis().temp_size_in_bytes,
+            "loss": float(once()),
+            "identical": self.identical(cell[0]["params"]) if compressor else None,
+            "compile_seconds": compile_seconds,
+            "parameters": sum(x.size for x in jax.tree.leaves(shapes)),
+            "device": jax.local_devices()[0].device_kind,
+            "jax": jax.__version__,
+        }
+        if compressor is None:
+            return found | {
+                "dcn_link": self.link("dcn"),
+                "fsdp_link": self.link("fsdp"),
+            }
+        plan = efopt.wire.plan(
+            compressor,
+            shapes,
+            exchange=exchange,
+            platform="cpu" if settings["cpu"] else "gpu",
+            mesh=dict(mesh.shape),
+            axis_name="dcn",
+            params_specs=specs,
+            links={"dcn": efopt.wire.Link(*settings["dcn_link"])},
+        )
+        return found | {
+            "dcn_planned": plan.bytes_per_device,
+            "exchange_seconds": plan.step_seconds,
+        }
+
+    def identical(self, params):
+        """Whether both halves hold the same parameters, bit for bit."""
+        import jax
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        digest = hashlib.sha256()
+        for x in jax.tree.leaves(params):
+            digest.update(np.asarray(x.addressable_data(0)).tobytes())
+        mine = np.frombuffer(digest.digest(), np.uint32)
+        everyone = multihost_utils.process_allgather(mine)
+        first, second = np.split(np.asarray(everyone), 2)
+        return bool(np.array_equal(first, second))
+
+
+def counted():
+    """Bytes that the loopback interface has sent, or None where nothing counts them."""
+    return int(COUNTER.read_text()) if COUNTER.exists() else None
+
+
+def sharded(x, m):
+    """The longest axis of a parameter over "fsdp", if it divides."""
+    import jax
+
+    longest = max(range(x.ndim), key=lambda i: x.shape[i])
+    if m == 1 or x.ndim < 2 or x.shape[longest] % m:
+        return jax.P()
+    return jax.P(*("fsdp" if i == longest else None for i in range(x.ndim)))
+
+
+def transformer(settings, mesh):
+    """A decoder of blocks with pre-normalisation; the embedding is also the output.
+
+    Activations say that they are split by sequences: left to itself, the compiler cuts
+    some of them like the parameters and sends them from half to half.
+    """
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    width, heads = settings["width"], settings["heads"]
+    half = jnp.bfloat16
+    by_sequence = jax.NamedSharding(mesh, jax.P("fsdp"))
+    whole = jax.NamedSharding(mesh, jax.P())
+    split = lambda x: jax.lax.with_sharding_constraint(x, by_sequence)  # noqa: E731
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dense = lambda n, name: nn.Dense(n, use_bias=False, dtype=half, name=name)  # noqa: E731
+            h = nn.RMSNorm(dtype=half)(x)
+            qkv = split(dense(3 * width, "qkv")(h))
+            qkv = qkv.reshape(*h.shape[:-1], 3, heads, width // heads)
+            q, k, v = (qkv[..., i, :, :] for i in range(3))
+            h = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            x = split(x + dense(width, "out")(split(h.reshape(x.shape))))
+            h = nn.RMSNorm(dtype=half)(x)
+            h = split(nn.gelu(dense(4 * width, "up")(h)))
+            return split(x + dense(width, "down")(h))
+
+    class Decoder(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            init = nn.initializers.normal(0.02)
+            embed = self.param("embed", init, (settings["vocabulary"], width))
+            place = self.param("place", init, (settings["length"], width))
+            embed = jax.lax.with_sharding_constraint(embed.astype(half), whole)
+            x = split(embed[split(tokens)] + place.astype(half))
+            for _ in range(settings["layers"]):
+                x = Block()(x)
+            return split(nn.RMSNorm(dtype=half)(x) @ embed.T)
+
+    return Decoder()
+
+
+def transformation(method):
+    """A method's transformation, and the compressor and exchange of its plan."""
+    import jax.numpy as jnp
+    import optax
+
+    import efopt
+
+    own = efopt.per_worker(optax.trace(MOMENTUM), axis_name="dcn")
+    if method == "no exchange":
+        return own, None, None
+    if method.startswith("dense"):
+        wide = efopt.compressors.identity()
+        c = efopt.compressors.cast(jnp.bfloat16) if method == "dense bf16" else wide
+        mean = efopt.compress(c, axis_name="dcn")
+        return optax.chain(mean, optax.sgd(RATE, momentum=MOMENTUM)), c, None
+    c, exchange = {
+        "sign all_gather": (efopt.scaled_sign(1024), "all_gather"),
+        "sign two_phase": (efopt.scaled_sign(1024), "two_phase"),
+        "int8 two_phase": (efopt.quantize(8), "two_phase"),
+        "top_k 1 %": (efopt.top_k(fraction=0.01, block_size=1024), None),
+        "random_block 1 %": (efopt.random_block(fraction=0.01), None),
+        "power_sgd 4": (efopt.power_sgd(4), None),
+    }[method]
+    feedback = efopt.error_feedback(c, axis_name="dcn", exchange=exchange)
+    return optax.chain(own, feedback, optax.sgd(RATE)), c, exchange
+
+
+def main():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--gpus", type=int, default=4, help="an even number, default: 4")
+    add("--cpu", action="store_true", help="processes of one CPU device each")
+    add("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    add("--layers", type=int, default=6)
+    add("--width", type=int, default=2048)
+    add("--heads", type=int, default=16)
+    add("--vocabulary", type=int, default=32768)
+    add("--length", type=int, default=512, help="of a sequence, default: 512")
+    add("--batch", type=int, default=4, help="sequences of a device, default: 4")
+    add("--steps", type=int, default=10, help="that are timed, default: 10")
+    add("--limit", type=int, default=150, help="seconds for a method, default: 150")
+    add("--output", type=Path, default=Path("gpu_hybrid.json"))
+    args = parser.parse_args()
+    if args.gpus < 2 or args.gpus % 2:
+        parser.error("--gpus must be even")
+    if min(args.layers, args.heads, args.length, args.batch, args.steps) < 1:
+        parser.error("numbers must be at least 1")
+    if args.width % args.heads:
+        parser.error("--heads must divide --width")
+
+    # First what plans are made of, then what others are compared with.
+    names = [m for m in METHODS if m in args.methods]
+    args.dcn_link = (1e9, 0.0)
+    command = shlex.join(["python", SCRIPT, *sys.argv[1:]])
+    run = {"command": command, "machine": None, "methods": {}}
+    run |= {k: v for k, v in vars(args).items() if isinstance(v, int)}
+    for name in names:
+        found = launch(name, args)
+        if found is None:
+            continue
+        if not run["machine"]:
+            device = found.pop("device"), found.pop("jax"), found.pop("parameters")
+            run["machine"] = f"{args.gpus} x {device[0]}, jax {device[1]}"
+            print(f"{run['machine']}; {device[2]:,} parameters")
+            run["parameters"] = device[2]
+            print(HEADS)
+        if "dcn_link" in found:
+            args.dcn_link = run["dcn_link"] = found.pop("dcn_link")
+            run["fsdp_link"] = found.pop("fsdp_link")
+        run["methods"][name] = found
+        print(row(name, found, run["methods"]), flush=True)
+        args.output.write_text(json.dumps({"runs": [run]}, indent=2))
+    if not run["methods"]:
+        sys.exit("gpu_hybrid.py: nothing could be measured")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--process"]:
+        print(json.dumps(Process(int(sys.argv[2]), json.loads(sys.argv[3])).train()))
+    else:
+        main()
