@@ -29,7 +29,7 @@ def value_and_grad(
     slices, or hosts, with parameters sharded in any way behind each. Every worker takes
     its part of the batch; what comes out is the mean loss and the workers' gradients,
     stacked and marked, for the ``update`` of a transformation with the same
-    ``axis_name``. Nothing crosses that axis but the loss::
+    ``axis_name``. Nothing of efopt's crosses that axis but the loss::
 
       @jax.jit
       def step(state, batch):
@@ -40,6 +40,11 @@ def value_and_grad(
         return {"params": params, "opt": opt}, loss
 
     Place the state with ``efopt.distribute(state, mesh, params_specs)`` before.
+
+    Where a model leaves the layout of its activations to the compiler, above all behind an
+    embedding that is sharded by its vocabulary, that may move them over any axis, this one
+    too. Constrain them (``jax.lax.with_sharding_constraint``), and hold the step to it with
+    ``efopt.wire.check(step, ..., axis=..., at_most=...)``.
 
     Args:
       fun: A scalar function, or one that returns a scalar and something else if
