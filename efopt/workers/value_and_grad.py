@@ -41,10 +41,10 @@ def value_and_grad(
 
     Place the state with ``efopt.distribute(state, mesh, params_specs)`` before.
 
-    Where a model leaves the layout of its activations to the compiler, above all behind an
-    embedding that is sharded by its vocabulary, that may move them over any axis, this one
-    too. Constrain them (``jax.lax.with_sharding_constraint``), and hold the step to it with
-    ``efopt.wire.check(step, ..., axis=..., at_most=...)``.
+    Where a model leaves the layout of its activations to the compiler, above all behind
+    an embedding that is sharded by its vocabulary, that may move them over any axis,
+    this one too. Constrain them (``jax.lax.with_sharding_constraint``), and hold the
+    step to it with ``efopt.wire.check(step, ..., axis=..., at_most=...)``.
 
     Args:
       fun: A scalar function, or one that returns a scalar and something else if
