@@ -172,6 +172,11 @@ LEAST_SQUARES = {
     "ef, sign(0) = 0": by_hand(feedback=True, sign=jnp.sign),
     "scaled, sign(0) = coin": scaled_sign(10.0),
     "ef, sign(0) = coin": efopt.ef_signsgd(10.0),
+    "signum, sign(0) = +1": optax.chain(
+        optax.ema(0.1, debias=False),
+        efopt.compress(efopt.sign(zero="positive")),
+        optax.scale(-0.05),
+    ),
     "signum, sign(0) = coin": efopt.optimizers.signum(0.05, beta=0.1),
 }
 
@@ -202,7 +207,7 @@ def test_least_squares_only_what_stays_in_the_span_generalises():
     assert np.all(np.abs(distance["scaled, sign(0) = +1"] - 9) < 0.6)
     # Coins take each other back: no further away than with three values.
     assert np.all(np.abs(distance["scaled, sign(0) = coin"] - 4.1) < 0.2)
-    # Above 1 where zeros count as +1, and every coordinate moves one way.
+    assert test_loss["signum, sign(0) = +1"].min() > 1
     assert test_loss["signum, sign(0) = coin"].min() > 0.5
 
 
