@@ -602,6 +602,7 @@ OPTIMIZERS = (
         own=True,
         owes=True,
         rate=0.1,
+        steps=1200,
         slow=True,
     ),
     Scheme(

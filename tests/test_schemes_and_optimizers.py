@@ -380,14 +380,17 @@ def bits(values):
 
 @each([r for r in over_workers], by_default=lambda row: row.kind)
 def test_workers_agree_and_differ_however_they_are_mapped(row):
-    """To the bit between meshes and pmap; sums run in another order under vmap."""
+    """Schemes to the bit between meshes and pmap; sums run in another order under vmap.
+
+    What an optimizer adds to its exchange is fused differently by every program.
+    """
     (reference, state), atol = history(row, "auto"), 1e-6 if row.exact else 3e-5
     for updates in reference:
         for u in jax.tree.leaves(updates):
             assert len({x.tobytes() for x in u}) == (1 if row.averages else WORKERS)
     for how in ("explicit", "pmap", "vmap"):
         updates, last = history(row, how)
-        if how == "vmap":
+        if how == "vmap" or row in OPTIMIZERS:
             chex.assert_trees_all_close(updates, reference, rtol=0, atol=atol)
             continue
         chex.assert_trees_all_equal(updates, reference)
@@ -408,10 +411,14 @@ def test_workers_agree_and_differ_however_they_are_mapped(row):
 def test_along_a_second_axis_every_device_has_the_same_updates(row):
     """Each sends a piece there, which is compressed as a leaf of its own.
 
-    Where nothing is lost, the pieces are the leaf: to the bit that of a flat axis.
+    Where nothing is lost, the pieces are the leaf: to the bit that of a flat axis, but
+    for the arithmetic that an optimizer adds.
     """
     names = {"compressor", "shift_compressor"} & row.parameters
-    changes = {name: efopt.compressors.identity() for name in names}
+    lossless = efopt.compressors.identity()
+    if "exchange" not in row.parameters:  # which may be one that asks for blocks
+        lossless = efopt.top_k(fraction=1.0, block_size=16)
+    changes = dict.fromkeys(names, lossless)
     if row.options(AXIS).get("exchange") == "two_phase":
         changes["exchange"] = None
     for given in ({}, changes) if changes else ({},):
@@ -421,7 +428,10 @@ def test_along_a_second_axis_every_device_has_the_same_updates(row):
     if changes:
         reference, _ = history(row, "auto", **changes)
         one = lambda tree: jax.tree.map(lambda u: u[:WORKERS], tree)  # noqa: E731
-        chex.assert_trees_all_equal(one(updates), reference)
+        if row in OPTIMIZERS:
+            chex.assert_trees_all_close(one(updates), reference, rtol=0, atol=1e-6)
+        else:
+            chex.assert_trees_all_equal(one(updates), reference)
 
 
 @each([r for r in over_workers if r.factory is efopt.error_feedback])

@@ -221,4 +221,5 @@ def _runs(members, block_size, alone):
 
 
 def _concatenate(*parts: jax.Array) -> jax.Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    # A state that was restored may hold NumPy arrays.
+    return jnp.asarray(parts[0]) if len(parts) == 1 else jnp.concatenate(parts)
