@@ -1,5 +1,6 @@
 """Error feedback: what compression loses in one step is added to the next."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from efopt.exchanges.home import require_fresh
 from efopt.exchanges.link import open_link
 from efopt.feedback.rates import hold, rates
 from efopt.feedback.residual import open_residual
+from efopt.feedback.rewritten import rewritten
 from efopt.ground.checks import keyword_only
 from efopt.workers.axes import AxisName
 from efopt.workers.node import PerWorker
@@ -61,15 +63,29 @@ class ContractiveErrorFeedbackState(NamedTuple):
         residual = self.residual
         if home.inner:
             require_fresh(home.link.api, residual)
-            made = home.treedef.flatten_up_to(residual.remake(home.shards()))
-            axes = home.link.axes
-            residual = home.treedef.unflatten(
-                [
-                    PerWorker.wrap(payload, axes, None, home.axes_of(i))
-                    for i, payload in enumerate(made)
-                ]
-            )
+            store, axes = residual.store, home.link.axes
+            made = home.treedef.flatten_up_to(store.init(home.shards()))
+            marked = [
+                PerWorker.wrap(payload, axes, None, home.axes_of(i), rule="stored")
+                for i, payload in enumerate(made)
+            ]
+            marked = [dataclasses.replace(x, store=store) for x in marked]
+            residual = home.treedef.unflatten(marked)
         return self._replace(residual=residual, link=link)
+
+    def rewritten(
+        self, sizes: tuple[int, ...]
+    ) -> tuple["ContractiveErrorFeedbackState", Any]:
+        """The state, on the host, with the residual of other workers.
+
+        Args:
+          sizes: How many, along each of their axes.
+
+        Returns:
+          The state, and what is lost: see :func:`efopt.feedback.rewritten.rewritten`.
+        """
+        residual, lost = rewritten(self.residual, self.link.home, self.count, sizes)
+        return self._replace(residual=residual), lost
 
 
 @keyword_only

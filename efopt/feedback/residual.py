@@ -31,7 +31,7 @@ class ExactResidual:
 
     def marked(self, link: Link, params: Any) -> Any:
         """A residual of zero, marked as the worker's own."""
-        return link.wrap(self.init(params))
+        return link.wrap(self.init(params), rule="mean")
 
     def receive(self, link: Link, updates: Any, residual: Any) -> Any:
         """Updates on their way in, or an error if ``residual`` is not theirs."""

@@ -57,7 +57,8 @@ def ef21(
     def init_fn(params):
         zeros = link.zeros(params)
         count = jnp.zeros([], jnp.int32)
-        return EF21State(count, link.wrap(zeros), zeros, link.init(params))
+        own = link.wrap(zeros, rule="mean")
+        return EF21State(count, own, zeros, link.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -70,7 +71,8 @@ def ef21(
         own = optax.tree.sub(optax.tree.add(own, change), got.lost)
         mean = optax.tree.add(state.mean, got.mean)
         count = optax.safe_increment(state.count)
-        new = EF21State(count, link.wrap(own), mean, got.state)
+        own = link.wrap(own, state.own)
+        new = EF21State(count, own, mean, got.state)
         return jax.tree.map(lambda m, g: m.astype(g.dtype), mean, grads), new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -286,7 +286,15 @@ def test_imports_run_down_as_the_picture_shows(path):
 
 def test_what_most_programs_need_stands_in_front():
     shelves = [n for n in efopt.__all__ if inspect.ismodule(getattr(efopt, n))]
-    rooms = {"compressors", "convex", "exchanges", "feedback", "optimizers", "wire"}
+    rooms = {
+        "checkpoints",
+        "compressors",
+        "convex",
+        "exchanges",
+        "feedback",
+        "optimizers",
+        "wire",
+    }
     assert set(shelves) == rooms | {"memory"}
     assert len(efopt.__all__) - len(shelves) <= 27
 
