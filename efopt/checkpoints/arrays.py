@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
@@ -33,12 +34,13 @@ def by_columns(x: Any, change: Callable[[np.ndarray], np.ndarray], lead: int) ->
         raise ValueError(
             "has no values: `resize` takes arrays, `efopt.checkpoints.target` structs"
         )
-    if jax.dtypes.issubdtype(getattr(x, "dtype", np.dtype(int)), jax.dtypes.prng_key):
+    if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
         data = by_columns(jax.random.key_data(x), change, lead)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return change(np.asarray(x))
-    sharding = columns(x.shape, getattr(x.sharding, "spec", P()), x.sharding.mesh, lead)
+    assert isinstance(x.sharding, NamedSharding)  # a global array on a mesh
+    sharding = columns(x.shape, x.sharding.spec, x.sharding.mesh, lead)
     x = jax.device_put(x, sharding)
     parts = [
         jax.device_put(change(np.asarray(shard.data)), shard.device)

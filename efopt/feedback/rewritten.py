@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from efopt.codecs.blocks import Turn
@@ -101,7 +102,7 @@ def _rewritten(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _read(b: Bucket, payload: Any) -> jax.Array:
-    turn = Turn(np.uint32(0), np.uint32(0))
+    turn = Turn(jnp.uint32(0), jnp.uint32(0))
     return b.codec.decode(payload, b.blocks(), still(turn)).reshape(b.shape)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from efopt.ground.checks import keyword_only
 from efopt.workers.axes import Axes, AxisName
@@ -97,6 +98,11 @@ def per_worker(
         state.require_whole(f"`per_worker(axis_name={axis_name!r})`")
         leaves = jax.tree.leaves((updates, state))
         workers = jnp.arange(leaves[0].shape[0] if leaves else 1)
+        mesh = jax.typeof(leaves[0]).sharding.mesh if leaves else None
+        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+            # Laid out as what they go with: types carry shardings here.
+            along = NamedSharding(mesh, PartitionSpec(axes.key))
+            workers = jax.reshard(workers, along)
         over_workers = jax.vmap(
             lambda updates, own, index: one(updates, own, index, params, extra_args),
             spmd_axis_name=axes.key,
