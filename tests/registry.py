@@ -278,6 +278,27 @@ COMPRESSORS = (
     ),
     _power_sgd("power_sgd", kind=True, rank=1),
     _power_sgd("power_sgd_cold", slow=True, rank=2, warm_start=False),
+    Row(
+        "arc_top_k",
+        efopt.compressors.arc_top_k,
+        {"fraction": 0.3, "rank": 2},
+        ("all_reduce", "all_gather"),
+        static_args=("fraction", "k", "rank", "width", "seed"),
+        random=True,
+        one_message=False,
+        largest=1e37,
+    ),
+    Row(
+        "arc_top_k_rows",
+        efopt.compressors.arc_top_k,
+        {"k": 2, "rank": 1, "width": 9},
+        ("all_reduce", "all_gather"),
+        static_args=("fraction", "k", "rank", "width", "seed"),
+        random=True,
+        one_message=False,
+        largest=1e37,
+        slow=True,
+    ),
     _composed(
         "top_k_of_8_bits", efopt.top_k(fraction=0.2), efopt.quantize(8), kind=True
     ),

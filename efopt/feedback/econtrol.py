@@ -12,7 +12,7 @@ from efopt.exchanges.link import open_link
 from efopt.feedback.estimate import Estimate, tell
 from efopt.feedback.rates import hold, rates
 from efopt.feedback.residual import open_residual, placed
-from efopt.ground import bits, checks
+from efopt.ground import checks
 from efopt.ground.dtypes import wide, wide_zeros
 from efopt.workers import node
 from efopt.workers.axes import AxisName

@@ -77,10 +77,12 @@ def tell(
         # 2106.05203 Algorithm 2: c_i = C(g_i - h_i), h_i <- h_i + c_i, h <- h + mean c
         change = sub(say, estimate.own) if kept else say
         got = link.average(change, state, count, like=like, wide=True)
+        # What is empty varies over no axis, where what is said does.
+        lost = jax.tree.map(lambda x, s: x if x.size else s, got.lost, say)
         if not kept:
-            return got.mean, estimate, got.lost, got.state
+            return got.mean, estimate, lost, got.state
         mean = add(estimate.mean, got.mean)
-        return mean, keep(sub(say, got.lost), mean), got.lost, got.state
+        return mean, keep(sub(say, lost), mean), lost, got.state
 
     def dense(say: Any, estimate: Estimate, state: Any) -> Any:
         mean = say if link.axes is None else mean_in_range(say, link.axes)

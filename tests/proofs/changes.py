@@ -1,7 +1,8 @@
 """A scheme written by a third party: one file on public names, one row in SCHEMES.
 
-It is `efopt.feedback.ef21` at its shortest, and must agree with it. Instead of what was lost, each worker keeps an estimate of its own gradient, and sends,
-compressed, the step from there to the gradient of today.
+It is `efopt.feedback.ef21` at its shortest, and must agree with it. Instead of what was
+lost, each worker keeps an estimate of its own gradient, and sends, compressed, the step
+from there to the gradient of today.
 """
 
 from typing import Any, NamedTuple
