@@ -174,11 +174,11 @@ def arc_top_k(
     is sent whole, in the first round.
     Cost: ``32 * rank * rows + bits(dtype) * k * width`` bits per leaf of ``rows *
     width`` coordinates, in two all-reduces for the whole tree.
-    Properties: biased; linear; a contraction of the mean: of ``x = mean G_i``, in expectation
-    over random sketches, at least ``delta(shape)`` is kept. That is less than the share
-    ``k / rows`` that the largest rows hold: a sketch of few columns mistakes rows for
-    one another, and rows that point one way are mistaken together. With one worker a
-    contraction as well; of one among several, none.
+    Properties: biased; linear; a contraction of the mean: of ``x = mean G_i``, in
+    expectation over random sketches, at least ``delta(shape)`` is kept. That is less
+    than the share ``k / rows`` which the largest rows hold: a sketch of few columns
+    mistakes rows for one another, and rows that point one way are mistaken together.
+    With one worker a contraction as well; of one among several, none.
     Placement: stateless; the step counter of the transformation draws the sketch.
 
     Args:
