@@ -412,6 +412,7 @@ class Scheme:
       alone: Whether there is a form for a single worker, without an axis.
       over_workers: Whether there is a form for several.
       functions: Whether it takes the gradients as functions, `grad_fn=...`.
+      moves: By which step parameters have moved.
       rate: The learning rate at which it converges, for one that has a rate.
       steps: In how many steps it does.
       kind: Whether it stands for a way to treat state, where one of each is enough.
@@ -428,6 +429,7 @@ class Scheme:
     alone: bool = True
     over_workers: bool = True
     functions: bool = False
+    moves: int = 1
     rate: Any = 0.3
     steps: int = 800
     kind: bool = False
@@ -576,6 +578,19 @@ SCHEMES = (
         own=True,
         owes=True,
         alone=False,
+    ),
+    Scheme(
+        "local_steps",
+        efopt.local_steps,
+        lambda axis: {
+            "inner": optax.sgd(0.1, momentum=0.5),
+            "outer": optax.chain(
+                efopt.error_feedback(TOP, axis_name=axis), optax.sgd(1.0)
+            ),
+            "every": 2,
+        },
+        own=True,
+        owes=True,
     ),
 )
 
