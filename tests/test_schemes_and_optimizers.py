@@ -499,7 +499,9 @@ def test_update_outside_the_mapped_function_is_refused(row, where):
 def test_gradients_already_summed_over_workers_are_refused_and_local_ones_not(row):
     tx, mesh, carry = placed(row)
     with pytest.raises(ValueError, match="already equal on all workers") as seen:
-        jax.eval_shape(on_mesh(row, tx, mesh, carry, local=lambda p, s: p), carry, OPTIMA)
+        jax.eval_shape(
+            on_mesh(row, tx, mesh, carry, local=lambda p, s: p), carry, OPTIMA
+        )
     assert f"`efopt.local_params(params, {AXIS!r})`" in str(seen.value)
     # The cure that the message names.
     jax.eval_shape(on_mesh(row, tx, mesh, carry), carry, OPTIMA)

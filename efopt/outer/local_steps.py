@@ -9,10 +9,11 @@ import optax
 from jax import lax
 from jax.tree_util import keystr
 
+from efopt.codecs.states import is_placeholder
 from efopt.exchanges.home import Home
 from efopt.ground import bits, checks
-from efopt.outer.fragments import Fragments, Labels, read
 from efopt.workers.axes import Axes, AxisName, vary, varying
+from efopt.workers.fragments import Fragments, Labels, read
 from efopt.workers.local import require_common, walk
 from efopt.workers.node import PerWorker, is_node, laid_out
 from efopt.workers.per_worker import per_worker, spmd_name
@@ -170,12 +171,10 @@ def local_steps(
                 "`optax.chain(efopt.compress(efopt.compressors.identity(), "
                 f"axis_name=...), efopt.{api}(...))`."
             )
-        return LocalStepsState(
-            jnp.zeros([], jnp.int32), local, meeting.init(params)
-        )
+        return LocalStepsState(jnp.zeros([], jnp.int32), local, meeting.init(params))
 
     def update_fn(
-        updates: Any, state: LocalStepsState, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         meeting.check(updates, state, params)
         now = optax.safe_increment(state.count)
@@ -214,11 +213,12 @@ class _Meeting:
 
     def init(self, params: Any) -> Any:
         """The state of the outer transformation, or of one for each fragment."""
-        labels = self.parts.labels(params)
-        states = [
-            self.outer.init(self.parts.part(labels, params, j))
-            for j in range(labels.number)
-        ]
+        if is_placeholder(params):  # of which every fragment is one
+            some = [params] * self.parts.number()
+        else:
+            labels = self.parts.labels(params)
+            some = [self.parts.part(labels, params, j) for j in range(labels.number)]
+        states = [self.outer.init(x) for x in some]
         met = {path for state in states for path in self._exchanged(state)}
         for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]:
             if self.axes is not None and keystr(path) not in met:
@@ -243,7 +243,7 @@ class _Meeting:
         ]
         return Labels(tuple(of), len(met), treedef)
 
-    def check(self, updates: Any, state: LocalStepsState, params: Any) -> None:
+    def check(self, updates: Any, state: Any, params: Any) -> None:
         """Raises if a step cannot be taken with what it was given."""
         if params is None:
             raise ValueError(
@@ -290,10 +290,12 @@ class _Meeting:
     def _branches(self, params: Any, stacked: bool) -> tuple[Any, Any]:
         """What is done of some leaves where they meet, and where they do not."""
 
-        def take(drift, outer):
+        def take(drift: Any, outer: Any) -> Any:
             # 2311.08105 Algorithm 1, lines 12 and 14, and the start of a new round
-            minus = jax.tree.map(lambda d, p: self._minus(d, p, stacked), drift, params)
-            if stacked:
+            minus: Any = jax.tree.map(
+                lambda d, p: self._minus(d, p, stacked), drift, params
+            )
+            if stacked and self.axes is not None:
                 minus = PerWorker(minus, self.axes.key)
             out, outer = self.outer.update(minus, outer, params)
             for path, u in jax.tree_util.tree_flatten_with_path(out)[0]:

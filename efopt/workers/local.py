@@ -38,7 +38,7 @@ def walk(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
         return LocalState(wide_zeros(params), inner.init(params))
 
     def update_fn(
-        updates: Any, state: LocalState, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         own = moved(params, state.drift)
         updates, inner_state = inner.update(updates, state.inner, own, **extra_args)

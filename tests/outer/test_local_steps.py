@@ -4,7 +4,6 @@ import functools
 
 import flax.serialization
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -225,6 +224,15 @@ def test_after_a_meeting_every_device_has_the_same_bits():
     common = carry[0], carry[1].count, carry[1].outer[1:]
     for x in jax.tree.leaves(common):
         assert len({c.tobytes() for c in copies(x)}) == 1
+
+
+def test_a_worker_keeps_its_drift_its_optimizer_and_what_it_owes():
+    """Beside the common parameters; nothing else that grows with them."""
+    report = efopt.memory_report(SIGN, PARAMS)
+    whole = sum(x.nbytes for x in PARAMS.values())
+    adam, few = 2 * whole, 64  # and some counters
+    assert whole + adam + whole <= report.per_worker_bytes <= 4 * whole + few
+    assert report.replicated_bytes <= few
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.5])

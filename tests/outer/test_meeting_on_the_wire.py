@@ -1,5 +1,7 @@
 """What crosses the axis of the workers, in the compiled program: meetings alone."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -9,6 +11,7 @@ from workers_under_test import FAST, make_mesh, slow
 
 import efopt
 from efopt import wire
+from efopt.hlo.program import Program, names
 
 AXIS = "data"
 PARAMS = {"b": np.ones(40, np.float32), "w": np.ones((64, 33), np.float32)}
@@ -57,21 +60,67 @@ def compiled(tx, how):
     return step.lower(carry, x).compile()
 
 
-def in_branches(report):
-    """Whether each collective over the axis stands in a branch; no bytes elsewhere."""
-    return [c.executions is None for c in report.over(AXIS).collectives]
+@functools.cache
+def program(how, **options):
+    return compiled(tx(**options), how)
 
 
-@pytest.mark.parametrize(
-    "how, options",
-    [
-        ("auto", {}),
-        slow("explicit", {}),
-        slow("auto", {"fragments": 2, "delay": 1, "alpha": 0.5}),
-        ("global", {"fragments": 2}),
-    ],
-)
+CASES = [
+    ("auto", {}),
+    slow("explicit", {}),
+    ("auto", {"fragments": 2, "delay": 1, "alpha": 0.5}),
+    ("global", {"fragments": 2}),
+]
+
+
+@pytest.mark.parametrize("how, options", CASES)
 def test_nothing_crosses_the_axis_but_in_the_branch_of_a_meeting(how, options):
-    report = wire.measure(compiled(tx(**options), how))
-    found = [c for c in report.over(AXIS).collectives if c.operand_bytes > 8]
-    assert found and all(c.executions is None for c in found)
+    report = wire.measure(program(how, **options))
+    found = report.over(AXIS).collectives
+    assert found and all(c.executions is None for c in found), report
+
+
+def test_a_meeting_sends_what_is_planned():
+    report = wire.measure(program("auto"))
+    planned = wire.plan(COMPRESSOR, PARAMS, num_workers=8, every=4)
+    sent = sum(c.operand_bytes for c in report.collectives)
+    assert sent == planned.operand_bytes
+    assert planned.rounds.bytes_per_step == planned.bytes_sent_per_worker / 4
+
+
+def test_fragments_send_what_is_planned():
+    report = wire.measure(program("auto", fragments=2, delay=1, alpha=0.5))
+    planned = wire.plan(COMPRESSOR, PARAMS, num_workers=8, every=4, fragments=2)
+    sent = sorted(c.operand_bytes for c in report.collectives)
+    meetings = [r.operand_bytes for r in planned.rounds.meetings]
+    assert sent == sorted(meetings) and len(sent) == 2
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_delayed_meeting_does_not_wait_for_the_gradients_of_its_step(delay):
+    """What the branches are given, traced back to the arguments of the program."""
+    options = {"fragments": 2, "delay": 1, "alpha": 0.5} if delay else {}
+    entry, reached = ancestors(program("auto", **options).as_text())
+    (batch,) = [n for n, x in entry.items() if is_batch(x)]
+    assert (batch in reached) == (delay == 0)
+
+
+def is_batch(instruction):
+    shape = instruction["type"].partition("{")[0]
+    return instruction["opcode"] == "parameter" and shape == "f32[2,64]"
+
+
+def ancestors(text):
+    """The entry of a program, and all that its conditionals with meetings depend on."""
+    found = Program.parse(text)
+    (main,) = [name for name in found.bodies if name and name not in found.callers]
+    entry = found.bodies[main]
+    queue = [n for n, x in entry.items() if x["opcode"] == "conditional"]
+    assert queue
+    reached = set()
+    while queue:
+        name = queue.pop()
+        if name in entry and name not in reached:
+            reached.add(name)
+            queue += names(entry[name]["operands"])
+    return entry, reached

@@ -68,6 +68,17 @@ class Fragments:
         self._check_number(len(order))
         return Labels(tuple(map(order.index, found)), len(order), treedef)
 
+    def number(self) -> int:
+        """How many fragments there are, where that is known without parameters."""
+        if callable(self.given):
+            raise ValueError(
+                f"`{self.api}(fragments=...)` is a function of the parameters here, "
+                "and there are none: give it the labels themselves."
+            )
+        if self.given is None or isinstance(self.given, int):
+            return self.given or 1
+        return len(set(jax.tree.leaves(self.given)))
+
     def part(self, labels: Labels, tree: Any, j: int) -> Any:
         """A tree like the parameters, without the leaves of other fragments."""
         if labels.number == 1:
@@ -85,9 +96,7 @@ class Fragments:
         if labels.number == 1:
             return trees[0]
         parts = [labels.treedef.flatten_up_to(tree) for tree in trees]
-        return labels.treedef.unflatten(
-            [parts[j][i] for i, j in enumerate(labels.of)]
-        )
+        return labels.treedef.unflatten([parts[j][i] for i, j in enumerate(labels.of)])
 
     def due(self, steps: Any, j: int, number: int) -> jax.Array:
         """Whether a fragment meets at the end of a step, the first of which is 1."""
