@@ -592,6 +592,13 @@ SCHEMES = (
         own=True,
         owes=True,
     ),
+    Scheme(
+        "skip_not_finite",
+        efopt.watch.skip_not_finite,
+        lambda axis: {"inner": efopt.error_feedback(TOP, axis_name=axis)},
+        own=True,
+        owes=True,
+    ),
 )
 
 OPTIMIZERS = (
