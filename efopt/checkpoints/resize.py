@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from efopt.checkpoints.arrays import by_columns, on_host
+from efopt.feedback.rewritten import rewritten
 from efopt.ground.checks import keyword_only
 from efopt.workers import moves
 from efopt.workers.axes import Axes
@@ -109,15 +110,12 @@ def resize(
         rest = jax.tree_util.tree_map_with_path(
             lambda p, y: one((*path, *p), y), x._replace(residual=()), is_leaf=is_node
         )
-        residual, lost = x.residual, None
-        nodes = [y for y in jax.tree.leaves(residual, is_leaf=is_node) if is_node(y)]
-        if nodes:
-            sizes = sizes_of(f"{where}.residual", nodes[0].axis_name)
-            for node in nodes:
-                node.require_whole("`resize`")
-            host = x._replace(residual=jax.tree.map(on_host, residual))
-            found, lost = host.rewritten(sizes)
-            residual = found.residual
+        nodes = jax.tree.leaves(x.residual, is_leaf=is_node)
+        sizes = sizes_of(f"{where}.residual", nodes[0].axis_name)
+        for node in nodes:
+            node.require_whole("`resize`")
+        residual = jax.tree.map(on_host, x.residual)
+        residual, lost = rewritten(residual, x.link.home, on_host(x.count), sizes)
         if lost is not None:
             losses.append((x, lost))
         return rest._replace(residual=residual)
@@ -139,7 +137,11 @@ def resize(
 
 
 def _is_stored(x: Any) -> bool:
-    return hasattr(x, "rewritten")
+    """Whether it is the state of a feedback whose residual is stored by a codec."""
+    if is_node(x) or not {"count", "residual", "link"} <= {*getattr(x, "_fields", ())}:
+        return False
+    nodes = jax.tree.leaves(x.residual, is_leaf=is_node)
+    return any(is_node(node) and node.rule == "stored" for node in nodes)
 
 
 def _moved(where: str, node: PerWorker, sizes: tuple[int, ...]) -> PerWorker:

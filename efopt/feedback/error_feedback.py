@@ -1,6 +1,5 @@
 """Error feedback: what compression loses in one step is added to the next."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -9,14 +8,11 @@ import optax
 
 from efopt.codecs.compressor import Compressor
 from efopt.exchanges.exchange import Exchange
-from efopt.exchanges.home import require_fresh
 from efopt.exchanges.link import open_link
 from efopt.feedback.rates import hold, rates
-from efopt.feedback.residual import open_residual
-from efopt.feedback.rewritten import rewritten
+from efopt.feedback.residual import open_residual, placed
 from efopt.ground.checks import keyword_only
 from efopt.workers.axes import AxisName
-from efopt.workers.node import PerWorker
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -56,36 +52,7 @@ class ContractiveErrorFeedbackState(NamedTuple):
 
     def placed(self, mesh: Any, spec_of: Any) -> "ContractiveErrorFeedbackState":
         """The state laid out for a mesh: payloads are those of shards, made anew."""
-        link = self.link.placed(mesh, spec_of)
-        if self.link.home == () or self.link.home.specs is not None:
-            return self._replace(link=link)
-        home = link.home
-        residual = self.residual
-        if home.inner:
-            require_fresh(home.link.api, residual)
-            store, axes = residual.store, home.link.axes
-            made = home.treedef.flatten_up_to(store.init(home.shards()))
-            marked = [
-                PerWorker.wrap(payload, axes, None, home.axes_of(i), rule="stored")
-                for i, payload in enumerate(made)
-            ]
-            marked = [dataclasses.replace(x, store=store) for x in marked]
-            residual = home.treedef.unflatten(marked)
-        return self._replace(residual=residual, link=link)
-
-    def rewritten(
-        self, sizes: tuple[int, ...]
-    ) -> tuple["ContractiveErrorFeedbackState", Any]:
-        """The state, on the host, with the residual of other workers.
-
-        Args:
-          sizes: How many, along each of their axes.
-
-        Returns:
-          The state, and what is lost: see :func:`efopt.feedback.rewritten.rewritten`.
-        """
-        residual, lost = rewritten(self.residual, self.link.home, self.count, sizes)
-        return self._replace(residual=residual), lost
+        return placed(self, mesh, spec_of)
 
 
 @keyword_only
