@@ -11,6 +11,8 @@ from efopt.ground.checks import keyword_only
 from efopt.workers.axes import Axes, AxisName
 from efopt.workers.node import PerWorker, is_node
 
+WORKER = "efopt_worker"  # the axis of workers in a plain jitted step
+
 
 @keyword_only
 def per_worker(
@@ -94,13 +96,13 @@ def per_worker(
 
     def _stacked(updates: Any, state: Any, params: Any, extra_args: Any) -> Any:
         state.require_whole(f"`per_worker(axis_name={axis_name!r})`")
-        leaves = jax.tree.leaves((updates, state))
-        workers = jnp.arange(leaves[0].shape[0] if leaves else 1)
-        over_workers = jax.vmap(
-            lambda updates, own, index: one(updates, own, index, params, extra_args),
-            spmd_axis_name=axes.key,
-        )
-        out, own = over_workers(updates.value, state.value, workers)
+
+        def each(updates: Any, own: Any) -> Any:
+            # No array of indices: on an Explicit mesh it would have to be laid out.
+            return one(updates, own, jax.lax.axis_index(WORKER), params, extra_args)
+
+        over_workers = jax.vmap(each, axis_name=WORKER, spmd_axis_name=axes.key)
+        out, own = over_workers(updates.value, state.value)
         return updates.with_value(out), state.with_value(own)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
