@@ -1,8 +1,8 @@
 """Reference entries: a table of names, then every name with its docstring.
 
 ``.. entries::`` takes public names, one a line. A reference to any other public name
-of the same thing (`efopt.compressors.top_k` for `efopt.top_k`) leads to its entry, and
-a public name without an entry is a warning.
+of the same thing (`efopt.compressors.top_k` for `efopt.top_k`) leads to its entry.
+That every public name has one is tested by tests/repository/test_public_api.py.
 """
 
 import importlib
@@ -13,11 +13,7 @@ from typing import Any
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
-from sphinx.util import logging
 
-import efopt
-
-LOG = logging.getLogger(__name__)
 # Paragraphs of a docstring that say one thing each, and are shown as such.
 PROMISES = "Shapes|Payload|Cost|Properties|Placement"
 
@@ -31,23 +27,6 @@ def resolve(name: str) -> Any:
         if not hasattr(found, part):
             importlib.import_module(".".join(parts[:i]))
         found = getattr(found, part)
-    return found
-
-
-def public() -> dict[str, Any]:
-    """Everything that `efopt` shows, at the top and on its shelves, by dotted name."""
-    found = {}
-    for name in efopt.__all__:
-        thing = getattr(efopt, name)
-        if not inspect.ismodule(thing):
-            found[f"efopt.{name}"] = thing
-            continue
-        # A shelf shows what it imports from other rooms; a file does not.
-        room = "efopt." if hasattr(thing, "__path__") else thing.__name__
-        for inner, value in vars(thing).items():
-            own = (getattr(value, "__module__", None) or "").startswith(room)
-            if own and not inner.startswith("_") and not inspect.ismodule(value):
-                found[f"{thing.__name__}.{inner}"] = value
     return found
 
 
@@ -124,18 +103,8 @@ def _link(app, node, contnode, docname, anchor):
     return link
 
 
-def check(app, env) -> None:
-    """Warns of every public name that has no entry."""
-    del app
-    entries = documented(env)
-    for name, thing in public().items():
-        if id(thing) not in entries:
-            LOG.warning("%s has no entry in docs/reference", name)
-
-
 def setup(app) -> dict[str, bool]:
     app.add_directive("entries", Entries)
     app.connect("autodoc-process-docstring", set_apart, priority=400)
     app.connect("missing-reference", other_name)
-    app.connect("env-check-consistency", check)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -102,9 +102,10 @@ def matrix() -> str:
     meshes = r"every_mesh\w*\[(\S+-(?:auto|explicit))-\S+-(\w+)\]"
     return f"""# Support matrix
 
-Made at every build of this page from the tests: a mark stands where the suite has a case
-of that name, and the suite has to pass. Rows are those of `tests/registry.py`. An empty
-field says that there is no such test, for example because the method has no form for it.
+Made at every build of this page from the tests: a mark stands where the suite has a
+case of that name, and the suite has to pass. Rows are those of `tests/registry.py`. An
+empty field says that there is no such test, for example because the method has no form
+for it.
 
 ## Compressors and exchanges
 

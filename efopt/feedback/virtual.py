@@ -54,9 +54,9 @@ def virtual_params(
       A tree like ``params``, dtypes kept.
 
     Raises:
-      ValueError: If the state holds no :class:`efopt.ErrorFeedbackState` or does not
-        fit the parameters; if a rate or the compressor is needed and missing; if
-        momentum stands behind the feedback: then SGD's iterate depends on all past
+      ValueError: If the state holds no :class:`efopt.feedback.ErrorFeedbackState` or
+        does not fit the parameters; if a rate or the compressor is needed and missing;
+        if momentum stands behind the feedback: then SGD's iterate depends on all past
         residuals, and the state does not know it.
 
     Examples:
