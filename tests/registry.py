@@ -577,6 +577,13 @@ SCHEMES = (
         owes=True,
         alone=False,
     ),
+    Scheme(
+        "skip_not_finite",
+        efopt.watch.skip_not_finite,
+        lambda axis: {"inner": efopt.error_feedback(TOP, axis_name=axis)},
+        own=True,
+        owes=True,
+    ),
 )
 
 OPTIMIZERS = (

@@ -7,6 +7,7 @@ questions about that are asked here and nowhere else.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -115,9 +116,26 @@ class Axes:
         """Casts every leaf to varying over them, where types are on."""
         return vary(tree, *self.names)
 
+    def may_differ(self, x: Any) -> bool:
+        """Whether ``x`` may differ between workers, as far as types tell."""
+        return not self.typed() or bool(varying(x) & set(self.names))
+
     def pmean(self, tree: Any) -> Any:
         """The mean over workers of every leaf."""
         return lax.pmean(tree, self.key)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """The sum over workers."""
+        return lax.psum(self.vary(x), self.key)
+
+    def sum_behind(self, x: jax.Array) -> jax.Array:
+        """The sum over all mapped axes behind each worker along which ``x`` varies.
+
+        Where types do not tell, over all that are mapped.
+        """
+        known = varying(x) if self.typed() else manual_axes()
+        names = tuple(sorted(set(known) - set(self.names)))
+        return lax.psum(x, names) if names else x
 
     def all_gather(self, x: jax.Array) -> jax.Array:
         """Every worker's ``x`` along a new first axis, typed as equal everywhere."""
@@ -160,6 +178,12 @@ def vary(tree: Any, *names: str) -> Any:
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, tree)
+
+
+def vary_alike(xs: Sequence[Any]) -> list[Any]:
+    """Arrays cast to varying over all axes over which any of them varies."""
+    names = frozenset[str]().union(*map(varying, xs))
+    return [vary(x, *sorted(names)) for x in xs]
 
 
 def zeros_like(x: Any) -> jax.Array:

@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from efopt.ground.checks import keyword_only
 from efopt.workers.axes import Axes, AxisName
 from efopt.workers.node import PerWorker, is_node
-
-WORKER = "efopt_worker"  # the axis of workers in a plain jitted step
 
 
 @keyword_only
@@ -96,13 +95,18 @@ def per_worker(
 
     def _stacked(updates: Any, state: Any, params: Any, extra_args: Any) -> Any:
         state.require_whole(f"`per_worker(axis_name={axis_name!r})`")
-
-        def each(updates: Any, own: Any) -> Any:
-            # No array of indices: on an Explicit mesh it would have to be laid out.
-            return one(updates, own, jax.lax.axis_index(WORKER), params, extra_args)
-
-        over_workers = jax.vmap(each, axis_name=WORKER, spmd_axis_name=axes.key)
-        out, own = over_workers(updates.value, state.value)
+        leaves = jax.tree.leaves((updates, state))
+        workers = jnp.arange(leaves[0].shape[0] if leaves else 1)
+        mesh = jax.typeof(leaves[0]).sharding.mesh if leaves else None
+        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+            # Laid out as what they go with: types carry shardings here.
+            along = NamedSharding(mesh, PartitionSpec(axes.key))
+            workers = jax.reshard(workers, along)
+        over_workers = jax.vmap(
+            lambda updates, own, index: one(updates, own, index, params, extra_args),
+            spmd_axis_name=axes.key,
+        )
+        out, own = over_workers(updates.value, state.value, workers)
         return updates.with_value(out), state.with_value(own)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -66,7 +66,7 @@ def factories(shelf, *also):
 
 MADE = factories(efopt.compressors)
 COMPOSED = factories(efopt.feedback) | factories(efopt.convex)
-COMPOSED |= factories(efopt.optimizers)
+COMPOSED |= factories(efopt.optimizers) | factories(efopt.watch)
 each_name = pytest.mark.parametrize("name", efopt.__all__)
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
 
@@ -325,7 +325,7 @@ def test_imports_run_down_as_the_picture_shows(path):
 def test_what_most_programs_need_stands_in_front():
     shelves = [n for n in efopt.__all__ if inspect.ismodule(getattr(efopt, n))]
     rooms = {"compressors", "convex", "exchanges", "feedback", "optimizers", "wire"}
-    assert set(shelves) == rooms | {"memory"}
+    assert set(shelves) == rooms | {"memory", "watch"}
     assert len(efopt.__all__) - len(shelves) <= 27
 
 

@@ -780,7 +780,8 @@ REFUSED = {
     ),
     "apply_if_finite": (
         lambda tx: optax.apply_if_finite(tx, 3),
-        "branches must have equal output types",
+        "`distribute` got `optax.apply_if_finite` around what meets other workers.*"
+        r"`efopt.watch.skip_not_finite\(\.\.\., axis_name=\.\.\.\)`",
     ),
     "masked": (
         lambda tx: optax.masked(tx, {"b": False, "w": True}),
@@ -793,9 +794,7 @@ REFUSED = {
 }
 INSTEAD = {
     "MultiSteps": lambda tx: efopt.accumulate(tx, every=2, axis_name=AXIS),
-    "apply_if_finite": lambda tx: optax.chain(
-        efopt.per_worker(optax.zero_nans(), axis_name=AXIS), tx
-    ),
+    "apply_if_finite": lambda tx: efopt.watch.skip_not_finite(tx, axis_name=AXIS),
     "masked": lambda tx: optax.partition(
         {
             "ef": tx,
