@@ -53,6 +53,24 @@ SCHEMES = {
             SIGN, alpha=0.5, beta=0.9, axis_name=AXIS, exchange="two_phase"
         )
     ),
+    "ef21": lambda: chained(
+        efopt.feedback.ef21(
+            SIGN, beta=0.9, start=1, axis_name=AXIS, exchange="two_phase"
+        )
+    ),
+    "econtrol": lambda: optax.chain(
+        efopt.feedback.econtrol(SIGN, gain=0.5, learning_rate=RATES, axis_name=AXIS),
+        optax.scale_by_learning_rate(RATES),
+    ),
+    "econtrol_memory": lambda: chained(
+        efopt.feedback.econtrol(
+            SIGN,
+            gain=0.5,
+            memory=efopt.quantize(8, stochastic=True),
+            start=1,
+            axis_name=AXIS,
+        )
+    ),
     "momentum": lambda: chained(
         efopt.per_worker(optax.trace(0.9), axis_name=AXIS), feedback()
     ),
@@ -102,7 +120,7 @@ DEFAULT = {
     (scheme, "global")
     for scheme in (
         "compress schedule start memory damped momentum accumulate_momentum "
-        "local_steps_streamed dist_ef_sgd ef_sgd signsgd"
+        "local_steps_streamed dist_ef_sgd ef_sgd signsgd ef21"
     ).split()
 } | {("memory", "nested"), ("start", "nested"), ("dist_ef_sgd", "nested")}
 DEFAULT |= {("local_steps", "nested")}
