@@ -27,15 +27,16 @@ EACH = [
 each_move_of_each_row = pytest.mark.parametrize("row, n, m", EACH)
 
 
-def paying(row):
+def paying(state):
     """What a residual takes that must be written anew."""
-    stored = row.name.startswith("contractive")
+    stored = any(is_own(x) and x.rule == "stored" for x in parts(state))
     return {"params": PARAMS, "learning_rate": 0.1} if stored else {}
 
 
-def resized(row, state, m):
-    found = resize(state, m, **paying(row))
-    return found if paying(row) else (PARAMS, found)
+def resized(state, m):
+    given = paying(state)
+    found = resize(state, m, **given)
+    return found if given else (PARAMS, found)
 
 
 def mean(x):
@@ -49,7 +50,7 @@ def joined(x, split):
 @each_move_of_each_row
 def test_means_stay_and_so_does_all_that_workers_share(row, n, m):
     state = of_workers(make(row), n)
-    _, new = resized(row, state, m)
+    _, new = resized(state, m)
     pairs = list(zip(parts(state), parts(new), strict=True))
     assert any(is_own(x) for x, _ in pairs)
     for x, y in pairs:
@@ -81,8 +82,8 @@ def feedbacks(state):
 @each_move_of_each_row
 def test_the_virtual_iterate_stays_to_one_unit(row, n, m):
     state = of_workers(make(row), n)
-    params, new = resized(row, state, m)
-    if paying(row):
+    params, new = resized(state, m)
+    if paying(state):
         return  # of a stored residual: below
     assert params is PARAMS
 
@@ -355,7 +356,7 @@ def test_the_run_goes_on_on_another_number_of_workers(row):
     params, state, n = suite.PARAMS, jax.jit(tx.init)(suite.PARAMS), None
     for m in (4, 3):
         if n is not None:
-            kwargs = {"params": params, "learning_rate": 0.1} if paying(row) else {}
+            kwargs = {**paying(state), "params": params} if paying(state) else {}
             found = resize(state, m, **kwargs)
             params, state = found if kwargs else (params, found)
         step = jax.jit(
