@@ -412,6 +412,7 @@ class Scheme:
       alone: Whether there is a form for a single worker, without an axis.
       over_workers: Whether there is a form for several.
       functions: Whether it takes the gradients as functions, `grad_fn=...`.
+      moves: By which step parameters have moved.
       rate: The learning rate at which it converges, for one that has a rate.
       steps: In how many steps it does.
       kind: Whether it stands for a way to treat state, where one of each is enough.
@@ -428,6 +429,7 @@ class Scheme:
     alone: bool = True
     over_workers: bool = True
     functions: bool = False
+    moves: int = 1
     rate: Any = 0.3
     steps: int = 800
     kind: bool = False
@@ -578,6 +580,19 @@ SCHEMES = (
         alone=False,
     ),
     Scheme(
+        "local_steps",
+        efopt.local_steps,
+        lambda axis: {
+            "inner": optax.sgd(0.1, momentum=0.5),
+            "outer": optax.chain(
+                efopt.error_feedback(TOP, axis_name=axis), optax.sgd(1.0)
+            ),
+            "every": 2,
+        },
+        own=True,
+        owes=True,
+    ),
+    Scheme(
         "skip_not_finite",
         efopt.watch.skip_not_finite,
         lambda axis: {"inner": efopt.error_feedback(TOP, axis_name=axis)},
@@ -711,6 +726,70 @@ OPTIMIZERS = (
         rate=None,
         steps=1500,
         exact=False,
+    ),
+    Scheme(
+        "diloco",
+        efopt.outer.diloco,
+        lambda axis: {
+            "inner": optax.sgd(0.2),
+            "every": 2,
+            "compressor": BLOCKED,
+            "momentum": 0.5,
+        },
+        own=True,
+        owes=True,
+        moves=2,
+        rate=None,
+    ),
+    Scheme(
+        "diloco_streamed",
+        efopt.outer.diloco,
+        lambda axis: {
+            "inner": optax.sgd(0.2),
+            "every": 3,
+            "fragments": 2,
+            "delay": 1,
+            "alpha": 0.5,
+            "momentum": 0.5,
+        },
+        own=True,
+        moves=2,
+        rate=None,
+        slow=True,
+    ),
+    Scheme(
+        "local_sgd",
+        efopt.outer.local_sgd,
+        lambda axis: {"inner": optax.sgd(0.2), "every": 2, "start": 1},
+        own=True,
+        rate=None,
+        slow=True,
+    ),
+    Scheme(
+        "sparse_loco",
+        efopt.outer.sparse_loco,
+        lambda axis: {"inner": optax.sgd(0.2), "every": 2, "compressor": TOP},
+        own=True,
+        owes=True,
+        moves=2,
+        rate=None,
+        slow=True,
+    ),
+    Scheme(
+        "muloco",
+        efopt.outer.muloco,
+        lambda axis: {
+            "inner_learning_rate": optax.cosine_decay_schedule(0.2, 800),
+            "every": 2,
+            "momentum": 0.0,
+            "compressor": efopt.quantize(8),
+        },
+        own=True,
+        owes=True,
+        moves=2,
+        rate=None,
+        exact=False,
+        slow=True,
     ),
     Scheme(
         "loopless_katyusha",

@@ -205,35 +205,3 @@ def _is_bound(name: str) -> bool:
 
 def _is_typed(name: str) -> bool:
     return _is_bound(name) and name in varying(lax.axis_index(name))
-
-
-def local_params(params: Any, axis_name: AxisName) -> Any:
-    """Marks parameters as this worker's own, so that gradients stay local.
-
-    Inside ``shard_map``, ``jax.grad`` with respect to replicated parameters returns the
-    gradient already summed over workers: an uncompressed all-reduce, and nothing left
-    to compress. Differentiate with respect to ``local_params(params, axis_name)``
-    instead. Under ``pmap``, ``vmap`` and without checks this changes nothing.
-
-    Args:
-      params: Any pytree of arrays.
-      axis_name: The mapped axis over which the workers are laid out, or a tuple of
-        axes.
-
-    Returns:
-      The same values, typed as varying over ``axis_name``.
-
-    Raises:
-      TypeError: If ``axis_name`` is neither a string nor a tuple of strings.
-      ValueError: If an axis is not bound, or named twice.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> import efopt
-      >>> jax.vmap(lambda x: efopt.local_params(x, "data"), axis_name="data")(
-      ...     jnp.arange(2.0))
-      Array([0., 1.], dtype=float32)
-    """
-    axes = Axes.of("local_params", axis_name)
-    axes.require_bound("`local_params`")
-    return axes.vary(params)

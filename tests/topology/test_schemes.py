@@ -63,6 +63,18 @@ SCHEMES = {
         every=2,
         axis_name=AXIS,
     ),
+    "local_steps": lambda: efopt.local_steps(
+        optax.adamw(0.1), chained(feedback()), every=2, axis_name=AXIS
+    ),
+    "local_steps_streamed": lambda: efopt.local_steps(
+        optax.adamw(0.1),
+        chained(feedback()),
+        every=3,
+        fragments=2,
+        delay=2,
+        alpha=0.5,
+        axis_name=AXIS,
+    ),
     "dist_ef_sgd": lambda: efopt.dist_ef_sgd(
         RATES, compressor=SIGN, weight_decay=0.01, axis_name=AXIS
     ),
@@ -89,9 +101,10 @@ DEFAULT = {
     (scheme, "global")
     for scheme in (
         "compress schedule start memory damped momentum accumulate_momentum "
-        "dist_ef_sgd ef_sgd signsgd"
+        "local_steps_streamed dist_ef_sgd ef_sgd signsgd"
     ).split()
 } | {("memory", "nested"), ("start", "nested"), ("dist_ef_sgd", "nested")}
+DEFAULT |= {("local_steps", "nested")}
 
 
 def given(scheme):
