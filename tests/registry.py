@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 import oracle
-from proofs.ef21 import ef21
+from proofs.changes import changes
 from proofs.two_level import two_level
 
 import efopt
@@ -278,6 +278,27 @@ COMPRESSORS = (
     ),
     _power_sgd("power_sgd", kind=True, rank=1),
     _power_sgd("power_sgd_cold", slow=True, rank=2, warm_start=False),
+    Row(
+        "arc_top_k",
+        efopt.compressors.arc_top_k,
+        {"fraction": 0.3, "rank": 2},
+        ("all_reduce", "all_gather"),
+        static_args=("fraction", "k", "rank", "width", "seed"),
+        random=True,
+        one_message=False,
+        largest=1e37,
+    ),
+    Row(
+        "arc_top_k_rows",
+        efopt.compressors.arc_top_k,
+        {"k": 2, "rank": 1, "width": 9},
+        ("all_reduce", "all_gather"),
+        static_args=("fraction", "k", "rank", "width", "seed"),
+        random=True,
+        one_message=False,
+        largest=1e37,
+        slow=True,
+    ),
     _composed(
         "top_k_of_8_bits", efopt.top_k(fraction=0.2), efopt.quantize(8), kind=True
     ),
@@ -536,7 +557,48 @@ SCHEMES = (
         owes=True,
         exact=False,
     ),
-    Scheme("ef21", ef21, lambda axis: {"compressor": TOP}, own=True),
+    Scheme(
+        "ef21",
+        efopt.feedback.ef21,
+        lambda axis: {"compressor": TOP, "beta": 0.9, "start": 1},
+        own=True,
+        exact=False,
+    ),
+    Scheme(
+        "ef21_two_phase",
+        efopt.feedback.ef21,
+        lambda axis: {
+            "compressor": BLOCKED,
+            "exchange": None if axis is None else "two_phase",
+        },
+        own=True,
+        exact=False,
+        slow=True,
+    ),
+    Scheme(
+        "econtrol",
+        efopt.feedback.econtrol,
+        lambda axis: {"compressor": TOP, "learning_rate": 0.1},
+        own=True,
+        owes=True,
+        exact=False,
+    ),
+    Scheme(
+        "econtrol_stored",
+        efopt.feedback.econtrol,
+        lambda axis: {
+            "compressor": BLOCKED,
+            "gain": 0.5,
+            "estimate": False,
+            "start": 2,
+            "memory": efopt.quantize(8, block_size=4),
+        },
+        own=True,
+        owes=True,
+        exact=False,
+        slow=True,
+    ),
+    Scheme("third_party", changes, lambda axis: {"compressor": TOP}, own=True),
     Scheme(
         "diana",
         efopt.convex.diana,
