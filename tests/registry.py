@@ -92,7 +92,7 @@ def _top_k(name: str, slow: bool = False, **options: Any) -> Row:
         efopt.top_k,
         options,
         ("all_gather", "two_phase") if "block_size" in options else ("all_gather",),
-        static_args=("fraction", "k", "block_size"),
+        static_args=("fraction", "k", "block_size", "tile"),
         oracle=lambda x, mask: oracle.top_k(x, **options),
         slow=slow,
     )
@@ -212,6 +212,22 @@ COMPRESSORS = (
     _scaled_sign("scaled_sign_8", 8, kind=True),
     _top_k("top_k_3", k=3, slow=True),
     _top_k("top_k_30pct_16", fraction=0.3, block_size=16),
+    Row(
+        "top_k_tiles",
+        efopt.top_k,
+        {"k": 3, "tile": (4, 8)},
+        ("all_gather", "two_phase"),
+        static_args=("fraction", "k", "block_size", "tile"),
+        oracle=lambda x, mask: oracle.tiled_top_k(x, 3, (4, 8)),
+    ),
+    Row(
+        "two_magnitudes_16",
+        efopt.compressors.two_magnitudes,
+        {"block_size": 16},
+        ("all_gather", "two_phase"),
+        static_args=("block_size",),
+        oracle=lambda x, mask: oracle.two_magnitudes(x, 16),
+    ),
     Row(
         "threshold",
         efopt.compressors.threshold,
