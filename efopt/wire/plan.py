@@ -190,7 +190,7 @@ def plan(
 
 
 def _meetings(
-    link: WorkersLink,
+    link: Link,
     compressor: Compressor,
     tree: Any,
     target: Target,
