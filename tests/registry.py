@@ -534,6 +534,14 @@ SCHEMES = (
         owes=True,
         exact=False,
     ),
+    Scheme(
+        "scale_by_dion",
+        efopt.feedback.scale_by_dion,
+        lambda axis: {"rank": 2},
+        own=True,
+        exact=False,
+        slow=True,
+    ),
     Scheme("ef21", ef21, lambda axis: {"compressor": TOP}, own=True),
     Scheme(
         "diana",
@@ -628,6 +636,15 @@ OPTIMIZERS = (
         own=True,
         owes=True,
         rate=0.03,
+        exact=False,
+    ),
+    Scheme(
+        "dion",
+        efopt.optimizers.dion,
+        lambda axis: {"rank": 2, "fallback": optax.sgd(0.3)},
+        own=True,
+        rate=0.05,
+        steps=1600,
         exact=False,
     ),
     Scheme(

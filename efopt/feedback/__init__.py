@@ -7,6 +7,8 @@ from efopt.feedback.contractive import (
 )
 from efopt.feedback.damped import DampedErrorFeedbackState as DampedErrorFeedbackState
 from efopt.feedback.damped import damped_error_feedback as damped_error_feedback
+from efopt.feedback.dion import ScaleByDionState as ScaleByDionState
+from efopt.feedback.dion import scale_by_dion as scale_by_dion
 from efopt.feedback.error_feedback import (
     ContractiveErrorFeedbackState as ContractiveErrorFeedbackState,
 )

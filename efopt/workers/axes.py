@@ -119,6 +119,14 @@ class Axes:
         """The mean over workers of every leaf."""
         return lax.pmean(tree, self.key)
 
+    def psum(self, x: jax.Array) -> jax.Array:
+        """The sum over workers."""
+        return lax.psum(x, self.key)
+
+    def pmax(self, x: jax.Array) -> jax.Array:
+        """The largest over workers, number by number."""
+        return lax.pmax(x, self.key)
+
     def all_gather(self, x: jax.Array) -> jax.Array:
         """Every worker's ``x`` along a new first axis, typed as equal everywhere."""
         if self.typed():
