@@ -15,4 +15,8 @@ from efopt.feedback.error_feedback import (
 from efopt.feedback.error_feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback.error_feedback import error_feedback as error_feedback
 from efopt.feedback.frozen import frozen as frozen
+from efopt.feedback.frozen_variance import FrozenVarianceState as FrozenVarianceState
+from efopt.feedback.frozen_variance import (
+    scale_by_one_bit_adam as scale_by_one_bit_adam,
+)
 from efopt.feedback.virtual import virtual_params as virtual_params

@@ -296,4 +296,3 @@ def _sum(m: jax.Array, g: jax.Array) -> jax.Array:
 
 def _size(x: Any) -> int:
     return math.prod(jnp.shape(x))
-

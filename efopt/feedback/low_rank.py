@@ -95,7 +95,10 @@ class LowRank(Codec):
         """The last ``Q``; a column that has died out, or has not lived, starts anew."""
         alive = jnp.any(q != 0, axis=1, keepdims=True)
         alive = self.long.largest(alive.astype(q.dtype)) > 0
-        row, column = self.long.places(q.shape[1]), np.arange(self.rank, dtype=np.uint32)
+        row, column = (
+            self.long.places(q.shape[1]),
+            np.arange(self.rank, dtype=np.uint32),
+        )
         key = hash_words(np.uint32(self.seed), turn.draw)
         word = hash_words(key, row[:, None], column[None, :]) >> np.uint32(8)
         uniform = (2 * word + 1).astype(jnp.int32) - np.int32(2**24)
@@ -105,8 +108,7 @@ class LowRank(Codec):
     def _mean(
         self, x: jax.Array, names: tuple[str, ...], blocks: Blocks, turn: Turn
     ) -> Generator[Message, Message, jax.Array]:
-        """The mean of a factor; of what is equal on several devices each sends a part.
-        """
+        """The mean of a factor; what is equal on several devices is sent in parts."""
         cut = Cut(x.shape, names, Axes(names).size() if names else 1)
         piece = cut.take(x)[None]
         one = Blocks(blocks.index[:1], None, None, piece.shape[1:], piece.dtype)
