@@ -3,8 +3,9 @@
 What most programs need stands here; everything else on a shelf: all compressors in
 :mod:`efopt.compressors`, the ways of meeting in :mod:`efopt.exchanges`, all schemes and
 their states in :mod:`efopt.feedback`, published optimizers in :mod:`efopt.optimizers`,
-those for convex problems in :mod:`efopt.convex`, what travels in :mod:`efopt.wire`, and
-what it costs in memory in :mod:`efopt.memory`.
+those for convex problems in :mod:`efopt.convex`, meeting rarely in :mod:`efopt.outer`,
+what travels in :mod:`efopt.wire`, what it costs in memory in :mod:`efopt.memory`, and
+what watches over a run in :mod:`efopt.watch`.
 """
 
 from importlib import metadata as _metadata
@@ -16,6 +17,8 @@ from efopt import exchanges as exchanges
 from efopt import feedback as feedback
 from efopt import memory as memory
 from efopt import optimizers as optimizers
+from efopt import outer as outer
+from efopt import watch as watch
 from efopt import wire as wire
 from efopt.compressors import Compressor as Compressor
 from efopt.compressors import compose as compose
@@ -36,6 +39,7 @@ from efopt.optimizers import ef_sgd as ef_sgd
 from efopt.optimizers import ef_signsgd as ef_signsgd
 from efopt.optimizers import power_sgd_momentum as power_sgd_momentum
 from efopt.optimizers import signsgd as signsgd
+from efopt.outer import local_steps as local_steps
 from efopt.workers import PerWorker as PerWorker
 from efopt.workers import accumulate as accumulate
 from efopt.workers import distribute as distribute
@@ -66,9 +70,11 @@ __all__ = [
     "exchanges",
     "feedback",
     "local_params",
+    "local_steps",
     "memory",
     "memory_report",
     "optimizers",
+    "outer",
     "partition_specs",
     "per_worker",
     "power_sgd",
@@ -83,13 +89,15 @@ __all__ = [
     "top_k",
     "value_and_grad",
     "virtual_params",
+    "watch",
     "wire",
 ]
 
 
 def __getattr__(name: str) -> _NoReturn:
     """Says on which shelf a name stands that is not here."""
-    shelves = (compressors, convex, exchanges, feedback, memory, optimizers, wire)
+    shelves = (compressors, convex, exchanges, feedback, memory, optimizers)
+    shelves += (outer, watch, wire)
     found = [shelf.__name__ for shelf in shelves if hasattr(shelf, name)]
     where = f"; it is `{found[0]}.{name}`" if found and name[0] != "_" else ""
     raise AttributeError(f"module 'efopt' has no attribute {name!r}{where}")

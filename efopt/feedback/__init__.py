@@ -9,6 +9,13 @@ from efopt.feedback.damped import DampedErrorFeedbackState as DampedErrorFeedbac
 from efopt.feedback.damped import damped_error_feedback as damped_error_feedback
 from efopt.feedback.dion import ScaleByDionState as ScaleByDionState
 from efopt.feedback.dion import scale_by_dion as scale_by_dion
+from efopt.feedback.econtrol import (
+    ContractiveEControlState as ContractiveEControlState,
+)
+from efopt.feedback.econtrol import EControlState as EControlState
+from efopt.feedback.econtrol import econtrol as econtrol
+from efopt.feedback.ef21 import EF21State as EF21State
+from efopt.feedback.ef21 import ef21 as ef21
 from efopt.feedback.error_feedback import (
     ContractiveErrorFeedbackState as ContractiveErrorFeedbackState,
 )

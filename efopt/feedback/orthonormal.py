@@ -36,11 +36,11 @@ class Side:
 
     def total(self, x: jax.Array) -> jax.Array:
         """The sum over the shards of this side."""
-        return Axes(self.names).psum(x) if self.names else x
+        return Axes(self.names).sum(x) if self.names else x
 
     def largest(self, x: jax.Array) -> jax.Array:
         """The largest over the shards of this side."""
-        return Axes(self.names).pmax(x) if self.names else x
+        return Axes(self.names).max(x) if self.names else x
 
     def places(self, length: int) -> jax.Array:
         """The numbers of the rows that this device holds: uint32 ``(length,)``."""

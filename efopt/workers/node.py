@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -66,6 +67,14 @@ class PerWorker:
     def lead(self) -> int:
         """How many axes stand in front of a worker's values."""
         return 2 if self.shards else 1
+
+    def __contains__(self, key: Any) -> bool:
+        """Whether its value has an entry: Flax's ``TrainState`` asks gradients that."""
+        return isinstance(self.value, Mapping) and key in self.value
+
+    def __getitem__(self, key: Any) -> "PerWorker":
+        """An entry of its value, marked as it is."""
+        return self.with_value(self.value[key])
 
     def splits(self) -> list[int | None]:
         """The ``split`` of every array."""

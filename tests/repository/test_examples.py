@@ -1,6 +1,7 @@
 """The examples, run as a user runs them: from a shell, in a folder of their own."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -154,6 +155,31 @@ def test_train_nnx(tmp_path):
     assert gathered is not None, done.stdout
     parameters = 64 * 256 + 256 + 256 * 10 + 10
     assert int(gathered[1].replace(",", "")) < 4 * parameters / 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entrance", ["global", "nested"])
+def test_train_hybrid_sends_less_between_slices(tmp_path, entrance):
+    tiny = "--steps 2 --layers 1 --width 32 --length 8 --batch 8 --json found.json"
+    methods = "--methods", "dense", "sign-two-phase"
+    options = "--entrance", entrance, *tiny.split(), *methods
+    done = run("train_hybrid.py", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    dense, sign = found["dense"], found["sign-two-phase"]
+    assert list(found) == re.findall(r"^(dense|sign-\S+) +\d", done.stdout, re.M)
+    # 5,000 coordinates a device and the loss: none of the model's activations.
+    assert dense["dcn_bytes"] == 4 * 4_964 and sign["dcn_bytes"] == 4 * 240 + 4
+    assert dense["fsdp_bytes"] <= sign["fsdp_bytes"] <= 1.02 * dense["fsdp_bytes"]
+    assert dense["residual_bytes"] == 0 < sign["residual_bytes"]
+    assert all(0 < loss < 10 for loss in dense["losses"] + sign["losses"])
+
+
+def test_train_hybrid_help_and_what_it_refuses(tmp_path):
+    told = run("train_hybrid.py", "--help", folder=tmp_path)
+    assert told.returncode == 0 and "--entrance" in told.stdout
+    done = run("train_hybrid.py", "--batch", "12", folder=tmp_path)
+    assert done.returncode == 2 and "multiple of 8 devices" in done.stderr
 
 
 def test_ef_sgd_images_tells_its_options_and_refuses_what_does_not_divide(tmp_path):
