@@ -107,11 +107,11 @@ def scale_by_dion(
         has fewer than two axes.
 
     Examples:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> import efopt
       >>> tx = efopt.feedback.scale_by_dion(rank=1)
-      >>> grads = jnp.outer(jnp.array([3.0, 4.0]), jnp.array([0.0, 1.0]))
-      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> grads = jnp.array([[0.0, 3.0], [0.0, 4.0]])
+      >>> updates, state = jax.jit(tx.update)(grads, tx.init(grads))
       >>> print(updates.round(3))  # of length one, whatever the gradient's
       [[0.  0.6]
        [0.  0.8]]
@@ -164,10 +164,13 @@ def scale_by_dion(
         ]
         codec = _on_devices(state.link.home, given)
         if codec is None:
-            names = [""] * len(given)
-            marks = [not _absent(m) for m in kept]
-            pairs = zip(given, marks, names, strict=True)
-            codec = PerLeaf(tuple(codec_of(*pair) for pair in pairs), said)
+            codec = PerLeaf(
+                tuple(
+                    codec_of(g, not _absent(m), "a leaf")
+                    for m, g in zip(kept, given, strict=True)
+                ),
+                said,
+            )
         got = dataclasses.replace(link, codec=codec).average(
             treedef.unflatten(sums), state.link, state.count, like=grads, wide=True
         )
@@ -247,6 +250,8 @@ def _on_devices(home: Any, given: list[Any]) -> PerLeaf | None:
     if not isinstance(home, Home) or not isinstance(home.link, Link):
         return None
     codec = home.link.codec
+    if not isinstance(codec, PerLeaf):
+        return None
     if home.specs is None or not home.inner:
         return codec if [jnp.shape(x) for x in given] == list(home.shapes) else None
     leaves = []

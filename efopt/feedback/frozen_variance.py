@@ -210,16 +210,16 @@ def scale_by_one_bit_adam(
     """
     api = "scale_by_one_bit_adam"
     checks.static_int(api, "warmup", warmup, least=1)
-    compressor, exchange = one_bit(compressor, axis_name, exchange)
+    chosen, way = one_bit(compressor, axis_name, exchange)
     return frozen_variance(
         api,
         lambda count: count < warmup,
         b1=b1,
         b2=b2,
         eps=eps,
-        compressor=compressor,
+        compressor=chosen,
         axis_name=axis_name,
-        exchange=exchange,
+        exchange=way,
     )
 
 

@@ -95,7 +95,7 @@ def zero_one_adam(
     """
     checks.static_int("zero_one_adam", "freeze", freeze, least=1)
     checks.static_int("zero_one_adam", "refresh", refresh, least=1)
-    compressor, exchange = one_bit(compressor, axis_name, exchange)
+    chosen, way = one_bit(compressor, axis_name, exchange)
     return optax.chain(
         frozen_variance(
             "zero_one_adam",
@@ -103,9 +103,9 @@ def zero_one_adam(
             b1=b1,
             b2=b2,
             eps=eps,
-            compressor=compressor,
+            compressor=chosen,
             axis_name=axis_name,
-            exchange=exchange,
+            exchange=way,
             learning_rate=learning_rate,
         ),
         add_decay(weight_decay, mask),

@@ -73,7 +73,7 @@ def alone(name):
     return jax.tree.map(np.asarray, params)
 
 
-DEFAULT = {("two_by_four", "global"), ("three", "manual")}
+DEFAULT = {("two_by_four", "global")}
 
 
 @pytest.mark.parametrize(
