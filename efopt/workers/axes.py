@@ -125,7 +125,7 @@ class Axes:
         return lax.pmean(tree, self.key)
 
     def max(self, x: jax.Array) -> jax.Array:
-        """The largest over workers, number by number."""
+        """The largest over workers."""
         return lax.pmax(self.vary(x), self.key)
 
     def sum(self, x: jax.Array) -> jax.Array:
