@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 import oracle
-from proofs.ef21 import ef21
+from proofs.changes import changes
 from proofs.two_level import two_level
 
 import efopt
@@ -294,6 +294,27 @@ COMPRESSORS = (
     ),
     _power_sgd("power_sgd", kind=True, rank=1),
     _power_sgd("power_sgd_cold", slow=True, rank=2, warm_start=False),
+    Row(
+        "arc_top_k",
+        efopt.compressors.arc_top_k,
+        {"fraction": 0.3, "rank": 2},
+        ("all_reduce", "all_gather"),
+        static_args=("fraction", "k", "rank", "width", "seed"),
+        random=True,
+        one_message=False,
+        largest=1e37,
+    ),
+    Row(
+        "arc_top_k_rows",
+        efopt.compressors.arc_top_k,
+        {"k": 2, "rank": 1, "width": 9},
+        ("all_reduce", "all_gather"),
+        static_args=("fraction", "k", "rank", "width", "seed"),
+        random=True,
+        one_message=False,
+        largest=1e37,
+        slow=True,
+    ),
     _composed(
         "top_k_of_8_bits", efopt.top_k(fraction=0.2), efopt.quantize(8), kind=True
     ),
@@ -552,7 +573,65 @@ SCHEMES = (
         owes=True,
         exact=False,
     ),
-    Scheme("ef21", ef21, lambda axis: {"compressor": TOP}, own=True),
+    Scheme(
+        "ef21",
+        efopt.feedback.ef21,
+        lambda axis: {"compressor": TOP, "beta": 0.9, "start": 1},
+        own=True,
+        exact=False,
+    ),
+    Scheme(
+        "ef21_two_phase",
+        efopt.feedback.ef21,
+        lambda axis: {
+            "compressor": BLOCKED,
+            "exchange": None if axis is None else "two_phase",
+        },
+        own=True,
+        exact=False,
+        slow=True,
+    ),
+    Scheme(
+        "econtrol",
+        efopt.feedback.econtrol,
+        lambda axis: {"compressor": TOP, "learning_rate": 0.1},
+        own=True,
+        owes=True,
+        exact=False,
+    ),
+    Scheme(
+        "econtrol_stored",
+        efopt.feedback.econtrol,
+        lambda axis: {
+            "compressor": BLOCKED,
+            "gain": 0.5,
+            "estimate": False,
+            "start": 2,
+            "memory": efopt.quantize(8, block_size=4),
+        },
+        own=True,
+        owes=True,
+        exact=False,
+        slow=True,
+    ),
+    Scheme(
+        "scale_by_dion",
+        efopt.feedback.scale_by_dion,
+        lambda axis: {"rank": 2},
+        own=True,
+        exact=False,
+        slow=True,
+    ),
+    Scheme(
+        "scale_by_one_bit_adam",
+        efopt.feedback.scale_by_one_bit_adam,
+        lambda axis: {"warmup": 2, "compressor": BLOCKED},
+        own=True,
+        owes=True,
+        exact=False,
+        slow=True,
+    ),
+    Scheme("third_party", changes, lambda axis: {"compressor": TOP}, own=True),
     Scheme(
         "diana",
         efopt.convex.diana,
@@ -667,6 +746,61 @@ OPTIMIZERS = (
         owes=True,
         rate=0.03,
         exact=False,
+    ),
+    Scheme(
+        "dion",
+        efopt.optimizers.dion,
+        lambda axis: {"rank": 2, "fallback": optax.sgd(0.3)},
+        own=True,
+        rate=0.05,
+        steps=1600,
+        exact=False,
+    ),
+    Scheme(
+        "distributed_lion",
+        efopt.optimizers.distributed_lion,
+        own=True,
+        rate=0.02,
+        steps=1600,
+    ),
+    Scheme(
+        "lion_cub",
+        efopt.optimizers.distributed_lion,
+        lambda axis: {
+            "compressor": efopt.quantize(4),
+            "average_momentum": None if axis is None else 2,
+        },
+        own=True,
+        rate=0.02,
+        steps=1600,
+        exact=False,
+        slow=True,
+    ),
+    Scheme(
+        "one_bit_adam",
+        efopt.optimizers.one_bit_adam,
+        lambda axis: {"warmup": 2, "eps": 0.1, "compressor": BLOCKED},
+        own=True,
+        owes=True,
+        rate=0.1,
+        steps=1600,
+        exact=False,
+    ),
+    Scheme(
+        "zero_one_adam",
+        efopt.optimizers.zero_one_adam,
+        lambda axis: {
+            "freeze": 100,
+            "refresh": 1,
+            "eps": 0.1,
+            "compressor": BLOCKED,
+        },
+        own=True,
+        owes=True,
+        rate=0.1,
+        steps=1600,
+        exact=False,
+        slow=True,
     ),
     Scheme(
         "ecq_sgd",

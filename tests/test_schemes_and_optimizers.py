@@ -419,7 +419,7 @@ def test_along_a_second_axis_every_device_has_the_same_updates(row):
     """Each sends a piece there, which is compressed as a leaf of its own.
 
     Where nothing is lost, the pieces are the leaf: to the bit that of a flat axis, but
-    for the arithmetic that an optimizer adds.
+    for the arithmetic that an optimizer, or an inexact scheme, adds.
     """
     names = {"compressor", "shift_compressor"} & row.parameters
     lossless = efopt.compressors.identity()
@@ -435,7 +435,7 @@ def test_along_a_second_axis_every_device_has_the_same_updates(row):
     if changes:
         reference, _ = history(row, "auto", **changes)
         one = lambda tree: jax.tree.map(lambda u: u[:WORKERS], tree)  # noqa: E731
-        if row in OPTIMIZERS:
+        if row in OPTIMIZERS or not row.exact:
             chex.assert_trees_all_close(one(updates), reference, rtol=0, atol=1e-6)
         else:
             chex.assert_trees_all_equal(one(updates), reference)
