@@ -20,4 +20,6 @@ from efopt.feedback.error_feedback import (
 from efopt.feedback.error_feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback.error_feedback import error_feedback as error_feedback
 from efopt.feedback.frozen import frozen as frozen
+from efopt.feedback.loco import LoCoState as LoCoState
+from efopt.feedback.loco import loco as loco
 from efopt.feedback.virtual import virtual_params as virtual_params

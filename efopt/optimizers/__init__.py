@@ -1,5 +1,6 @@
 """Published optimizers, each a chain of the library's parts. One a file."""
 
+from efopt.optimizers.demo import demo as demo
 from efopt.optimizers.dist_ef_sgd import dist_ef_sgd as dist_ef_sgd
 from efopt.optimizers.ecq_sgd import ecq_sgd as ecq_sgd
 from efopt.optimizers.ef_sgd import ef_sgd as ef_sgd
