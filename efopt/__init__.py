@@ -4,13 +4,15 @@ What most programs need stands here; everything else on a shelf: all compressors
 :mod:`efopt.compressors`, the ways of meeting in :mod:`efopt.exchanges`, all schemes and
 their states in :mod:`efopt.feedback`, published optimizers in :mod:`efopt.optimizers`,
 those for convex problems in :mod:`efopt.convex`, meeting rarely in :mod:`efopt.outer`,
-what travels in :mod:`efopt.wire`, what it costs in memory in :mod:`efopt.memory`, and
-what watches over a run in :mod:`efopt.watch`.
+what travels in :mod:`efopt.wire`, what it costs in memory in :mod:`efopt.memory`,
+what watches over a run in :mod:`efopt.watch`, and a state for other workers in
+:mod:`efopt.checkpoints`.
 """
 
 from importlib import metadata as _metadata
 from typing import NoReturn as _NoReturn
 
+from efopt import checkpoints as checkpoints
 from efopt import compressors as compressors
 from efopt import convex as convex
 from efopt import exchanges as exchanges
@@ -57,6 +59,7 @@ __all__ = [
     "Compressor",
     "PerWorker",
     "accumulate",
+    "checkpoints",
     "compose",
     "compress",
     "compressors",
@@ -96,8 +99,8 @@ __all__ = [
 
 def __getattr__(name: str) -> _NoReturn:
     """Says on which shelf a name stands that is not here."""
-    shelves = (compressors, convex, exchanges, feedback, memory, optimizers)
-    shelves += (outer, watch, wire)
+    shelves = (checkpoints, compressors, convex, exchanges, feedback, memory)
+    shelves += (optimizers, outer, watch, wire)
     found = [shelf.__name__ for shelf in shelves if hasattr(shelf, name)]
     where = f"; it is `{found[0]}.{name}`" if found and name[0] != "_" else ""
     raise AttributeError(f"module 'efopt' has no attribute {name!r}{where}")

@@ -177,7 +177,7 @@ def econtrol(
         zeros = link.zeros(params)
         return state_of(
             count=jnp.zeros([], jnp.int32),
-            own=link.wrap(zeros) if estimate else (),
+            own=link.wrap(zeros, rule="mean") if estimate else (),
             mean=zeros if estimate else (),
             residual=store.marked(link, params),
             link=link.init(params),

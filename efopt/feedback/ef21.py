@@ -135,8 +135,8 @@ def ef21(
         zeros = link.zeros(params)
         return EF21State(
             count=jnp.zeros([], jnp.int32),
-            ema=() if beta is None else link.wrap(zeros),
-            own=link.wrap(zeros),
+            ema=() if beta is None else link.wrap(zeros, rule="mean"),
+            own=link.wrap(zeros, rule="mean"),
             mean=zeros,
             link=link.init(params),
         )

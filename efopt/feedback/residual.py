@@ -33,7 +33,7 @@ class ExactResidual:
 
     def marked(self, link: Link, params: Any) -> Any:
         """A residual of zero, marked as the worker's own."""
-        return link.wrap(self.init(params))
+        return link.wrap(self.init(params), rule="mean")
 
     def receive(self, link: Link, updates: Any, residual: Any) -> Any:
         """Updates on their way in, or an error if ``residual`` is not theirs."""
@@ -91,11 +91,12 @@ def placed(state: Any, mesh: Any, spec_of: Any) -> Any:
     home, residual = link.home, state.residual
     if home.inner:
         require_fresh(home.link.api, residual)
-        made = home.treedef.flatten_up_to(residual.remake(home.shards()))
-        residual = home.treedef.unflatten(
-            [
-                PerWorker.wrap(payload, home.link.axes, None, home.axes_of(i))
-                for i, payload in enumerate(made)
-            ]
-        )
+        store, axes = residual.store, home.link.axes
+        made = home.treedef.flatten_up_to(store.init(home.shards()))
+        marked = [
+            PerWorker.wrap(payload, axes, None, home.axes_of(i), rule="stored")
+            for i, payload in enumerate(made)
+        ]
+        marked = [dataclasses.replace(x, store=store) for x in marked]
+        residual = home.treedef.unflatten(marked)
     return state._replace(residual=residual, link=link)

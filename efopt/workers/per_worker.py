@@ -68,7 +68,8 @@ def per_worker(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> Any:
-        return PerWorker.wrap(jax.tree.map(jnp.asarray, inner.init(params)), axes)
+        state = jax.tree.map(jnp.asarray, inner.init(params))
+        return PerWorker.wrap(state, axes, rule="mean")
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -80,7 +81,7 @@ def per_worker(
         own = state.local(f"`per_worker(axis_name={axis_name!r})`")
         index = axes.index() if has_keys(own) else None
         out, own = one(updates, own, index, params, extra_args)
-        return out, PerWorker.wrap(own, axes)
+        return out, state.rewrap(own)
 
     def one(updates: Any, own: Any, index: Any, params: Any, extra_args: Any) -> Any:
         if not (fold_keys and has_keys(own)):

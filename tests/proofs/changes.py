@@ -58,7 +58,8 @@ def changes(
     def init_fn(params):
         zeros = link.zeros(params)
         count = jnp.zeros([], jnp.int32)
-        return ChangesState(count, link.wrap(zeros), zeros, link.init(params))
+        own = link.wrap(zeros, rule="mean")
+        return ChangesState(count, own, zeros, link.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -71,7 +72,8 @@ def changes(
         own = optax.tree.sub(optax.tree.add(own, change), got.lost)
         mean = optax.tree.add(state.mean, got.mean)
         count = optax.safe_increment(state.count)
-        new = ChangesState(count, link.wrap(own), mean, got.state)
+        own = link.wrap(own, state.own)
+        new = ChangesState(count, own, mean, got.state)
         return jax.tree.map(lambda m, g: m.astype(g.dtype), mean, grads), new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

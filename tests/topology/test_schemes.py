@@ -1,5 +1,6 @@
 """Every scheme and published optimizer from every entrance, against shards by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -170,6 +171,17 @@ def test_every_scheme_trains_as_its_shards_by_hand(scheme, entrance):
     state = meshes.run(entrance, SCHEMES[scheme](), MESH, params, specs, grads)
     meshes.close(state["params"], by_hand(scheme))
     meshes.copies_equal(state)
+
+
+@pytest.mark.parametrize(
+    "scheme", ["momentum", pytest.param("accumulate_momentum", marks=pytest.mark.slow)]
+)
+def test_what_stands_in_front_bears_an_explicit_mesh(scheme):
+    """Kinds of axes change no number."""
+    params, specs, grads = given(scheme)
+    explicit = dataclasses.replace(MESH, kind="explicit")
+    state = meshes.run("global", SCHEMES[scheme](), explicit, params, specs, grads)
+    meshes.close(state["params"], by_hand(scheme))
 
 
 def test_a_stored_residual_is_small_on_every_device():
