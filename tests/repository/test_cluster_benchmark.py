@@ -164,7 +164,7 @@ def test_network_leaves_nothing_behind(limited, network, monkeypatch, how):
     if how == "unfinished":
         monkeypatch.setattr(network, "_name_host", fail)
     try:
-        with limited("1gbit", 3) as (hosts, address):
+        with limited("1gbit", 3) as (hosts, address, _):
             assert address == "10.77.0.1:47000"
             assert len(namespaces(pid)) == 4 + 3  # with the bridge's; hosts files
             ping = [*hosts[2].command, "cat", "/etc/hosts"]
