@@ -123,7 +123,7 @@ DEFAULT = {
         "local_steps_streamed dist_ef_sgd ef_sgd signsgd ef21"
     ).split()
 } | {("memory", "nested"), ("start", "nested"), ("dist_ef_sgd", "nested")}
-DEFAULT |= {("local_steps", "nested")}
+DEFAULT |= {("local_steps", "nested"), ("local_steps_streamed", "manual")}
 
 
 def given(scheme):
