@@ -110,7 +110,10 @@ def frozen_variance(
             got = link.average(
                 sent, server, state.count, like=grads, ratio=ratio, wide=True
             )
-            new = _alive(got.mean, nu), _alive(got.lost, nu), got.state
+            lost = _alive(got.lost, nu)
+            if link.axes is not None:  # empty leaves are equal on all workers
+                lost = link.axes.vary(lost)
+            new = _alive(got.mean, nu), lost, got.state
             if rate is not None:  # nothing is paid at a rate of zero
                 _, new = hold(rate, (), new, old)
             return new[0], nu, *new[1:]
