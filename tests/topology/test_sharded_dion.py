@@ -99,7 +99,7 @@ def test_over_the_slow_axis_each_device_sends_its_part_of_the_factors():
     step, state, place = meshes.make("global", make("dcn"), mesh, params, specs)
     report = efopt.wire.measure(step, state, place(grads[0]))
     numbers = 0
-    for name, (shape, _) in SHAPES.items():
+    for shape, _ in SHAPES.values():
         if len(shape) == 1:
             numbers += -(-shape[0] // 4)  # the bias
         elif len(shape) == 3:
