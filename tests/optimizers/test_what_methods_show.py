@@ -75,7 +75,7 @@ def _trained(make, rate, params, images, labels):
 def best(make, rates, given):
     """The lowest training loss at any of the rates."""
     losses = [float(_trained(make, np.float32(rate), *given)) for rate in rates]
-    print(make.__name__, losses)  # for `pytest -s`
+    print(make.__name__, [f"{x:.4f}" for x in losses])  # for `pytest -s`
     return min(x for x in losses if np.isfinite(x))
 
 
@@ -135,7 +135,7 @@ def signs_with_feedback(schedule):
     return efopt.dist_ef_sgd(schedule, axis_name=AXIS)
 
 
-SMALL, LARGE = (0.001, 0.003, 0.01), (0.1, 0.3, 1.0)
+SMALL, LARGE = (0.001, 0.003, 0.01, 0.03), (0.1, 0.3, 1.0)
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ def test_votes_of_lion_are_as_good_as_lion_where_workers_are_alike(seed):
     given = task(seed, steps=150)
     mine = best(lion, SMALL, given)
     assert mine < 1.6 * best(dense_lion, SMALL, given)
-    assert mine < 0.7 * best(signs_with_feedback, LARGE, given)
+    assert mine < 0.9 * best(signs_with_feedback, LARGE, given)
 
 
 @pytest.mark.slow
@@ -154,8 +154,8 @@ def test_few_bits_of_lion_cub_hold_where_workers_differ_and_votes_do_not(seed):
     """2411.16462's claim. Each worker sees some of the digits alone."""
     given = task(seed, steps=150, alike=False)
     cub = best(lion_cub, SMALL, given)
-    assert cub < 0.2 * best(lion, SMALL, given)
-    assert cub < 1.6 * best(dense_lion, SMALL, given)
+    assert cub < 0.1 * best(lion, SMALL, given)
+    assert cub < 2.5 * best(dense_lion, SMALL, given)
 
 
 def one_bit_adam(schedule):
