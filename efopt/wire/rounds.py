@@ -69,7 +69,7 @@ class Rounds:
     def balanced_every(self) -> int | None:
         """The shortest round whose exchange takes no longer than its computation.
 
-        From there on the network is not the bottleneck. ``None`` if one is not known.
+        From there on the network is no bottleneck. ``None`` if either is not known.
         """
         if self.network.bandwidth is None or not self.compute_seconds:
             return None
