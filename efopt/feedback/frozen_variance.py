@@ -79,7 +79,7 @@ def frozen_variance(
             count=jnp.zeros([], jnp.int32),
             mu=zeros,
             nu=zeros,
-            residual=link.wrap(zeros),
+            residual=link.wrap(zeros, rule="mean"),
             link=link.init(params),
             last_rate=() if learning_rate is None else jnp.zeros([], jnp.float32),
         )

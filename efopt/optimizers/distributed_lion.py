@@ -148,7 +148,8 @@ def distributed_lion(
     def init_fn(params: Any) -> Any:
         zeros = optax.tree.zeros_like(params, dtype=accumulator_dtype)
         count = jnp.zeros([], jnp.int32)
-        return DistributedLionState(count, link.wrap(zeros), link.init(params))
+        momentum = link.wrap(zeros, rule="mean")
+        return DistributedLionState(count, momentum, link.init(params))
 
     def averaged(count: jax.Array, momentum: Any) -> Any:
         if average_momentum is None:

@@ -35,7 +35,6 @@ import platform
 import signal
 import statistics
 import sys
-import tempfile
 from importlib import metadata, util
 from pathlib import Path
 
@@ -279,7 +278,7 @@ def main():
         print("PyTorch is not installed (`pip install torch`), so it is left out.")
 
     try:
-        with tempfile.TemporaryDirectory() as cache:
+        with cluster_network.folder_of_its_own() as cache:
             if options.kill:
                 rate = options.rates[0] if options.rates else LOCALHOST
                 sys.exit(0 if outages(rate, options, cache) else 1)
