@@ -65,6 +65,7 @@ COMPANY = {
     "random_k": {"k": 1},
     "top_k": {"k": 1},
     "threshold": {"k": 1},
+    "dct_top_k": {"k": 1},
     "arc_top_k": {"fraction": 0.1},
     "count_sketch": {"fraction": 0.1},
     "local_steps": {
@@ -124,12 +125,13 @@ TAKEN = {
     "exchange": {"nothing"},
     "labels": set(BAD),
     "reference_grads": {"list", "vector"},
+    "reset": {"nothing"},
     "role": {"text"},
 }
 # Integers may be of any size.
 SIZES = {
     *("block_size", "every", "freeze", "k", "max_consecutive", "min_compression"),
-    *("rank", "refresh", "rows", "split", "start", "warmup", "width"),
+    *("rank", "refresh", "reset", "rows", "split", "start", "tile", "warmup", "width"),
 }
 # They need a place, a state or a step of their own: each has tests of its refusals.
 ELSEWHERE = {
