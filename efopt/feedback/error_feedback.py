@@ -61,7 +61,7 @@ class ContractiveErrorFeedbackState(NamedTuple):
         residual = self.residual
         if home.inner:
             require_fresh(home.link.api, residual)
-            made = home.treedef.flatten_up_to(residual.remake(home.shards()))
+            made = home.treedef.flatten_up_to(residual.remake(home.pieces()))
             axes = home.link.axes
             residual = home.treedef.unflatten(
                 [

@@ -84,7 +84,7 @@ class StoredResidual:
         marked = link.wrap(self.init(params))
         if link.axes is None:
             return marked
-        return dataclasses.replace(marked, remake=self.init)
+        return dataclasses.replace(marked, remake=self.init, home=None)
 
     def receive(self, link: Link, updates: Any, residual: Any) -> Any:
         """Updates on their way in, or an error if ``residual`` is not theirs."""

@@ -14,6 +14,7 @@ from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.partition import partition
 from efopt.exchanges.exchange import Exchange
+from efopt.exchanges.hierarchical import hierarchical
 from efopt.exchanges.link import Link as WorkersLink
 from efopt.exchanges.link import open_link
 from efopt.ground.checks import keyword_only
@@ -303,7 +304,8 @@ def _leaves(
         if len(mine) < len(routes):
             makers: dict[Hashable, Compressor] = {i: make(codecs[i]) for i in mine}
             alone = partition(makers, lambda _, labels=mine: labels)
-            sent = target.of(mine).report(alone, [named[i][1] for i in mine], route)
+            way = hierarchical(link.fast, inner=route) if link.fast else route
+            sent = target.of(mine).report(alone, [named[i][1] for i in mine], way)
         totals[route] = max(1, sum(bits[i] for i in mine)), sent
     leaves = []
     for i, (path, x) in enumerate(named):
