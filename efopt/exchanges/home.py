@@ -158,6 +158,24 @@ class Home:
         """What one device holds of the parameters: a tree of structs."""
         return self._structs([self.shard(i) for i in range(len(self.shapes))])
 
+    def require_shards(self, updates: Any) -> None:
+        """Raises if a device holds other parts of the updates than the state knows."""
+        found, treedef = jax.tree_util.tree_flatten_with_path(updates)
+        if treedef != self.treedef or self.specs is None:
+            return
+        for i, (path, x) in enumerate(found):
+            if jnp.shape(x) == self.shard(i):
+                continue
+            raise ValueError(
+                f"{self.link.api} got updates of shape {jnp.shape(x)} at "
+                f"{jax.tree_util.keystr(path) or 'the root'}, where the state is "
+                f"placed for shards of shape {self.shard(i)}: {self.specs[i]} of a "
+                f"parameter of shape {self.shapes[i]} on {dict(self.inner)}. Give "
+                "`efopt.distribute(state, mesh, params_specs)` the specs by which the "
+                "step is mapped, and `efopt.partition_specs(state, params_specs)` to "
+                "its `in_specs` and `out_specs`."
+            )
+
     def cuts(self) -> list[Cut]:
         """How one device cuts what it holds of each leaf, where that is in pieces.
 
@@ -197,14 +215,14 @@ class Home:
                 entries = [*spec, *[None] * (len(cut.shape) - len(spec))]
                 before = entries[cut.axis]
                 before = before if isinstance(before, tuple) else (before,)
-                names = tuple(n for n in (*before, *cut.names) if n is not None)
-                entries[cut.axis] = names if len(names) > 1 else names[0]
+                names = [n for n in (*before, *cut.names) if n is not None]
+                entries[cut.axis] = names[0] if len(names) == 1 else tuple(names)
                 spec = P(*entries)
             specs.append(spec)
         return tuple(specs)
 
     def _written(self) -> list[Codec]:
-        """The codec of each leaf: of its shard, or of all shards where it spans them."""
+        """The codec of each leaf: of its shard, or of all where it spans them."""
         whole = self.link.codecs(self._structs(self.shapes))
         apart = self.link.codecs(self.shards())
         pairs = zip(whole, apart, strict=True)

@@ -211,11 +211,10 @@ class Link:
         """
         if not self.fast or self.workers is None:
             return updates
-        paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
-        _check_like(self.api, paths, treedef, home.shards())
         self.workers.require_local(self.api, updates)
-        arrays = [jnp.asarray(x) for _, x in paths]
-        return treedef.unflatten(scatter(home.cuts(), arrays, self.fast))
+        arrays, treedef = jax.tree.flatten(updates)
+        arrays = scatter(home.cuts(), list(map(jnp.asarray, arrays)), self.fast)
+        return treedef.unflatten(arrays)
 
     def average(
         self,
@@ -326,10 +325,11 @@ class Link:
                 return inside(updates, state, params, **extra_args)
             if not node.is_node(updates):
                 self._require_bound()
-            around = regions.around(
-                self.api, self.workers, self.axes, updates, state
-            )
+            around = regions.around(self.api, self.workers, self.axes, updates, state)
             if around is None:
+                home = regions.home_of(state)
+                if home is not None and home.inner:
+                    home.require_shards(updates)
                 return inside(updates, state, params, **extra_args)
             return around(inside, updates, state, own)
 

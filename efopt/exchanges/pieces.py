@@ -70,7 +70,12 @@ class Cut:
     def rows(self, x: jax.Array) -> jax.Array:
         """A leaf as one row for each piece, in their order."""
         assert self.axis is not None
-        shape = (*self.shape[: self.axis], self.number, -1, *self.shape[self.axis + 1 :])
+        shape = (
+            *self.shape[: self.axis],
+            self.number,
+            -1,
+            *self.shape[self.axis + 1 :],
+        )
         return jnp.moveaxis(x.reshape(shape), self.axis, 0).reshape(self.number, -1)
 
     def whole(self, rows: jax.Array) -> jax.Array:

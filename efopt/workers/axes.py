@@ -128,7 +128,7 @@ class Axes:
         return x.reshape(-1, *x.shape[len(self.names) :])
 
     def mean_scatter(self, x: jax.Array) -> jax.Array:
-        """Row ``i`` of the mean over workers of ``(workers, ...)`` goes to worker ``i``.
+        """The mean over workers of ``(workers, ...)``, of which each gets its row.
 
         The sum is taken in at least float32: one of float16 may be infinite.
         """
@@ -195,6 +195,10 @@ def local_params(params: Any, axis_name: AxisName) -> Any:
     gradient already summed over workers: an uncompressed all-reduce, and nothing left
     to compress. Differentiate with respect to ``local_params(params, axis_name)``
     instead. Under ``pmap``, ``vmap`` and without checks this changes nothing.
+
+    Name every mapped axis along which batches differ. What is mapped and not named
+    here, JAX sums gradients over, which is right for parts of one batch whose loss is a
+    sum over them, and no average; nothing in the types tells the two apart.
 
     Args:
       params: Any pytree of arrays.

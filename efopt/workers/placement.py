@@ -72,7 +72,9 @@ def _specs(tree: Any, rule: Rule) -> Any:
 
         if x.specs is not None:
             own = iter(x.specs)
-            return x.with_value(jax.tree.map(lambda _: P(axes.key, *next(own)), x.value))
+            return x.with_value(
+                jax.tree.map(lambda _: P(axes.key, *next(own)), x.value)
+            )
 
         def inside(rest, y):
             spec = rule.of(path_of((*path, *rest)), jnp.shape(y)[1:], axes) or P()

@@ -56,7 +56,10 @@ def task(mesh, dtype=np.float32):
     draws = np.random.default_rng(0)
     params = {k: draws.standard_normal(s).astype(dtype) for k, s in SHAPES.items()}
     grads = [
-        {k: draws.standard_normal((mesh.n, *s)).astype(dtype) for k, s in SHAPES.items()}
+        {
+            k: draws.standard_normal((mesh.n, *s)).astype(dtype)
+            for k, s in SHAPES.items()
+        }
         for _ in range(STEPS)
     ]
     return params, grads
@@ -131,9 +134,7 @@ def by_hand(compressor, exchange, mesh, **options):
         return pieces(x, m, lead) or flat(x, lead)
 
     tx = optax.chain(
-        efopt.error_feedback(
-            compressor, axis_name="dcn", exchange=exchange, **options
-        ),
+        efopt.error_feedback(compressor, axis_name="dcn", exchange=exchange, **options),
         optax.sgd(RATE),
     )
 

@@ -102,8 +102,9 @@ def given(scheme):
 @functools.cache
 def by_hand(scheme):
     params, specs, grads = given(scheme)
-    codec = efopt.power_sgd(1) if "power" in scheme else SIGN
-    cuts = meshes.parts(MESH, params, specs, codec)
+    if "power" in scheme:
+        return meshes.whole(SCHEMES[scheme](), MESH, params, grads)
+    cuts = meshes.parts(MESH, params, specs, SIGN)
     return meshes.flat(SCHEMES[scheme](), MESH, params, grads, cuts)[0]
 
 
