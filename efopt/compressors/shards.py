@@ -120,6 +120,9 @@ class Shards:
         if not names:
             return part.reshape(n, 1, *shape)
         devices = Axes(along).size() if along else 1
-        parts = Axes(names).all_gather(part).reshape(devices, -1, *part.shape)
+        # Words: of floats a TPU's compiler may make the sum of zero-padded buffers.
+        words = lax.bitcast_convert_type(part, f"uint{8 * part.dtype.itemsize}")
+        parts = lax.bitcast_convert_type(Axes(names).all_gather(words), part.dtype)
+        parts = parts.reshape(devices, -1, *part.shape)
         flat = jnp.moveaxis(parts, 2, 0).reshape(n, devices, -1)
         return flat[:, :, : math.prod(shape)].reshape(n, devices, *shape)

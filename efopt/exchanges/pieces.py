@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from efopt.codecs.layout import BUCKET_SIZE
+from efopt.exchanges import carrier
 from efopt.exchanges.all_reduce import mean_in_range
 from efopt.workers.axes import Axes, manual_axes, varying
 from efopt.workers.ranges import range_size
@@ -103,19 +104,22 @@ def spare_axes(x: jax.Array, workers: Axes) -> tuple[str, ...]:
 
 
 def gather(cuts: Sequence[Cut], pieces: Sequence[jax.Array]) -> list[jax.Array]:
-    """Leaves from their pieces, in one collective for each dtype and kind of cut."""
+    """Leaves from their pieces, in one collective for each kind of cut.
+
+    Words travel, as in an exchange: of floats a TPU's compiler may make the sum of
+    zero-padded buffers, and a CPU's may widen them.
+    """
     out = list(pieces)
     groups: dict[object, list[int]] = {}
     for i, (cut, piece) in enumerate(zip(cuts, pieces, strict=True)):
         if cut.names:
-            key = cut.names, piece.dtype, varying(piece)
-            groups.setdefault(key, []).append(i)
+            groups.setdefault((cut.names, varying(piece)), []).append(i)
     for members in groups.values():
-        joined = jnp.concatenate([pieces[i].reshape(-1) for i in members])
-        rows, end = Axes(cuts[members[0]].names).all_gather(joined), 0
-        for i in members:
-            start, end = end, end + cuts[i].length
-            out[i] = cuts[i].whole(rows[:, start:end])
+        own = [pieces[i].reshape(1, -1) for i in members]
+        words = Axes(cuts[members[0]].names).all_gather(carrier.pack(own, 1)[0])
+        rows = carrier.unpack(words, own, 1)
+        for i, x in zip(members, rows, strict=True):
+            out[i] = cuts[i].whole(x)
     return out
 
 

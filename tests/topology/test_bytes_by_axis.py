@@ -83,7 +83,7 @@ def test_what_is_equal_behind_a_worker_is_sent_once(entrance):
         *case,
         axis="fsdp",
         beyond=dense(entrance, bias=True),
-        carriers=["all-gather:f32"],
+        carriers=["all-gather:u32"],
         at_most=2 * bias * 3 / 4,  # its average and what was lost of it
     )
     sent = report.bytes_over("dcn").link
