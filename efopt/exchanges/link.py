@@ -105,16 +105,18 @@ class Link:
         """A residual of zero, one worker's, in the compute dtypes."""
         return wide_zeros(params)
 
-    def wrap(self, tree: Any, like: Any = None) -> Any:
+    def wrap(self, tree: Any, like: Any = None, *, rule: str | None = None) -> Any:
         """Marks what is this worker's own, if there are several workers.
 
         Args:
           tree: A tree of arrays.
           like: Where it takes the place of another: the marked tree it was unwrapped
             from.
+          rule: Else, what becomes of it on another number of workers: ``"mean"`` keeps
+            the workers' mean; ``None``: nobody knows (see :class:`efopt.PerWorker`).
         """
         if like is None or self.axes is None:
-            marked = node.wrap(tree, self.axes)
+            marked = node.wrap(tree, self.axes, rule)
             if self.fast and not is_placeholder(tree):
                 marked = dataclasses.replace(marked, home=Home.of(self, tree))
             return marked
@@ -521,10 +523,7 @@ def _levels(api: str, axes: Any, way: Any) -> tuple[Axes, Exchange | None]:
 
 def _wrapped_as(like: Any, state: Any) -> Any:
     """One leaf's state, wrapped as it came."""
-    if not node.is_node(like):
-        return state
-    marked = PerWorker.wrap(state, Axes.of("link", like.axis_name), None, like.shards)
-    return dataclasses.replace(marked, remake=like.remake)
+    return like.rewrap(state) if node.is_node(like) else state
 
 
 def _and_rounding(mean: Message, rest: jax.Array) -> jax.Array:

@@ -1,0 +1,4 @@
+"""A state of last week for the workers of today: records, targets, other numbers."""
+
+from efopt.checkpoints.resize import resize as resize
+from efopt.checkpoints.target import target as target
