@@ -140,7 +140,7 @@ class PowerSGD(Codec):
             numbers = normals(key, columns * self.rank, dtype)
         else:
             ours = self.shards.column_numbers()[:, None] * np.uint32(self.rank)
-            ours = ours + jnp.arange(self.rank, dtype=jnp.uint32)
+            ours = ours + jnp.arange(self.rank, dtype=jnp.uint32)[None, :]
             numbers = normals(key, ours.reshape(-1), dtype)
         return numbers.reshape(-1, columns, self.rank)
 

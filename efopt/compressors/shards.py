@@ -67,10 +67,7 @@ class Shards:
 
     def any(self, x: jax.Array) -> jax.Array:
         """Whether something holds on any shard of the columns."""
-        if not self.columns:
-            return x
-        axes = Axes(self.columns)
-        return lax.psum(axes.vary(x.astype(jnp.float32)), axes.key) > 0
+        return Axes(self.columns).any(x) if self.columns else x
 
     def part(self, factor: jax.Array, summed: tuple[str, ...]) -> jax.Array:
         """This device's part ``(n, length)`` of a factor ``(n, k, rank)``.
@@ -91,9 +88,7 @@ class Shards:
             start = Axes(self.equal).index() * share
             rows = lax.dynamic_slice_in_dim(rows, start, share)
         if summed:
-            rows = vary(rows, *summed)
-            key = Axes(summed).key
-            rows = lax.psum_scatter(rows, key, scatter_dimension=0, tiled=True)
+            rows = Axes(summed).sum_scatter(vary(rows, *summed))
         return rows[0]
 
     def whole(

@@ -13,17 +13,17 @@ class Hierarchical(Exchange):
     """The mean over the fast axes, scattered; its parts meet over the slow ones.
 
     Attributes:
-      fast: The fast axes, as of every exchange.
+      fast_axes: As of every exchange.
       inner: The exchange over the others; ``None``: as suits a leaf's codec.
     """
 
-    fast: tuple[str, ...]  # type: ignore[misc]
+    fast_axes: tuple[str, ...]  # type: ignore[misc]
     inner: Exchange | None = None
 
     name = "hierarchical"
 
     def __repr__(self):
-        return f"hierarchical({Axes(self.fast).key!r}, inner={self.inner!r})"
+        return f"hierarchical({Axes(self.fast_axes).key!r}, inner={self.inner!r})"
 
     @property
     def keeps(self) -> bool:  # type: ignore[override]
@@ -83,7 +83,7 @@ def hierarchical(fast: AxisName, *, inner: Exchange | str | None = None) -> Exch
       ...     exchange=efopt.exchanges.hierarchical("fast", inner="two_phase"))
     """
     way = table.read("hierarchical", inner, option="inner")
-    if way is not None and way.fast:
+    if way is not None and way.fast_axes:
         raise ValueError(
             f"`hierarchical(inner=...)` must be of one level, got {way!r}: name all "
             "fast axes at once, as a tuple."

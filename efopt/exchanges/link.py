@@ -504,15 +504,15 @@ def open_link(
             )
     stream = zlib.crc32(role.encode()) if role else 0
     label, workers = f"`{api}({compressor!r})`", axes
-    if way is not None and way.fast:
+    if way is not None and way.fast_axes:
         axes, way = _levels(api, axes, way)
     return Link(label, compressor.codec, way, axes, start, stream, workers)
 
 
 def _levels(api: str, axes: Any, way: Any) -> tuple[Axes, Exchange | None]:
     """The slow axes of an exchange of two levels, and the exchange over them."""
-    slow = tuple(name for name in axes.names if name not in way.fast)
-    if len(slow) + len(way.fast) != len(axes.names) or not slow:
+    slow = tuple(name for name in axes.names if name not in way.fast_axes)
+    if len(slow) + len(way.fast_axes) != len(axes.names) or not slow:
         raise ValueError(
             f"`{api}(axis_name={axes.key!r}, exchange={way!r})` needs the fast axes "
             "among those of the workers, and at least one that is slow, such as "

@@ -151,8 +151,15 @@ class Axes:
         The sum is taken in at least float32: one of float16 may be infinite.
         """
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        total = lax.psum_scatter(wide, self.key, scatter_dimension=0, tiled=True)
-        return (total / self.size()).astype(x.dtype)
+        return (self.sum_scatter(wide) / self.size()).astype(x.dtype)
+
+    def sum_scatter(self, x: jax.Array) -> jax.Array:
+        """The sum over workers of ``(workers, ...)``, of which each gets its row."""
+        return lax.psum_scatter(x, self.key, scatter_dimension=0, tiled=True)
+
+    def any(self, x: jax.Array) -> jax.Array:
+        """Whether something holds on any worker; equal on all."""
+        return lax.psum(self.vary(x.astype(jnp.float32)), self.key) > 0
 
     def all_to_all(self, x: jax.Array) -> jax.Array:
         """Row ``i`` of ``(workers, ...)`` goes to worker ``i``."""
