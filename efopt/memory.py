@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.feedback import ContractiveErrorFeedbackState
 from efopt.ground.dtypes import compute_dtype
 from efopt.ground.tables import table
 from efopt.workers.node import PerWorker
@@ -131,11 +130,18 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
     return MemoryReport(parts, _bytes(leaves), plain)
 
 
-def _parts(x: Any, name: str, kind: str, params: Any) -> Iterator[MemoryPart]:
-    """The fields of named tuples, and whatever stands beside them."""
+def _parts(
+    x: Any, name: str, kind: str, params: Any, stored: bool = False
+) -> Iterator[MemoryPart]:
+    """The fields of named tuples, and whatever stands beside them.
+
+    A residual is stored in payloads where its state lays itself out.
+    """
     if hasattr(x, "_fields"):
+        lays_itself_out = hasattr(x, "placed")
         for field, value in zip(x._fields, x, strict=True):
-            yield from _parts(value, f"{name}.{field}", type(x).__name__, params)
+            stored, kind = lays_itself_out and field == "residual", type(x).__name__
+            yield from _parts(value, f"{name}.{field}", kind, params, stored)
     elif isinstance(x, tuple | list):
         for i, value in enumerate(x):
             yield from _parts(value, f"{name}[{i}]", kind, params)
@@ -147,7 +153,7 @@ def _parts(x: Any, name: str, kind: str, params: Any) -> Iterator[MemoryPart]:
             yield dataclasses.replace(part, per_worker=True)
     elif jax.tree.leaves(x):
         arrays, exact = jax.tree.leaves(x), 0
-        if kind == ContractiveErrorFeedbackState.__name__ and ".residual" in name:
+        if stored:
             exact = _exact(x.value if isinstance(x, PerWorker) else x, params)
         per_worker = isinstance(x, PerWorker)
         name = name or "the state"

@@ -227,6 +227,8 @@ def train(name, entrance, model, params, text, mesh, args):
         state, loss = step(state, batch)
         losses.append(float(loss))  # read at every step: devices stay together
         batch = next(batches, None)
+    if args.check:  # once, at the end: what has parted stays parted
+        efopt.watch.require_agreement(state)
     return {
         "losses": losses,
         "loss": float(np.mean(losses[-5:])),
@@ -277,6 +279,11 @@ def parse_args():
     add("--lr", type=float, default=0.003, help="learning rate, default: 0.003")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     add("--data", type=Path, help="a text, .gz or plain; default: see above")
+    add(
+        "--check",
+        action="store_true",
+        help="at the end, whether all devices hold the same bits",
+    )
     add("--json", type=Path, help="file for what was found")
     add("--picture", type=Path, help="file for the losses, drawn")
     args = parser.parse_args()
@@ -325,6 +332,8 @@ def main():
         "Bytes per device and step, read from the compiled program. Averaging the loss"
     )
     print("is included. The loss is the mean of the last five steps.")
+    if args.check:
+        print(f"{len(results)} runs: all workers hold the same bits")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
     if args.picture:

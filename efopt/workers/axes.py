@@ -124,6 +124,10 @@ class Axes:
         """The mean over workers of every leaf."""
         return lax.pmean(tree, self.key)
 
+    def max(self, x: jax.Array) -> jax.Array:
+        """The largest over workers."""
+        return lax.pmax(self.vary(x), self.key)
+
     def sum(self, x: jax.Array) -> jax.Array:
         """The sum over workers."""
         return lax.psum(self.vary(x), self.key)

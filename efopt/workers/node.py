@@ -256,9 +256,13 @@ def _behind_worker_axis(value: Any, static: _Static) -> Any:
         return value
     lead = (static.axis_name, static.shards) if static.shards else (static.axis_name,)
 
+    names = Axes.of("PerWorker", static.axis_name).names
+
     def one(x):
         if isinstance(x, NamedSharding):
-            return x.update(spec=one(x.spec))
+            # A mesh without that axis is one on which no workers are laid out.
+            workers = set(names) <= set(x.mesh.axis_names)
+            return x.update(spec=one(x.spec)) if workers else x
         # A region may be mapped over some of the axes already.
         if isinstance(x, PartitionSpec) and x[:1] != lead[:1]:
             return PartitionSpec(*lead, *x)

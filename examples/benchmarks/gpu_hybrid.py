@@ -352,7 +352,7 @@ class Process:
             mesh=dict(mesh.shape),
             axis_name=axis,
             params_specs=specs,
-            links={"dcn": efopt.wire.Link(*self.dcn_link)},
+            networks={"dcn": efopt.wire.Network(*self.dcn_link)},
         )
         return found | {
             "dcn_planned": plan.bytes_per_device / every,

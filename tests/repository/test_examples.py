@@ -41,7 +41,7 @@ def train_digits():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train_digits")
-    options = "--steps", "12", "--workers", "8", "--output", "picture.png"
+    options = "--steps", "12", "--workers", "8", "--output", "picture.png", "--check"
     done = run("train_digits.py", *options, folder=folder)
     assert done.returncode == 0, done.stderr
     return folder, done
@@ -72,6 +72,7 @@ def test_train_digits_prints_one_row_a_method(trained):
 def test_train_digits_shows_progress_with_the_loss(trained):
     _, done = trained
     assert "8 workers" in done.stdout
+    assert "5 runs: all 8 workers hold the same bits" in done.stdout
     for name in METHODS:
         assert re.search(rf"^{name}: 100%.*loss=\d", done.stderr, re.M), name
 
@@ -96,7 +97,8 @@ def test_train_digits_is_the_same_on_one_device(train_digits, mesh):
 
     def losses(simulate):
         tx = train_digits.METHODS["ef-signsgd"](0.1)
-        result = train_digits.train("", tx, data, mesh, simulate, steps=4, seed=0)
+        options = {"steps": 4, "seed": 0, "check": True}
+        result = train_digits.train("", tx, data, mesh, simulate, **options)
         return result.losses
 
     np.testing.assert_allclose(losses(True), losses(False), rtol=1e-4)
@@ -147,8 +149,9 @@ def test_cluster_benchmark_help_names_methods_with_a_percent_sign():
 
 @pytest.mark.slow
 def test_train_nnx(tmp_path):
-    done = run("train_nnx.py", "--steps", "30", folder=tmp_path)
+    done = run("train_nnx.py", "--steps", "30", "--check", folder=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "all 8 workers hold the same bits" in done.stdout
     accuracy = re.search(r"test accuracy ([\d.]+)%", done.stdout)
     assert accuracy is not None and float(accuracy[1]) > 70, done.stdout
     gathered = re.search(r"all-gather +u32 .* ([\d,]+) +[\d,]+$", done.stdout, re.M)
@@ -161,10 +164,12 @@ def test_train_nnx(tmp_path):
 @pytest.mark.parametrize("entrance", ["global", "nested"])
 def test_train_hybrid_sends_less_between_slices(tmp_path, entrance):
     tiny = "--steps 2 --layers 1 --width 32 --length 8 --batch 8 --json found.json"
+    tiny += " --check"
     methods = "--methods", "dense", "sign-two-phase"
     options = "--entrance", entrance, *tiny.split(), *methods
     done = run("train_hybrid.py", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "2 runs: all workers hold the same bits" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())
     dense, sign = found["dense"], found["sign-two-phase"]
     assert list(found) == re.findall(r"^(dense|sign-\S+) +\d", done.stdout, re.M)
@@ -225,3 +230,14 @@ def test_error_feedback_trains_through_wrong_labels_at_batch_eight(monkeypatch):
     feedback = mean("ef-signsgd", 0.3)
     assert feedback >= mean("scaled-sign", 0.3) + 1
     assert feedback >= mean("sgdm", 0.1) - 1
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(tmp_path):
+    """Every line of it holds: the others end, and the run goes on on 3, 2 and 4."""
+    done = run("killed_and_resumed.py", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 7 and all(line.startswith("ok") for line in lines), lines
+    assert sum("the bits of the undisturbed run" in line for line in lines) == 2
+    assert list(tmp_path.iterdir()) == []

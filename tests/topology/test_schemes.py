@@ -71,6 +71,20 @@ SCHEMES = {
             axis_name=AXIS,
         )
     ),
+    "loco_memory": lambda: chained(
+        efopt.feedback.loco(
+            SIGN,
+            reset=2,
+            memory=efopt.quantize(8, stochastic=True),
+            axis_name=AXIS,
+        )
+    ),
+    "demo": lambda: efopt.optimizers.demo(
+        0.1, decay=0.9, k=2, tile=4, weight_decay=0.01, axis_name=AXIS
+    ),
+    "arc_top_k": lambda: chained(
+        efopt.feedback.ef21(efopt.compressors.arc_top_k(k=1, rank=1), axis_name=AXIS)
+    ),
     "momentum": lambda: chained(
         efopt.per_worker(optax.trace(0.9), axis_name=AXIS), feedback()
     ),
@@ -114,6 +128,11 @@ SCHEMES = {
         efopt.convex.diana(ROUND, alpha=0.1, axis_name=AXIS), feedback()
     ),
 }
+CODECS = {
+    "power_sgd_momentum": efopt.power_sgd(1),
+    "arc_top_k": efopt.compressors.arc_top_k(k=1, rank=1),
+    "demo": efopt.compressors.dct_top_k(k=2, tile=4),
+}
 # Whole scheme families through the entrance that is farthest from the flat case; the
 # others for those whose state is laid out in a way of its own.
 DEFAULT = {
@@ -136,7 +155,8 @@ def by_hand(scheme):
     params, specs, grads = given(scheme)
     if "power" in scheme:
         return meshes.whole(SCHEMES[scheme](), MESH, params, grads)
-    cuts = meshes.parts(MESH, params, specs, SIGN)
+    codec = CODECS.get(scheme, SIGN)
+    cuts = meshes.parts(MESH, params, specs, codec)
     return meshes.flat(SCHEMES[scheme](), MESH, params, grads, cuts)[0]
 
 
