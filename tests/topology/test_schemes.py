@@ -129,7 +129,6 @@ SCHEMES = {
     ),
 }
 CODECS = {
-    "power_sgd_momentum": efopt.power_sgd(1),
     "arc_top_k": efopt.compressors.arc_top_k(k=1, rank=1),
     "demo": efopt.compressors.dct_top_k(k=2, tile=4),
 }
