@@ -444,6 +444,7 @@ class Link:
         return lay_out(self.codec.assign(tree), shapes, dtypes)
 
 
+@checks.keyword_only
 def open_link(
     api: str,
     compressor: Any,

@@ -214,7 +214,8 @@ def stored_residual(
         )
     if damping is not None and checks.static_float(api, "damping", damping) > 1:
         raise ValueError(f"`{api}(damping=...)` must be in [0, 1], got {damping}.")
-    checks.choice(api, "form", form, (None, *FORMS))
+    if form is not None:
+        checks.choice(api, "form", form, FORMS)
     for member in memory.codec.members():
         reason = _refusal(member, form)
         if reason is not None:

@@ -230,9 +230,9 @@ def _check_flat(num_workers: Any, of_a_mesh: Mapping[str, Any]) -> None:
                 f"`plan({name}=...)` goes with `mesh`, such as "
                 '`mesh={"dcn": 4, "fsdp": 64}`.'
             )
-    if type(num_workers) is not int or num_workers < 1:
+    if type(num_workers) is not int or not 1 <= num_workers < 2**31:
         raise ValueError(
-            "`plan(num_workers=...)` must be an int of at least 1, "
+            "`plan(num_workers=...)` must be an int of at least 1 and below 2**31, "
             f"got {num_workers!r}"
             + ("; or give `mesh`." if num_workers is None else ".")
         )

@@ -33,7 +33,7 @@ class Axes:
     def of(cls, api: str, axis_name: Any, option: str = "axis_name") -> "Axes":
         """The axes of an ``axis_name=``: a string, or a tuple of them, or an error."""
         names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-        if not names or not all(isinstance(name, str) for name in names):
+        if not names or not all(isinstance(name, str) and name for name in names):
             raise TypeError(
                 f"`{api}({option}=...)` must be the name of a mapped axis, or a tuple "
                 f"of such names, got {axis_name!r}."

@@ -132,6 +132,11 @@ def distribute(
       >>> state.residual.value.shape == (jax.device_count(), 3)
       True
     """
+    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+        raise TypeError(
+            "`distribute(tree, mesh)` takes a mesh, as `jax.make_mesh(...)` makes one, "
+            f"got {type(mesh).__name__}."
+        )
     require_common("`distribute`", tree)
     leaves = jax.tree.leaves(tree)
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)

@@ -124,6 +124,18 @@ SCHEMES = {
     "ecq_sgd": lambda: efopt.optimizers.ecq_sgd(
         0.1, compressor=ROUND, alpha=0.5, beta=0.9, axis_name=AXIS
     ),
+    "distributed_lion": lambda: efopt.optimizers.distributed_lion(
+        0.1, weight_decay=0.01, axis_name=AXIS
+    ),
+    "lion_cub": lambda: efopt.optimizers.distributed_lion(
+        0.1, compressor=SIGN, average_momentum=2, axis_name=AXIS
+    ),
+    "one_bit_adam": lambda: efopt.optimizers.one_bit_adam(
+        0.1, warmup=2, compressor=SIGN, weight_decay=0.01, axis_name=AXIS
+    ),
+    "zero_one_adam": lambda: efopt.optimizers.zero_one_adam(
+        RATES, freeze=4, refresh=1, compressor=SIGN, axis_name=AXIS
+    ),
     "diana": lambda: chained(
         efopt.convex.diana(ROUND, alpha=0.1, axis_name=AXIS), feedback()
     ),
@@ -141,7 +153,7 @@ DEFAULT = {
         "local_steps_streamed dist_ef_sgd ef_sgd signsgd ef21"
     ).split()
 } | {("memory", "nested"), ("start", "nested"), ("dist_ef_sgd", "nested")}
-DEFAULT |= {("local_steps", "nested")}
+DEFAULT |= {("local_steps", "nested"), ("local_steps_streamed", "manual")}
 
 
 def given(scheme):
