@@ -124,6 +124,7 @@ TAKEN = {
     "fragments": {"text", "list", "complex", "strange", "vector", "nan"},
     "exchange": {"nothing"},
     "labels": set(BAD),
+    "momentum": {"nothing"},
     "reference_grads": {"list", "vector"},
     "reset": {"nothing"},
     "role": {"text"},

@@ -515,7 +515,7 @@ def _levels(api: str, axes: Any, way: Any) -> tuple[Axes, Exchange | None]:
             "among those of the workers, and at least one that is slow, such as "
             '`axis_name=("dcn", "fast")`.'
         )
-    return Axes(slow), way.inner
+    return Axes(slow), way.exchange
 
 
 def _wrapped_as(like: Any, state: Any) -> Any:
