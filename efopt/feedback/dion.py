@@ -67,8 +67,8 @@ def scale_by_dion(
     The last axis of a leaf is its output, the one before it its input, as in Flax; axes
     before these are a batch of matrices, such as the layers of a ``scan``. The shorter
     side has the orthonormal factor. A matrix whose factors would be no smaller than it
-    is sent as it is. Where the rank of what came so far is lower than ``rank``, columns
-    without content stay zero, and their ``Q`` is drawn anew.
+    is sent as it is, unless it is sharded. Where the rank of what came so far is lower
+    than ``rank``, columns without content stay zero, and their ``Q`` is drawn anew.
 
     *Shards.* On a mesh with axes behind each worker the matrix is factorised whole,
     whichever of its sides is sharded: shards meet on the fast axes, in sums of factors
@@ -272,6 +272,7 @@ def _sharded(codec: LowRank, home: Home, i: int) -> LowRank:
         codec,
         short=Side(codec.short.size, short),
         long=Side(codec.long.size, long),
+        sharded=bool(short or long or lead),
         equal=tuple(
             tuple(n for n in home.inner_names if n not in {*side, *lead})
             for side in (short, long)

@@ -35,6 +35,9 @@ class LowRank(Codec):
       turned: Whether the short side is the columns.
       scale: Factor on the direction.
       seed: Selects random starts and sketches.
+      sharded: Whether a device holds a part of the leaf. Its ``Q`` is then laid out as
+        if it differed between workers, and only averages of factors say that it does
+        not.
       equal: The mesh axes behind a worker along which the factor of the short side is
         equal, and that of the long side: there each device sends a piece.
     """
@@ -45,6 +48,7 @@ class LowRank(Codec):
     turned: bool
     scale: float
     seed: int
+    sharded: bool = False
     equal: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     linear: ClassVar[bool] = True
@@ -55,7 +59,7 @@ class LowRank(Codec):
     def dense(self) -> bool:
         """Whether the matrix itself is smaller than its factors, and is sent."""
         rows, columns = self.short.size, self.long.size
-        return self.rank * (rows + columns) > rows * columns
+        return not self.sharded and self.rank * (rows + columns) > rows * columns
 
     def block_shape(self, shape):
         return (math.prod(shape[:-2]), *shape[-2:])
