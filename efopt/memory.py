@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from efopt.ground import options
 from efopt.ground.dtypes import compute_dtype
 from efopt.ground.tables import table
 from efopt.workers.node import PerWorker
@@ -104,6 +105,9 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
       A :class:`MemoryReport`. Printed, it is a table, with the residual of plain error
       feedback and of none for comparison.
 
+    Raises:
+      TypeError: If ``tx`` is no gradient transformation.
+
     Examples:
       >>> import jax, optax
       >>> import efopt
@@ -123,6 +127,7 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
     structs = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params
     )
+    options.check("memory_report", "tx", tx, default=...)
     state = jax.eval_shape(tx.init, structs)
     leaves = jax.tree.leaves(structs)
     plain = sum(math.prod(x.shape) * compute_dtype(x.dtype).itemsize for x in leaves)

@@ -437,6 +437,18 @@ EXCHANGES = (
         groups=2,
         axis_name=("slow", "fast"),
     ),
+    Exchange(
+        "hierarchical",
+        lambda: efopt.exchanges.hierarchical("fast"),
+        "all_reduce",
+        ("all-gather", "all-reduce", "all-reduce"),  # 150 coordinates on 4 devices
+        "f32",
+        efopt.compressors.identity(),
+        oracle.identity,
+        alias=False,
+        groups=2,
+        axis_name=("slow", "fast"),
+    ),
 )
 
 # ------------------------------------------------------- schemes and optimizers

@@ -297,7 +297,7 @@ OPTIONS = {
     "threshold-vector": (
         lambda: efopt.compressors.threshold(jnp.ones(3), k=1),
         TypeError,
-        ["`threshold(threshold=...)`", "must be a scalar", "(3,)"],
+        ["`threshold(threshold=...)`", "a schedule or a scalar array"],
     ),
     "width-and-fraction": (
         lambda: efopt.compressors.count_sketch(width=3, fraction=0.5),

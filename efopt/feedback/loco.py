@@ -8,6 +8,7 @@ import optax
 
 from efopt.codecs.compressor import Compressor
 from efopt.compressors.quantize import quantize
+from efopt.exchanges import table
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.link import open_link
 from efopt.feedback.residual import open_residual, placed
@@ -119,7 +120,8 @@ def loco(
         checks.static_int(api, "reset", reset)
     compressor = quantize(4) if compressor is None else compressor
     memory = quantize(8) if memory is None else memory
-    way = None if axis_name is None else exchange
+    way = table.read(api, exchange)
+    way = None if axis_name is None else way  # one worker has nobody to meet
     link = open_link(api, compressor, axis_name=axis_name, exchange=way, start=start)
     store = open_residual(api, None, memory, None, None)
 

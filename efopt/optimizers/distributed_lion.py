@@ -130,13 +130,13 @@ def distributed_lion(
                 " has nobody to average with."
             )
     votes = compressor is None
+    if votes and exchange is not None and not isinstance(exchange, Exchange):
+        ways = ("majority_vote", "all_gather")
+        checks.choice("distributed_lion", "exchange", exchange, ways)
     if axis_name is None:
         exchange = None
     elif votes and exchange is None:
         exchange = "majority_vote"
-    if votes and isinstance(exchange, str):
-        ways = ("majority_vote", "all_gather")
-        checks.choice("distributed_lion", "exchange", exchange, ways)
     link = open_link(
         "distributed_lion",
         sign() if compressor is None else compressor,

@@ -86,6 +86,24 @@ def test_what_is_lost_is_said_again_in_part_and_dropped_at_a_reset():
     np.testing.assert_array_equal(out, [0, 0.5, 0.25, 0])
 
 
+def test_resizing_loco_asks_what_its_error_is_worth():
+    """Errors written anew lose some of themselves, which parameters pay."""
+    tx = efopt.feedback.loco(axis_name=AXIS)
+    params = {"w": np.ones((32, 32), np.float32)}
+    state = efopt.stack_workers(jax.jit(tx.init)(params), 3)
+    draw = np.random.default_rng(0).integers(0, 255, (3, 1), np.uint8)
+    residual = jax.tree.map(
+        lambda x: (np.ones(x.shape) * draw.reshape(3, *[1] * (x.ndim - 1))).astype(
+            x.dtype
+        ),
+        state.residual,
+    )
+    state = state._replace(residual=residual)
+    with pytest.raises(ValueError, match="does not know what a stored residual"):
+        efopt.checkpoints.resize(state, 2, params=params)
+    efopt.checkpoints.resize(state, 2, params=params, learning_rate=0.1)
+
+
 # ----------------------------------------------------------------------- experiments
 
 
