@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 import oracle
+import oracle_since
 from proofs.changes import changes
 from proofs.two_level import two_level
 
@@ -92,7 +93,7 @@ def _top_k(name: str, slow: bool = False, **options: Any) -> Row:
         efopt.top_k,
         options,
         ("all_gather", "two_phase") if "block_size" in options else ("all_gather",),
-        static_args=("fraction", "k", "block_size"),
+        static_args=("fraction", "k", "block_size", "tile"),
         oracle=lambda x, mask: oracle.top_k(x, **options),
         slow=slow,
     )
@@ -213,6 +214,22 @@ COMPRESSORS = (
     _top_k("top_k_3", k=3, slow=True),
     _top_k("top_k_30pct_16", fraction=0.3, block_size=16),
     Row(
+        "top_k_tiles",
+        efopt.top_k,
+        {"k": 3, "tile": (4, 8)},
+        ("all_gather", "two_phase"),
+        static_args=("fraction", "k", "block_size", "tile"),
+        oracle=lambda x, mask: oracle.tiled_top_k(x, 3, (4, 8)),
+    ),
+    Row(
+        "two_magnitudes_16",
+        efopt.compressors.two_magnitudes,
+        {"block_size": 16},
+        ("all_gather", "two_phase"),
+        static_args=("block_size",),
+        oracle=lambda x, mask: oracle.two_magnitudes(x, 16),
+    ),
+    Row(
         "threshold",
         efopt.compressors.threshold,
         {"threshold": 0.5, "fraction": 0.3, "block_size": 16},
@@ -298,6 +315,15 @@ COMPRESSORS = (
         one_message=False,
         largest=1e37,
         slow=True,
+    ),
+    Row(
+        "dct_top_k",
+        efopt.compressors.dct_top_k,
+        {"k": 3, "tile": 8},
+        ("all_gather",),
+        static_args=("k", "tile"),
+        largest=1e36,
+        oracle=lambda x, mask: oracle_since.dct_top_k(x, 3, 8),
     ),
     _composed(
         "top_k_of_8_bits", efopt.top_k(fraction=0.2), efopt.quantize(8), kind=True
@@ -407,6 +433,18 @@ EXCHANGES = (
         "u32",
         efopt.top_k(k=3),
         lambda x: oracle.top_k(x, k=3),
+        alias=False,
+        groups=2,
+        axis_name=("slow", "fast"),
+    ),
+    Exchange(
+        "hierarchical",
+        lambda: efopt.exchanges.hierarchical("fast"),
+        "all_reduce",
+        ("all-gather", "all-reduce", "all-reduce"),  # 150 coordinates on 4 devices
+        "f32",
+        efopt.compressors.identity(),
+        oracle.identity,
         alias=False,
         groups=2,
         axis_name=("slow", "fast"),
@@ -598,6 +636,35 @@ SCHEMES = (
         exact=False,
         slow=True,
     ),
+    Scheme(
+        "loco",
+        efopt.feedback.loco,
+        lambda axis: {
+            "exchange": "two_phase",
+            "reset": 2,
+            "memory": efopt.quantize(8, block_size=4),
+        },
+        own=True,
+        owes=True,
+        exact=False,
+    ),
+    Scheme(
+        "scale_by_dion",
+        efopt.feedback.scale_by_dion,
+        lambda axis: {"rank": 2},
+        own=True,
+        exact=False,
+        slow=True,
+    ),
+    Scheme(
+        "scale_by_one_bit_adam",
+        efopt.feedback.scale_by_one_bit_adam,
+        lambda axis: {"warmup": 2, "compressor": BLOCKED},
+        own=True,
+        owes=True,
+        exact=False,
+        slow=True,
+    ),
     Scheme("third_party", changes, lambda axis: {"compressor": TOP}, own=True),
     Scheme(
         "diana",
@@ -726,6 +793,71 @@ OPTIMIZERS = (
         owes=True,
         rate=0.03,
         exact=False,
+    ),
+    Scheme(
+        "demo",
+        efopt.optimizers.demo,
+        lambda axis: {"k": 6, "tile": 4, "decay": 0.9},
+        own=True,
+        owes=True,
+        rate=0.02,
+        steps=1600,
+        exact=False,
+    ),
+    Scheme(
+        "dion",
+        efopt.optimizers.dion,
+        lambda axis: {"rank": 2, "fallback": optax.sgd(0.3)},
+        own=True,
+        rate=0.05,
+        steps=1600,
+        exact=False,
+    ),
+    Scheme(
+        "distributed_lion",
+        efopt.optimizers.distributed_lion,
+        own=True,
+        rate=0.02,
+        steps=1600,
+    ),
+    Scheme(
+        "lion_cub",
+        efopt.optimizers.distributed_lion,
+        lambda axis: {
+            "compressor": efopt.quantize(4),
+            "average_momentum": None if axis is None else 2,
+        },
+        own=True,
+        rate=0.02,
+        steps=1600,
+        exact=False,
+        slow=True,
+    ),
+    Scheme(
+        "one_bit_adam",
+        efopt.optimizers.one_bit_adam,
+        lambda axis: {"warmup": 2, "eps": 0.1, "compressor": BLOCKED},
+        own=True,
+        owes=True,
+        rate=0.1,
+        steps=1600,
+        exact=False,
+    ),
+    Scheme(
+        "zero_one_adam",
+        efopt.optimizers.zero_one_adam,
+        lambda axis: {
+            "freeze": 100,
+            "refresh": 1,
+            "eps": 0.1,
+            "compressor": BLOCKED,
+        },
+        own=True,
+        owes=True,
+        rate=0.1,
+        steps=1600,
+        exact=False,
+        slow=True,
     ),
     Scheme(
         "ecq_sgd",

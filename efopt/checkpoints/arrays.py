@@ -1,5 +1,6 @@
 """Arrays on the host, and arrays of which no host holds all."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+COLUMNS = "columns of "  # in front of the names of axes
 
 
 def on_host(x: Any) -> np.ndarray:
@@ -53,30 +56,33 @@ def by_columns(x: Any, change: Callable[[np.ndarray], np.ndarray], lead: int) ->
 def columns(shape: tuple[int, ...], spec: P, mesh: Any, lead: int) -> NamedSharding:
     """Where an array lies of which every device has all rows and few columns.
 
+    The mesh of its devices has axes of other names: along these there are no workers,
+    and a :class:`efopt.PerWorker` knows that (it puts its own axis in front of specs).
+
     Args:
       shape: Its shape.
       spec: How it is sharded; of that, what stands behind the leading axes stays.
       mesh: The mesh; the rest of its axes are used where they divide something.
       lead: How many axes stand in front of the columns.
     """
-    entries: list[tuple[str, ...]] = [() for _ in shape]
+    entries: list[list[str]] = [[] for _ in shape]
     for d, entry in enumerate(spec):
         if d >= lead and entry is not None:
-            entries[d] = entry if isinstance(entry, tuple) else (entry,)
+            entries[d] = list(entry) if isinstance(entry, tuple) else [entry]
     used = {name for entry in entries for name in entry}
     largest = sorted(range(lead, len(shape)), key=lambda d: -shape[d])
     for name in mesh.axis_names:
         for d in () if name in used else largest:
-            by = mesh.shape[name]
-            for other in entries[d]:
-                by *= mesh.shape[other]
+            by = math.prod(mesh.shape[a] for a in (name, *entries[d]))
             if shape[d] and shape[d] % by == 0:
-                entries[d] += (name,)
+                entries[d].append(name)
                 break
-    return NamedSharding(auto(mesh), P(*(entry or None for entry in entries)))
+    renamed = {name: COLUMNS + name.removeprefix(COLUMNS) for name in mesh.axis_names}
+    placed = [tuple(renamed[name] for name in entry) or None for entry in entries]
+    return NamedSharding(auto(mesh, tuple(renamed.values())), P(*placed))
 
 
-def auto(mesh: Any) -> jax.sharding.Mesh:
-    """The same mesh with axes that types do not tell of."""
+def auto(mesh: Any, names: tuple[str, ...] | None = None) -> jax.sharding.Mesh:
+    """The same mesh with axes that types do not tell of, perhaps of other names."""
     kinds = (AxisType.Auto,) * len(mesh.axis_names)
-    return jax.sharding.Mesh(mesh.devices, mesh.axis_names, kinds)
+    return jax.sharding.Mesh(mesh.devices, names or mesh.axis_names, kinds)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 
 from efopt.checkpoints.arrays import auto, columns
+from efopt.checkpoints.record import check
 from efopt.workers.node import is_node
 from efopt.workers.placement import distribute
 
@@ -56,16 +57,18 @@ def target(
     structs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree
     )
-    sizes = dict(mesh.shape)
-    for name, size in saved.items():
+    sizes, workers = dict(mesh.shape), saved.get("workers", saved)
+    for name, size in workers.items():
         if name not in sizes:
             raise ValueError(
-                f"`target(tree, mesh, saved={dict(saved)})`: the mesh has no axis "
+                f"`target(tree, mesh, saved={dict(workers)})`: the mesh has no axis "
                 f"{name!r}, but {tuple(mesh.axis_names)}."
             )
         sizes[name] = size
     old = AbstractMesh(tuple(sizes.values()), tuple(sizes), mesh.axis_types)
     placed = distribute(structs, old, params_specs, params=params)  # pyright: ignore
+    if "workers" in saved:
+        check(saved, placed)
 
     def one(x):
         if not is_node(x):

@@ -84,7 +84,7 @@ class StoredResidual:
         marked = link.wrap(self.init(params), rule="stored")
         if link.axes is None:
             return marked
-        return dataclasses.replace(marked, store=self)
+        return dataclasses.replace(marked, store=self, home=None)
 
     def receive(self, link: Link, updates: Any, residual: Any) -> Any:
         """Updates on their way in, or an error if ``residual`` is not theirs."""
@@ -214,7 +214,8 @@ def stored_residual(
         )
     if damping is not None and checks.static_float(api, "damping", damping) > 1:
         raise ValueError(f"`{api}(damping=...)` must be in [0, 1], got {damping}.")
-    checks.choice(api, "form", form, (None, *FORMS))
+    if form is not None:
+        checks.choice(api, "form", form, FORMS)
     for member in memory.codec.members():
         reason = _refusal(member, form)
         if reason is not None:
