@@ -193,11 +193,7 @@ class Link:
     def _require_bound(self) -> None:
         axes = self.workers
         assert axes is not None
-        cure = (
-            "; in a plain jitted step over global arrays take the gradients of "
-            f"`efopt.value_and_grad(..., axis_name={axes.key!r})` as they are; or pass "
-            "`axis_name=None` for a single worker"
-        )
+        cure = "; or pass `axis_name=None` for a single worker"
         axes.require_bound(self.api, cure)
 
     def turn(self, count: jax.Array) -> Turn:
@@ -526,7 +522,7 @@ def _levels(api: str, axes: Any, way: Any) -> tuple[Axes, Exchange | None]:
             "among those of the workers, and at least one that is slow, such as "
             '`axis_name=("dcn", "fast")`.'
         )
-    return Axes(slow), way.inner
+    return Axes(slow), way.exchange
 
 
 def _wrapped_as(like: Any, state: Any) -> Any:

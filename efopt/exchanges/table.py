@@ -19,13 +19,13 @@ def default(codec: Codec) -> Exchange:
     return EXCHANGES["all_reduce" if codec.linear else "all_gather"]
 
 
-def read(api: str, exchange: Any, option: str = "exchange") -> Exchange | None:
+def read(api: str, exchange: Any) -> Exchange | None:
     """The value behind an ``exchange=``: itself, or the one of that name."""
     if exchange is None or isinstance(exchange, Exchange):
         return exchange
     if not isinstance(exchange, str) or exchange not in EXCHANGES:
         raise ValueError(
-            f"`{api}({option}=...)` must be one of {', '.join(map(repr, EXCHANGES))}, "
+            f"`{api}(exchange=...)` must be one of {', '.join(map(repr, EXCHANGES))}, "
             "an `efopt.exchanges.Exchange`, or None for the compressor's own, got "
             f"{exchange!r}."
         )

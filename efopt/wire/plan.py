@@ -357,7 +357,7 @@ def _leaves(
         sent = report
         if len(mine) < len(routes):
             alone, some = _alone(codecs, mine), [named[i][1] for i in mine]
-            way = hierarchical(link.fast, inner=route) if link.fast else route
+            way = hierarchical(link.fast, exchange=route) if link.fast else route
             sent = target.of(mine).report(alone, some, way)
         totals[route] = max(1, sum(bits[i] for i in mine)), sent
     leaves = []

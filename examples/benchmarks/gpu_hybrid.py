@@ -457,7 +457,7 @@ def transformation(method):
         return optax.chain(mean, optax.sgd(RATE, momentum=MOMENTUM)), c, None
     sign = efopt.scaled_sign(1024)
     if method.startswith("hierarchical"):
-        both, way = ("dcn", "fsdp"), efopt.exchanges.hierarchical("fsdp", inner=TWO)
+        both, way = ("dcn", "fsdp"), efopt.exchanges.hierarchical("fsdp", exchange=TWO)
         own = efopt.per_worker(optax.trace(MOMENTUM), axis_name=both)
         feedback = efopt.error_feedback(sign, axis_name=both, exchange=way)
         return optax.chain(own, feedback, optax.sgd(RATE)), sign, way

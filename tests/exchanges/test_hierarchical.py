@@ -46,7 +46,7 @@ SIGN = efopt.scaled_sign(8), "two_phase"
 
 
 def transformation(compressor, inner, axis=("dcn", "fast"), **options):
-    exchange = efopt.exchanges.hierarchical("fast", inner=inner)
+    exchange = efopt.exchanges.hierarchical("fast", exchange=inner)
     return efopt.error_feedback(
         compressor, axis_name=axis, exchange=exchange, **options
     )
@@ -225,7 +225,7 @@ def test_nothing_is_lost_and_a_device_keeps_its_part_alone():
 def test_bytes_are_those_of_the_plan_and_a_fourth_of_a_device_s_own(case):
     compressor, inner = CASES[case]
     shapes = {k: SHAPES[k] for k in "abc"}
-    exchange = efopt.exchanges.hierarchical("fast", inner=inner)
+    exchange = efopt.exchanges.hierarchical("fast", exchange=inner)
     plan = wire.plan(
         compressor,
         {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()},
@@ -269,7 +269,7 @@ SCHEMES = {
         alpha=0.5,
         beta=0.9,
         axis_name=("dcn", "fast"),
-        exchange=efopt.exchanges.hierarchical("fast", inner="two_phase"),
+        exchange=efopt.exchanges.hierarchical("fast", exchange="two_phase"),
     ),
     "power_sgd": lambda: transformation(efopt.power_sgd(1, min_compression=1), None),
 }
@@ -304,11 +304,13 @@ def test_fast_axes_are_some_of_the_workers_axes(axis, fast):
 
 
 def test_what_is_no_level():
-    with pytest.raises(ValueError, match=r"hierarchical\(inner=...\).* must be one of"):
-        efopt.exchanges.hierarchical("fast", inner="nothing")
+    with pytest.raises(
+        ValueError, match=r"hierarchical\(exchange=...\).* must be one of"
+    ):
+        efopt.exchanges.hierarchical("fast", exchange="nothing")
     with pytest.raises(ValueError, match="of one level"):
         efopt.exchanges.hierarchical(
-            "fast", inner=efopt.exchanges.hierarchical("other")
+            "fast", exchange=efopt.exchanges.hierarchical("other")
         )
     with pytest.raises(TypeError, match=r"hierarchical\(fast=...\)"):
         efopt.exchanges.hierarchical(3)
@@ -324,7 +326,7 @@ def test_a_state_that_is_not_placed_or_cannot_be():
     with pytest.raises(ValueError, match=r"by parts.*place it with.*have no mesh"):
         jax.eval_shape(step, grads, state)
     with pytest.raises(ValueError, match=r"has no such axis"):
-        efopt.distribute(state, jax.make_mesh((2, 4), ("dcn", "other")))
+        efopt.distribute(tx.init(params), jax.make_mesh((2, 4), ("dcn", "other")))
     specs = {**{k: P() for k in SHAPES}, "a": P("fast")}
     with pytest.raises(ValueError, match=r"leave the axis out of `axis_name`"):
         efopt.distribute(tx.init(params), PLAIN.make(), specs)
