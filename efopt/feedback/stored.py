@@ -84,7 +84,7 @@ class StoredResidual:
         marked = link.wrap(self.init(params), rule="stored")
         if link.axes is None:
             return marked
-        return dataclasses.replace(marked, store=self)
+        return dataclasses.replace(marked, store=self, home=None)
 
     def receive(self, link: Link, updates: Any, residual: Any) -> Any:
         """Updates on their way in, or an error if ``residual`` is not theirs."""

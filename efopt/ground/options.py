@@ -59,6 +59,10 @@ def _is_finite(value: Any) -> bool:
         return True
 
 
+def _is_decay(value: Any) -> bool:
+    return value is None or _is_finite(value)
+
+
 def _is_rate(value: Any) -> bool:
     return callable(value) or _is_finite(value)
 
@@ -127,7 +131,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "learning_rate": _RATE,
     "mask": _MASK,
     "matrices": _MASK,
-    "momentum": _NUMBER,
+    "momentum": ("a finite number, a scalar array or None for none", _is_decay),
     "nesterov": _SWITCH,
     "outer_learning_rate": _RATE,
     "prox": ("a function of a tree and a step size, or None", callable),

@@ -14,6 +14,7 @@ from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.partition import partition
 from efopt.exchanges.exchange import Exchange
+from efopt.exchanges.hierarchical import hierarchical
 from efopt.exchanges.link import Link, open_link
 from efopt.ground.checks import keyword_only
 from efopt.ground.dtypes import check_float
@@ -356,7 +357,8 @@ def _leaves(
         sent = report
         if len(mine) < len(routes):
             alone, some = _alone(codecs, mine), [named[i][1] for i in mine]
-            sent = target.of(mine).report(alone, some, route)
+            way = hierarchical(link.fast, exchange=route) if link.fast else route
+            sent = target.of(mine).report(alone, some, way)
         totals[route] = max(1, sum(bits[i] for i in mine)), sent
     leaves = []
     for i, (path, x) in enumerate(named):

@@ -7,6 +7,7 @@ sent. Namespaces own the interfaces in them, and take them along when they go.
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -23,6 +24,13 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 HOSTS_FILES = Path("/etc/netns")  # where `ip netns exec` looks for them
 NAMESPACES = Path("/run/netns")
 PORT = 47000
+# Whether all that a worker imports may be read, and its folders reached.
+LOOK = """
+import importlib.util, os, sys
+for name in "cluster_task", "efopt", "flax", "jax", "jaxlib", "optax", "sklearn":
+    open(importlib.util.find_spec(name).origin).close()
+assert os.access(sys.argv[1], os.X_OK)
+"""
 PREFIX = "efopt-"  # of all names; behind it stands the process
 
 
@@ -140,6 +148,7 @@ def sweep():
             shutil.rmtree(path, ignore_errors=True)
 
 
+@functools.cache
 def unprivileged():
     """What makes a worker somebody who is not root, which it need not be, and whom.
 
@@ -149,13 +158,9 @@ def unprivileged():
         return (), None
     user, group = (os.environ.get(name, "65534") for name in ("SUDO_UID", "SUDO_GID"))
     drop = "setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups"
-    temporary = tempfile.gettempdir()
-    look = f"import os, efopt, cluster_task; assert os.access({temporary!r}, os.X_OK)"
-    tried = subprocess.run(
-        [*drop, sys.executable, "-c", look],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-    )
+    look = [sys.executable, "-c", LOOK, tempfile.gettempdir()]
+    here = Path(__file__).parent
+    tried = subprocess.run([*drop, *look], cwd=here, capture_output=True)
     return (drop, (int(user), int(group))) if tried.returncode == 0 else ((), None)
 
 

@@ -141,7 +141,6 @@ SCHEMES = {
     ),
 }
 CODECS = {
-    "power_sgd_momentum": efopt.power_sgd(1),
     "arc_top_k": efopt.compressors.arc_top_k(k=1, rank=1),
     "demo": efopt.compressors.dct_top_k(k=2, tile=4),
 }
@@ -165,6 +164,8 @@ def given(scheme):
 @functools.cache
 def by_hand(scheme):
     params, specs, grads = given(scheme)
+    if "power" in scheme:
+        return meshes.whole(SCHEMES[scheme](), MESH, params, grads)
     codec = CODECS.get(scheme, SIGN)
     cuts = meshes.parts(MESH, params, specs, codec)
     return meshes.flat(SCHEMES[scheme](), MESH, params, grads, cuts)[0]

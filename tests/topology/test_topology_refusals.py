@@ -94,6 +94,14 @@ def test_a_state_that_is_not_placed():
         stepped(state, grads)
 
 
+def test_a_state_in_front_of_the_exchange_that_is_not_placed():
+    params, specs, grads = task()
+    tx = efopt.per_worker(optax.trace(0.9), axis_name="dcn")
+    stacked = efopt.PerWorker({k: np.asarray(g) for k, g in grads.items()}, "dcn")
+    with pytest.raises(ValueError, match=r"of 2 workers.*efopt.distribute\(state,"):
+        jax.eval_shape(tx.update, stacked, jax.eval_shape(tx.init, params))
+
+
 def test_a_state_of_another_mesh():
     params, specs, grads = task()
     other = meshes.Mesh((2, 2, 2), ("dcn", "fsdp", "tensor"))
@@ -193,6 +201,22 @@ def test_gradients_that_are_reduced_already(entrance):
 
     with pytest.raises(ValueError, match=r"already equal on all workers.*local_params"):
         mapped(entrance, own, placed(), task()[2])
+
+
+@pytest.mark.parametrize("scheme", [efopt.error_feedback, efopt.compress])
+def test_a_state_placed_by_other_specs_than_those_of_the_step(scheme):
+    tx = scheme(efopt.scaled_sign(8), axis_name="dcn")
+    params, specs, grads = task()
+    state = efopt.distribute(tx.init(params), MESH.make())
+    placed = efopt.partition_specs(state)
+    step = jax.shard_map(
+        lambda state, g: tx.update(jax.tree.map(lambda x: x[0], g), state),
+        mesh=MESH.make(),
+        in_specs=(placed, jax.tree.map(lambda s: P("dcn", *s), specs)),
+        out_specs=(specs, placed),
+    )
+    with pytest.raises(ValueError, match=r"\(4, 6\) at \['w'\].*shards of shape \(16,"):
+        jax.eval_shape(jax.jit(step), state, grads)
 
 
 def test_stacked_gradients_in_a_mapped_step():
