@@ -279,11 +279,14 @@ class LinkState(NamedTuple):
         :class:`efopt.PerWorker` of one array per group of equal blocks, at least
         float32. Else ``()``.
       home: Where the trees live, a :class:`Home`; static. ``()`` without an axis.
+      watched: What the link sees of its own work, if :func:`efopt.watch.observe` asked
+        for it: an :class:`efopt.watch.Watched`, equal on all workers. Else ``()``.
     """
 
     codec: Any
     server: Any
     home: Any = ()
+    watched: Any = ()
 
     def placed(self, mesh: Any, spec_of: SpecOf) -> "LinkState":
         """The state laid out for a mesh on which parameters have these specs."""
@@ -316,7 +319,7 @@ def by_shard(state: LinkState, mesh: Any, spec_of: SpecOf) -> LinkState:
     server = ()
     if link.keeps():
         server = owners.fresh(link.kept(layout), link.axes, home.inner_names)
-    return LinkState(states, server, home)
+    return LinkState(states, server, home, state.watched)
 
 
 def require_fresh(api: str, marked: Any) -> None:

@@ -26,7 +26,7 @@ from efopt.codecs.states import (
     is_placeholder,
     open_states,
 )
-from efopt.exchanges import owners, regions, table
+from efopt.exchanges import owners, regions, table, watched
 from efopt.exchanges.all_reduce import mean_in_range
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.home import Home, LinkState
@@ -91,15 +91,16 @@ class Link:
     def init(self, params: Any) -> LinkState:
         """The state for a tree of parameters, arrays or structs."""
         states = init_states(self.codec, params, self.api)
+        keeps = self.axes is not None and self.keeps()
+        seen = watched.fresh(len(jax.tree.leaves(params)), keeps)
         if self.axes is None:
-            return LinkState(states, ())
-        home = Home.of(self, params)
-        if not self.keeps():
-            return LinkState(states, (), home)
-        if is_placeholder(params):
-            return LinkState(states, PerWorker.wrap(jnp.zeros([]), self.axes), home)
-        server = owners.fresh(self.kept(self._layout(params)), self.axes)
-        return LinkState(states, server, home)
+            return LinkState(states, (), (), seen)
+        home, server = Home.of(self, params), ()
+        if keeps and is_placeholder(params):
+            server = PerWorker.wrap(jnp.zeros([]), self.axes)
+        elif keeps:
+            server = owners.fresh(self.kept(self._layout(params)), self.axes)
+        return LinkState(states, server, home, seen)
 
     def zeros(self, params: Any) -> Any:
         """A residual of zero, one worker's, in the compute dtypes."""
@@ -272,6 +273,12 @@ class Link:
             )
         if not wide:
             rests = [_and_rounding(m, r) for m, r in zip(means, rests, strict=True)]
+        seen = state.watched
+        if seen != ():
+            came = [cut.take(x) for cut, x in zip(cuts, given, strict=True)]
+            owed = state.server.local(self.api) if state.server else ()
+            about = layout, came, xs, rests, (owed, self.kept(layout))
+            seen = watched.seen(seen, self.axes, *about)
         wides = [
             jax.ShapeDtypeStruct(shape, compute_dtype(x.dtype))
             for shape, x in zip(shapes, given, strict=True)
@@ -293,7 +300,7 @@ class Link:
         mean = treedef.unflatten(gather(cuts, layout.part(decoded, wides)))
         states = close_states(layout, treedef, states, codec_state)
         states = jax.tree.map(_wrapped_as, state.codec, states, is_leaf=node.is_node)
-        return Averaged(mean, lost, LinkState(states, server, state.home))
+        return Averaged(mean, lost, LinkState(states, server, state.home, seen))
 
     def entrance(
         self, update: Callable[..., Any], own: bool = False
