@@ -10,13 +10,15 @@ import numpy as np
 from jax import lax
 
 from efopt.codecs import nested
-from efopt.codecs.codec import Codec
+from efopt.codecs.codec import Batch, Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.identity import Identity, plain
 from efopt.ground import checks
 from efopt.ground.checks import keyword_only
 from efopt.ground.dtypes import compute_dtype
 from efopt.ground.randomness import hash_words
+
+UNROLLED = 8  # columns that are orthonormalised without a loop
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ class PowerSGD(Codec):
         scale = 2.0 ** -math.ceil(math.log2(rows * columns))
         product = matmul("bnm,bmr->bnr", x, q * scale)  # Algorithm 1, line 3
         p, _ = yield from self._ask(product, blocks, turn, 0)  # line 4
-        p = orthonormalise(p)  # line 5
+        p = yield Batch(orthonormalise, p)  # line 5
         # Rows of thin factors, and not columns: six times faster on a CPU.
         product = matmul("bnr,bnm->brm", p * scale, x).swapaxes(1, 2)  # line 6
         mean, own = yield from self._ask(product, blocks, turn, 1)  # line 7
@@ -167,7 +169,11 @@ def orthonormalise(p: jax.Array) -> jax.Array:
         v = jnp.where(left > dependent, unit(v), 0)
         return lax.dynamic_update_index_in_dim(p, v, j, 2)
 
-    return lax.fori_loop(0, rank, column, p)
+    if rank > UNROLLED:
+        return lax.fori_loop(0, rank, column, p)
+    for j in range(rank):
+        p = column(j, p)
+    return p
 
 
 @keyword_only

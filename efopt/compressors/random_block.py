@@ -26,25 +26,25 @@ class RandomBlock(SharedCoordinates):
     def add(self, x, values, payload, blocks, turn):
         """A single block takes them as two slices: from the start, and from zero on.
 
-        In a loop, whose array the compiler changes in its place.
+        Slices are changed in the place of ``x``, and a scatter of so many is slow. The
+        values that do not belong to a slice are zeros there.
         """
         if len(x) > 1:
             return super().add(x, values, payload, blocks, turn)
         size, k = x.shape[1], values.shape[1]
         start = (self.key(blocks, turn)[0] % np.uint32(size)).astype(jnp.int32)
-        values = values.reshape(-1)
-
-        def add(wraps, x):
-            first = jnp.where(wraps == 1, 0, jnp.minimum(start, size - k))
-            place = jnp.arange(k, dtype=jnp.int32) + first
-            which = place - start + size * wraps
-            mine = (which < k) & ((place < start) == (wraps == 1))
-            which = jnp.clip(which, 0, k - 1)
-            new = jnp.where(mine, values.at[which].get(mode="promise_in_bounds"), 0)
-            old = lax.dynamic_slice(x, (first,), (k,))
-            return lax.dynamic_update_slice(x, old + new, (first,))
-
-        return lax.fori_loop(0, 2, add, x.reshape(-1)).reshape(x.shape)
+        first = jnp.minimum(start, size - k)
+        padded = jnp.pad(values.reshape(-1), (k, k))
+        x = x.reshape(-1)
+        shifted = (
+            (first, k + first - start),
+            (0, jnp.minimum(k + size - start, 2 * k)),
+        )
+        for place, which in shifted:
+            new = lax.dynamic_slice(padded, (which,), (k,))
+            old = lax.dynamic_slice(x, (place,), (k,))
+            x = lax.dynamic_update_slice(x, old + new, (place,))
+        return x[None]
 
     def places(self, payload, blocks, turn):
         del payload

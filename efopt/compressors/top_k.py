@@ -1,7 +1,9 @@
 """Top-k sparsification: the coordinates of largest magnitude."""
 
 import dataclasses
+import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -28,7 +30,7 @@ class TopK(Sparse):
         k = self.kept(blocks.size)
         if k == blocks.size:
             return x, {}
-        _, index = lax.top_k(jnp.abs(x), k)
+        index = largest(x, k)
         narrow = np.min_scalar_type(blocks.size - 1)
         values = jnp.take_along_axis(x, index, axis=1)
         return values, {"indices": index.astype(narrow)}
@@ -36,6 +38,38 @@ class TopK(Sparse):
     def places(self, payload, blocks, turn):
         del blocks, turn
         return payload["indices"].astype(jnp.int32)
+
+
+def largest(x: jax.Array, k: int) -> jax.Array:
+    """Where the ``k`` largest magnitudes of each row of ``(n, size)`` stand.
+
+    In falling order, ties by index: int32 ``(n, k)``. Exact in two levels: the ``k``
+    largest lie in those ``k`` chunks of neighbours whose maxima are the largest, and of
+    equal maxima in the first ones, so that two short rows are ranked instead of a long
+    one: the maxima, and the members of the chunks that are kept.
+    """
+    n, size = x.shape
+    length = _chunk(size, k)
+    if length == 1:
+        return lax.top_k(jnp.abs(x), k)[1]
+    chunks = -(-size // length)
+    x = jnp.pad(x, ((0, 0), (0, chunks * length - size))).reshape(n, chunks, length)
+    maxima = jnp.abs(x)
+    while maxima.shape[2] > 1:  # on a CPU ten times faster than a reduction
+        maxima = jnp.maximum(maxima[:, :, ::2], maxima[:, :, 1::2])
+    _, kept = lax.top_k(maxima[:, :, 0], k)
+    kept = jnp.sort(kept, axis=1)  # of equal members the first is to win
+    members = jnp.take_along_axis(x, kept[:, :, None], 1, mode="promise_in_bounds")
+    place = kept[:, :, None] * length + jnp.arange(length)[None, None, :]
+    members = jnp.where(place < size, jnp.abs(members), -1).reshape(n, k * length)
+    place = place.reshape(n, k * length)
+    _, which = lax.top_k(members, k)
+    return jnp.take_along_axis(place, which, axis=1, mode="promise_in_bounds")
+
+
+def _chunk(size: int, k: int) -> int:
+    """The length of a chunk, a power of two: what makes the two short rows equal."""
+    return 1 << max(0, round(math.log2(size / k) / 2))
 
 
 @keyword_only

@@ -3,10 +3,10 @@
 Compiles ``error_feedback(...).update`` alone, on one device, for the leaves of a GPT-2:
 ``many``, as they are, and ``stacked``, all layers of a kind in one leaf; counts the
 kernels and their bytes in the compiled program; times calls that follow one another
-over a donated state; and divides by the floor: the bytes that have to move (gradient and
-residual read, update and residual written, payload written and read once) at the speed
-of a plain pass over as much memory, measured in the same run. The last rows are the
-average of several workers' payloads, whose floor is payloads read, average written.
+over a donated state; and divides by the floor: the bytes that have to move (gradient
+and residual read, update and residual written, payload written and read once) at the
+speed of a plain pass over as much memory, measured in the same run. The last rows are
+the average of several workers' payloads: payloads read, average written.
 
   floor     milliseconds
   wall      median milliseconds of a call, and how many floors
@@ -17,6 +17,8 @@ average of several workers' payloads, whose floor is payloads read, average writ
     python examples/benchmarks/kernels.py                           # a GPU: 355 M
     python examples/benchmarks/kernels.py --layers 4 --width 256 --vocabulary 4096
     python examples/benchmarks/kernels.py --count                   # compile alone
+    XLA_FLAGS=--xla_gpu_autotune_level=0 JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 \
+        python examples/benchmarks/kernels.py --target tests/gpu/h100.txtpb
 
 The state is returned first: donated buffers are paired with results in order, and a
 residual in the updates' place would be one copy more.
@@ -34,6 +36,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
 
 import efopt
 from efopt.codecs.blocks import Turn
@@ -81,6 +84,26 @@ def gpt2(layers, width, vocabulary, context, dtype, stacked):
         "layers": kind() if stacked else [kind() for _ in range(layers)],
         "rest": [jax.ShapeDtypeStruct(shape, dtype) for shape in rest],
     }
+
+
+def placing(target):
+    """What puts structs on a device, and its name; there or, by description, not."""
+    if target is None:
+        return (lambda tree: tree), jax.devices()[0].device_kind
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="one",
+        target_config=target.read_text(),
+        topology="1x1x1",
+    )
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+    def put(tree):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    return put, topology.devices[0].device_kind
 
 
 def size(tree):
@@ -139,18 +162,19 @@ def averaging(number, tree):
     shapes, dtypes = [x.shape for x in leaves], [x.dtype for x in leaves]
     layout = lay_out([codec] * len(leaves), shapes, dtypes)
     turn = Turn(jnp.uint32(0), jnp.uint32(0))
-    messages = [
+    payloads = [
         jax.eval_shape(lambda b=b: b.codec.encode(jnp.zeros(b.shape), b.blocks(), turn))
         for b in layout.buckets
     ]
-    words = jax.eval_shape(lambda ms: carrier.pack(ms, 1), messages).shape[1]
+    words = jax.eval_shape(lambda ps: carrier.pack(ps, 1), payloads).shape[1]
 
-    def decode(payloads):
+    @jax.jit
+    def mean(carriers):
         turn = Turn(jnp.uint32(0), jnp.uint32(0))
         pairs = zip(layout.buckets, payloads, strict=True)
-        return [Message(b.codec, p, b.blocks(), turn).once().decode() for b, p in pairs]
+        messages = [Message(b.codec, p, b.blocks(), turn) for b, p in pairs]
+        return decode_mean(carriers, messages)
 
-    mean = jax.jit(lambda carriers: decode_mean(carriers, messages, decode))
     least = 4 * number * words + 4 * sum(math.prod(b.shape) for b in layout.buckets)
     return mean, jax.ShapeDtypeStruct((number, words), jnp.uint32), least
 
@@ -270,17 +294,19 @@ def main():
     add("--context", type=int, default=1024)
     add("--trees", nargs="+", choices=("many", "stacked"), default=["many", "stacked"])
     add("--dtypes", nargs="+", default=["float32"], help="of the gradients")
-    add("--only", nargs="*", default=[""], help="cases whose name contains one of these")
+    add("--only", nargs="*", default=[""], help="cases whose name has one of these")
     add("--seconds", type=float, default=1.0, help="of timing a case, default: 1")
     add("--jobs", type=int, default=8, help="programs compiled at a time, default: 8")
     add("--count", action="store_true", help="compile and count, time nothing")
+    add("--target", type=Path, help="count for the GPU of this description, not there")
     add("--keep", type=Path, help="a folder for the programs' texts")
     add("--output", type=Path, help="a JSON file to write")
     args = parser.parse_args()
     if min(args.layers, args.width, args.vocabulary, args.context, args.jobs) < 1:
         parser.error("sizes and --jobs must be at least 1")
 
-    device = jax.devices()[0].device_kind
+    placed, device = placing(args.target)
+    args.count = args.count or args.target is not None
     results = {"device": device, "jax": jax.__version__, "rows": {}}
     sizes = args.layers, args.width, args.vocabulary, args.context
     asked = lambda name: any(word in name for word in args.only)  # noqa: E731
@@ -317,16 +343,17 @@ def main():
                 begun = {}
                 for name, (compressor, memory) in cases.items():
                     tx, update, state = prepared(compressor, memory, tree)
-                    lower = lambda u=update, s=state, t=tree: u.lower(s, t)  # noqa: E731
+                    given = placed((state, tree))
+                    lower = lambda u=update, given=given: u.lower(*given)  # noqa: E731
                     label = f"{name}, {kind}, {dtype}"
                     begun[name] = tx, state, pool.submit(compiled, label, lower)
                 for number in PAYLOADS:
                     name = f"mean of {number} signs"
                     if asked(name) and dtype == "float32":
                         mean, carriers, least = averaging(number, tree)
-                        lower = lambda m=mean, c=carriers: m.lower(c)  # noqa: E731
-                        label = f"{name}, {kind}"
-                        begun[name] = carriers, least, pool.submit(compiled, label, lower)
+                        lower = lambda m=mean, c=carriers: m.lower(placed(c))  # noqa: E731
+                        job = pool.submit(compiled, f"{name}, {kind}", lower)
+                        begun[name] = carriers, least, job
                 ready = {name: job[2].result() for name, job in begun.items()}
             for name, (program, took) in ready.items():
                 row = counted(program, coordinates) | {"compile_seconds": took}
