@@ -3,19 +3,24 @@
 What most programs need stands here; everything else on a shelf: all compressors in
 :mod:`efopt.compressors`, the ways of meeting in :mod:`efopt.exchanges`, all schemes and
 their states in :mod:`efopt.feedback`, published optimizers in :mod:`efopt.optimizers`,
-those for convex problems in :mod:`efopt.convex`, what travels in :mod:`efopt.wire`, and
-what it costs in memory in :mod:`efopt.memory`.
+those for convex problems in :mod:`efopt.convex`, meeting rarely in :mod:`efopt.outer`,
+what travels in :mod:`efopt.wire`, what it costs in memory in :mod:`efopt.memory`,
+what watches over a run in :mod:`efopt.watch`, and a state for other workers in
+:mod:`efopt.checkpoints`.
 """
 
 from importlib import metadata as _metadata
 from typing import NoReturn as _NoReturn
 
+from efopt import checkpoints as checkpoints
 from efopt import compressors as compressors
 from efopt import convex as convex
 from efopt import exchanges as exchanges
 from efopt import feedback as feedback
 from efopt import memory as memory
 from efopt import optimizers as optimizers
+from efopt import outer as outer
+from efopt import watch as watch
 from efopt import wire as wire
 from efopt.compressors import Compressor as Compressor
 from efopt.compressors import compose as compose
@@ -36,6 +41,7 @@ from efopt.optimizers import ef_sgd as ef_sgd
 from efopt.optimizers import ef_signsgd as ef_signsgd
 from efopt.optimizers import power_sgd_momentum as power_sgd_momentum
 from efopt.optimizers import signsgd as signsgd
+from efopt.outer import local_steps as local_steps
 from efopt.workers import PerWorker as PerWorker
 from efopt.workers import accumulate as accumulate
 from efopt.workers import distribute as distribute
@@ -53,6 +59,7 @@ __all__ = [
     "Compressor",
     "PerWorker",
     "accumulate",
+    "checkpoints",
     "compose",
     "compress",
     "compressors",
@@ -66,9 +73,11 @@ __all__ = [
     "exchanges",
     "feedback",
     "local_params",
+    "local_steps",
     "memory",
     "memory_report",
     "optimizers",
+    "outer",
     "partition_specs",
     "per_worker",
     "power_sgd",
@@ -83,13 +92,15 @@ __all__ = [
     "top_k",
     "value_and_grad",
     "virtual_params",
+    "watch",
     "wire",
 ]
 
 
 def __getattr__(name: str) -> _NoReturn:
     """Says on which shelf a name stands that is not here."""
-    shelves = (compressors, convex, exchanges, feedback, memory, optimizers, wire)
+    shelves = (checkpoints, compressors, convex, exchanges, feedback, memory)
+    shelves += (optimizers, outer, watch, wire)
     found = [shelf.__name__ for shelf in shelves if hasattr(shelf, name)]
     where = f"; it is `{found[0]}.{name}`" if found and name[0] != "_" else ""
     raise AttributeError(f"module 'efopt' has no attribute {name!r}{where}")

@@ -168,6 +168,11 @@ def main():
     add("--width", type=int, default=1024, help="of a layer, default: 1024")
     add("--lr", type=float, default=0.02, help="learning rate, default: 0.02")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+    add(
+        "--check",
+        action="store_true",
+        help="at the end, whether all devices hold the same bits",
+    )
     args = parser.parse_args()
 
     jax.config.update("jax_num_cpu_devices", 8)
@@ -190,11 +195,15 @@ def main():
         state, losses, sizes = train(
             name, params, model.apply, data, mesh, args.steps, args.lr
         )
+        if args.check:  # what each holds of its own is left out
+            efopt.watch.require_agreement(state)
         trained = jax.tree.map(whole, state.params, params)
         logits = model.apply({"params": trained}, test_images)
         accuracy = float(np.mean(np.argmax(logits, axis=-1) == test_labels))
         numbers = [f"{n:,}" for n in sizes.values()]
         print(line(name, *numbers, f"{losses[-1]:.4f}", f"{accuracy:.1%}"))
+    if args.check:
+        print("all workers hold the same bits of what is equal")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ class Result(NamedTuple):
     compile_seconds: float
 
 
-def train(name, tx, data, mesh, simulate, steps, seed):
+def train(name, tx, data, mesh, simulate, steps, seed, check=False):
     images, test_images, labels, test_labels = data
     model = Network()
     params = model.init(jax.random.key(seed), images[:1])["params"]
@@ -142,6 +142,8 @@ def train(name, tx, data, mesh, simulate, steps, seed):
             if len(losses) == 1:
                 first = time.perf_counter()
     seconds = time.perf_counter() - first
+    if check:  # once, at the end: what has parted stays parted
+        efopt.watch.require_agreement(state, stacked=int(simulate))
 
     params = state.params
     if simulate:
@@ -200,6 +202,11 @@ def parse_args():
     add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     add("--seed", type=int, default=0, help="default: 0")
     add("--output", type=Path, default=output, help=f"picture, default: {output}")
+    add(
+        "--check",
+        action="store_true",
+        help="at the end, whether all devices hold the same bits",
+    )
     args = parser.parse_args()
     for name, least in {"steps": 1, "workers": 2, "seed": 0}.items():
         value = getattr(args, name)
@@ -233,8 +240,11 @@ def main():
     results = {}
     for name in args.methods:
         tx = METHODS[name](args.lr)
-        results[name] = train(name, tx, data, mesh, simulate, args.steps, args.seed)
+        options = simulate, args.steps, args.seed, args.check
+        results[name] = train(name, tx, data, mesh, *options)
     print_table(results)
+    if args.check:
+        print(f"{len(results)} runs: all {workers} workers hold the same bits")
     draw(results, args.output)
     print(f"Loss against bytes: {args.output}")
 

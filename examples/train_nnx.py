@@ -37,6 +37,8 @@ class Network(nnx.Module):
 def main():
     parser = argparse.ArgumentParser(description="Trains a Flax nnx network on digits.")
     parser.add_argument("--steps", type=int, default=200, help="default: 200")
+    help = "at the end, whether all devices hold the same bits"
+    parser.add_argument("--check", action="store_true", help=help)
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"argument --steps: must be at least 1, got {args.steps}")
@@ -86,6 +88,9 @@ def main():
         if i % 50 == 0 or i == args.steps:
             print(f"step {i}: loss {loss:.4f}")
 
+    if args.check:  # once: what has parted stays parted
+        efopt.watch.require_agreement(state)
+        print(f"all {mesh.size} workers hold the same bits")
     model = nnx.merge(graphdef, state["params"])
     accuracy = np.mean(np.argmax(model(x_test), axis=-1) == y_test)
     print(f"test accuracy {accuracy:.1%}")

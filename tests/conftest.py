@@ -16,6 +16,11 @@ os.environ.setdefault("NPROC", "32")
 # The suite is about eight devices, which a CPU can play anywhere. To run it on
 # accelerators instead, say so: JAX_PLATFORMS=cuda pytest -n 0.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time of the suite is compilation, of programs that run once and briefly:
+# code that is made quickly beats code that runs quickly. What XLA does before it makes
+# code (collectives, fusion, buffers) stays. XLA_FLAGS= pytest: as users compile.
+QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=1"]
+os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -41,8 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if not hasattr(config, "cache"):  # -p no:cacheprovider
         return
-    folder = config.cache.mkdir(f"jax-{_instruction_set()}")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
+        folder = config.cache.mkdir(f"jax-{_instruction_set()}")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 import oracle
-from proofs.ef21 import ef21
+from proofs.changes import changes
 from proofs.two_level import two_level
 
 import efopt
@@ -278,6 +278,27 @@ COMPRESSORS = (
     ),
     _power_sgd("power_sgd", kind=True, rank=1),
     _power_sgd("power_sgd_cold", slow=True, rank=2, warm_start=False),
+    Row(
+        "arc_top_k",
+        efopt.compressors.arc_top_k,
+        {"fraction": 0.3, "rank": 2},
+        ("all_reduce", "all_gather"),
+        static_args=("fraction", "k", "rank", "width", "seed"),
+        random=True,
+        one_message=False,
+        largest=1e37,
+    ),
+    Row(
+        "arc_top_k_rows",
+        efopt.compressors.arc_top_k,
+        {"k": 2, "rank": 1, "width": 9},
+        ("all_reduce", "all_gather"),
+        static_args=("fraction", "k", "rank", "width", "seed"),
+        random=True,
+        one_message=False,
+        largest=1e37,
+        slow=True,
+    ),
     _composed(
         "top_k_of_8_bits", efopt.top_k(fraction=0.2), efopt.quantize(8), kind=True
     ),
@@ -412,6 +433,7 @@ class Scheme:
       alone: Whether there is a form for a single worker, without an axis.
       over_workers: Whether there is a form for several.
       functions: Whether it takes the gradients as functions, `grad_fn=...`.
+      moves: By which step parameters have moved.
       rate: The learning rate at which it converges, for one that has a rate.
       steps: In how many steps it does.
       kind: Whether it stands for a way to treat state, where one of each is enough.
@@ -428,6 +450,7 @@ class Scheme:
     alone: bool = True
     over_workers: bool = True
     functions: bool = False
+    moves: int = 1
     rate: Any = 0.3
     steps: int = 800
     kind: bool = False
@@ -534,7 +557,48 @@ SCHEMES = (
         owes=True,
         exact=False,
     ),
-    Scheme("ef21", ef21, lambda axis: {"compressor": TOP}, own=True),
+    Scheme(
+        "ef21",
+        efopt.feedback.ef21,
+        lambda axis: {"compressor": TOP, "beta": 0.9, "start": 1},
+        own=True,
+        exact=False,
+    ),
+    Scheme(
+        "ef21_two_phase",
+        efopt.feedback.ef21,
+        lambda axis: {
+            "compressor": BLOCKED,
+            "exchange": None if axis is None else "two_phase",
+        },
+        own=True,
+        exact=False,
+        slow=True,
+    ),
+    Scheme(
+        "econtrol",
+        efopt.feedback.econtrol,
+        lambda axis: {"compressor": TOP, "learning_rate": 0.1},
+        own=True,
+        owes=True,
+        exact=False,
+    ),
+    Scheme(
+        "econtrol_stored",
+        efopt.feedback.econtrol,
+        lambda axis: {
+            "compressor": BLOCKED,
+            "gain": 0.5,
+            "estimate": False,
+            "start": 2,
+            "memory": efopt.quantize(8, block_size=4),
+        },
+        own=True,
+        owes=True,
+        exact=False,
+        slow=True,
+    ),
+    Scheme("third_party", changes, lambda axis: {"compressor": TOP}, own=True),
     Scheme(
         "diana",
         efopt.convex.diana,
@@ -576,6 +640,26 @@ SCHEMES = (
         own=True,
         owes=True,
         alone=False,
+    ),
+    Scheme(
+        "local_steps",
+        efopt.local_steps,
+        lambda axis: {
+            "inner": optax.sgd(0.1, momentum=0.5),
+            "outer": optax.chain(
+                efopt.error_feedback(TOP, axis_name=axis), optax.sgd(1.0)
+            ),
+            "every": 2,
+        },
+        own=True,
+        owes=True,
+    ),
+    Scheme(
+        "skip_not_finite",
+        efopt.watch.skip_not_finite,
+        lambda axis: {"inner": efopt.error_feedback(TOP, axis_name=axis)},
+        own=True,
+        owes=True,
     ),
 )
 
@@ -704,6 +788,70 @@ OPTIMIZERS = (
         rate=None,
         steps=1500,
         exact=False,
+    ),
+    Scheme(
+        "diloco",
+        efopt.outer.diloco,
+        lambda axis: {
+            "inner": optax.sgd(0.2),
+            "every": 2,
+            "compressor": BLOCKED,
+            "momentum": 0.5,
+        },
+        own=True,
+        owes=True,
+        moves=2,
+        rate=None,
+    ),
+    Scheme(
+        "diloco_streamed",
+        efopt.outer.diloco,
+        lambda axis: {
+            "inner": optax.sgd(0.2),
+            "every": 3,
+            "fragments": 2,
+            "delay": 1,
+            "alpha": 0.5,
+            "momentum": 0.5,
+        },
+        own=True,
+        moves=2,
+        rate=None,
+        slow=True,
+    ),
+    Scheme(
+        "local_sgd",
+        efopt.outer.local_sgd,
+        lambda axis: {"inner": optax.sgd(0.2), "every": 2, "start": 1},
+        own=True,
+        rate=None,
+        slow=True,
+    ),
+    Scheme(
+        "sparse_loco",
+        efopt.outer.sparse_loco,
+        lambda axis: {"inner": optax.sgd(0.2), "every": 2, "compressor": TOP},
+        own=True,
+        owes=True,
+        moves=2,
+        rate=None,
+        slow=True,
+    ),
+    Scheme(
+        "muloco",
+        efopt.outer.muloco,
+        lambda axis: {
+            "inner_learning_rate": optax.cosine_decay_schedule(0.2, 800),
+            "every": 2,
+            "momentum": 0.0,
+            "compressor": efopt.quantize(8),
+        },
+        own=True,
+        owes=True,
+        moves=2,
+        rate=None,
+        exact=False,
+        slow=True,
     ),
     Scheme(
         "loopless_katyusha",

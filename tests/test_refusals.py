@@ -67,6 +67,41 @@ OPTIONS = {
         TypeError,
         ["`compress(start=...)`", "Python int", "got float"],
     ),
+    "ef21-beta": (
+        lambda: efopt.feedback.ef21(efopt.sign(), beta=1.0),
+        ValueError,
+        ["`ef21(beta=...)`", "in [0, 1)", "got 1.0"],
+    ),
+    "ef21-beta-traced": (
+        lambda: efopt.feedback.ef21(efopt.sign(), beta=jnp.float32(0.9)),
+        TypeError,
+        ["`ef21(beta=...)`", "Python number", "static_args=('beta',)"],
+    ),
+    "ef21-start": (
+        lambda: efopt.feedback.ef21(efopt.sign(), start=-1),
+        ValueError,
+        ["`ef21(start=...)`", "must be at least 0", "got -1"],
+    ),
+    "econtrol-gain-zero": (
+        lambda: efopt.feedback.econtrol(efopt.sign(), gain=0),
+        ValueError,
+        ["`econtrol(gain=...)`", "in (0, 1]", "got 0", "`efopt.feedback.ef21`"],
+    ),
+    "econtrol-gain-above-one": (
+        lambda: efopt.feedback.econtrol(efopt.sign(), gain=1.1),
+        ValueError,
+        ["`econtrol(gain=...)`", "in (0, 1]", "got 1.1"],
+    ),
+    "econtrol-estimate": (
+        lambda: efopt.feedback.econtrol(efopt.sign(), estimate=0),
+        TypeError,
+        ["`econtrol(estimate=...)`", "Python bool"],
+    ),
+    "econtrol-start": (
+        lambda: efopt.feedback.econtrol(efopt.sign(), start=0.5),
+        TypeError,
+        ["`econtrol(start=...)`", "Python int"],
+    ),
     "memory-no-compressor": (
         lambda: conef(optax.trace(0.9)),
         TypeError,

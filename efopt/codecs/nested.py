@@ -1,5 +1,6 @@
 """Values inside blocks, as blocks of another codec that writes them."""
 
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efopt.codecs.blocks import Blocks, Turn
-from efopt.codecs.codec import Codec, Payload
+from efopt.codecs.codec import Codec, Message, Payload
 
 
 def write(codec: Codec, values: jax.Array, blocks: Blocks, turn: Turn) -> Payload:
@@ -28,6 +29,32 @@ def read(
     inner = _inner(codec, shape, blocks, blocks.dtype)
     payload = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), payload)
     return merge(codec.decode(payload, inner, turn), shape, blocks)
+
+
+def ask(
+    codec: Codec, values: jax.Array, blocks: Blocks, dtype: Any, turn: Turn, number: int
+) -> Generator[Message, Message, tuple[jax.Array, jax.Array]]:
+    """One round of a conversation: asks for the mean of ``values`` over workers.
+
+    Args:
+      codec: Writes the values.
+      values: ``(n, *shape)`` in the compute dtype.
+      blocks: The blocks that hold them.
+      dtype: The dtype that they travel in, where the codec changes nothing.
+      turn: The step and this worker.
+      number: Of the round: two messages of one step differ in their private random
+        numbers. Static.
+
+    Returns:
+      The mean, and what this worker itself has said, as ``values``.
+    """
+    x, inner = split(codec, values, blocks, dtype)
+    turn = turn._replace(worker=turn.worker + np.uint32(number << 16))
+    message = codec.write(x, inner, turn)
+    mean = yield message
+    shape = values.shape[1:]
+    own = merge(message.decode(), shape, blocks)
+    return merge(mean.decode(), shape, blocks), own
 
 
 def split(

@@ -2,6 +2,7 @@
 
 from efopt.codecs.compressor import Compressor as Compressor
 from efopt.codecs.compressor import RoundTripState as RoundTripState
+from efopt.compressors.arc_top_k import arc_top_k as arc_top_k
 from efopt.compressors.cast import cast as cast
 from efopt.compressors.compose import compose as compose
 from efopt.compressors.count_sketch import count_sketch as count_sketch

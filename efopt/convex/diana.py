@@ -143,7 +143,8 @@ def diana(
                 raise ValueError(f"{why} To use it nevertheless pass `force=True`.")
             warnings.warn(why, stacklevel=2)
         zeros = link.zeros(params)
-        return DianaState(jnp.zeros([], jnp.int32), link.wrap(zeros), zeros, state)
+        shift = link.wrap(zeros, rule="mean")
+        return DianaState(jnp.zeros([], jnp.int32), shift, zeros, state)
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -168,7 +169,7 @@ def diana(
 
         return out, DianaState(
             count=optax.safe_increment(state.count),
-            shift=link.wrap(jax.tree.map(learn, shift, sent, alphas)),
+            shift=link.wrap(jax.tree.map(learn, shift, sent, alphas), state.shift),
             mean=jax.tree.map(learn, state.mean, got.mean, alphas),
             link=got.state,
         )

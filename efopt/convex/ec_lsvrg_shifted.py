@@ -118,7 +118,7 @@ def ec_lsvrg_shifted(
         zeros = link.zeros(params)
         return EcLsvrgShiftedState(
             estimator=estimator.init(params),
-            shift=link.wrap(zeros),
+            shift=link.wrap(zeros, rule="mean"),
             mean=zeros,
             link=link.init(params),
             schedule=minus_gamma.init(params),
@@ -151,7 +151,7 @@ def ec_lsvrg_shifted(
         sent = optax.tree.sub(new, got.lost)
         return out, EcLsvrgShiftedState(
             estimator=point,
-            shift=link.wrap(optax.tree.add(shift, sent)),
+            shift=link.wrap(optax.tree.add(shift, sent), state.shift),
             mean=optax.tree.add(state.mean, got.mean),
             link=got.state,
             schedule=schedule,

@@ -195,7 +195,7 @@ def eclk(
             y=x,
             z=x,
             w=x,
-            gradient=wrap(zeros, axes),
+            gradient=wrap(zeros, axes, "mean"),
             mean=zeros,
             feedback=feedback.init(x),
         )
@@ -256,7 +256,8 @@ def eclk(
             w,
             params,
         )
-        return out, EclkState(count, y, z, w, wrap(full, axes), mean, residual)
+        full = wrap(full, axes, "mean")
+        return out, EclkState(count, y, z, w, full, mean, residual)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -22,11 +22,16 @@ class LsvrgState(NamedTuple):
       gradient: The gradient of this worker's whole data at the reference point; out of
         date from the step that moves the point to the next, which evaluates it. A
         :class:`efopt.PerWorker` if there is an axis.
+      stale: Whether the next step evaluates that gradient whatever the coin says, as
+        on another number of workers, whose points and data are others. shape=(), bool.
+        A :class:`efopt.PerWorker` if workers toss coins of their own; ``()`` if not:
+        what is then kept is the mean of gradients at one point.
     """
 
     count: jax.typing.ArrayLike
     reference: Any
     gradient: Any
+    stale: Any = ()
 
 
 @checks.keyword_only
@@ -110,9 +115,13 @@ def lsvrg(
     def init_fn(params: Any) -> Any:
         return LsvrgState(
             count=jnp.zeros([], jnp.int32),
-            reference=wrap(jax.tree.map(jnp.asarray, params), point_axes),
-            gradient=wrap(jax.tree.map(jnp.zeros_like, params), axes),
+            reference=wrap(jax.tree.map(jnp.asarray, params), point_axes, "mean"),
+            gradient=wrap(jax.tree.map(jnp.zeros_like, params), axes, "mean"),
+            stale=marked(jnp.zeros([], bool)),
         )
+
+    def marked(stale: Any) -> Any:
+        return () if point_axes is None else wrap(stale, point_axes, "true")
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -126,6 +135,7 @@ def lsvrg(
             state.count,
             lambda known: reference.gradient(full_grad_fn, point, known, axis_name),
             unwrap("`lsvrg`", state.gradient),
+            False if point_axes is None else unwrap("`lsvrg`", state.stale),
         )
         # grad f_j(w), on the minibatch of the updates
         batch = reference.gradient(grad_fn, point, updates, axis_name)
@@ -136,6 +146,11 @@ def lsvrg(
         # w = x with probability p, the x in front of this step
         count = optax.safe_increment(state.count)
         point = anchor.move(count, point, params)
-        return updates, LsvrgState(count, wrap(point, point_axes), wrap(full, axes))
+        return updates, LsvrgState(
+            count,
+            wrap(point, point_axes, "mean"),
+            wrap(full, axes, "mean"),
+            marked(jnp.zeros([], bool)),
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

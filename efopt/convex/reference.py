@@ -35,9 +35,22 @@ class Reference:
         worker = coins.NOBODY if self.shared else this_worker(self.axis_name)
         return coins.coin(self.probability, self.seed, step, worker)
 
-    def refresh(self, count: Any, evaluate: Callable[[Any], Any], known: Any) -> Any:
-        """``known``, or what ``evaluate(known)`` finds if the point is a new one."""
-        new = (count == 0) | self.moves(count)
+    def refresh(
+        self,
+        count: Any,
+        evaluate: Callable[[Any], Any],
+        known: Any,
+        stale: Any = False,
+    ) -> Any:
+        """``known``, or what ``evaluate(known)`` finds if the point is a new one.
+
+        Args:
+          count: The step.
+          evaluate: Finds the gradient at the point.
+          known: What was found last.
+          stale: Whether the point is new for another reason than a coin.
+        """
+        new = (count == 0) | self.moves(count) | stale
         return lax.cond(new, evaluate, lambda known: known, known)
 
     def move(self, step: Any, point: Any, to: Any) -> Any:

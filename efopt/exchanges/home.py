@@ -132,6 +132,25 @@ class Home:
             shape[d] //= by
         return tuple(shape)
 
+    def number(self, i: int, at: dict[str, int]) -> int:
+        """Which shard of a leaf the device at a position behind its worker holds."""
+        sizes, number = dict(self.inner), 0
+        for name in self.axes_of(i):
+            number = number * sizes[name] + at[name]
+        return number
+
+    def window(self, i: int, at: dict[str, int]) -> tuple[slice, ...]:
+        """Where that shard stands in the leaf."""
+        window = [slice(None)] * len(self.shapes[i])
+        for d, entry in enumerate(self.specs[i] if self.inner and self.specs else ()):
+            names = entry if isinstance(entry, tuple) else (entry,)
+            names = tuple(name for name in names if name is not None)
+            number, length = 0, self.shapes[i][d] // self.extent(names)
+            for name in names:
+                number = number * dict(self.inner)[name] + at[name]
+            window[d] = slice(number * length, (number + 1) * length)
+        return tuple(window)
+
     def shards(self) -> Any:
         """What one device holds of the parameters: a tree of structs."""
         leaves = [
@@ -218,7 +237,7 @@ def _sharded(state: Any, axes: Axes, names: tuple[str, ...]) -> Any:
     """
     if not names or not jax.tree.leaves(state):
         return state
-    return PerWorker.wrap(state, axes, None, names)
+    return PerWorker.wrap(state, axes, None, names, rule="equal")
 
 
 def _register_with_flax(serialization: Any) -> None:

@@ -95,16 +95,18 @@ class Link:
         """A residual of zero, one worker's, in the compute dtypes."""
         return wide_zeros(params)
 
-    def wrap(self, tree: Any, like: Any = None) -> Any:
+    def wrap(self, tree: Any, like: Any = None, *, rule: str | None = None) -> Any:
         """Marks what is this worker's own, if there are several workers.
 
         Args:
           tree: A tree of arrays.
           like: Where it takes the place of another: the marked tree it was unwrapped
             from.
+          rule: Else, what becomes of it on another number of workers: ``"mean"`` keeps
+            the workers' mean; ``None``: nobody knows (see :class:`efopt.PerWorker`).
         """
         if like is None or self.axes is None:
-            return node.wrap(tree, self.axes)
+            return node.wrap(tree, self.axes, rule)
         return jax.tree.map(_wrapped_as, like, tree, is_leaf=node.is_node)
 
     def unwrap(self, value: Any) -> Any:
@@ -421,10 +423,7 @@ def open_link(
 
 def _wrapped_as(like: Any, state: Any) -> Any:
     """One leaf's state, wrapped as it came."""
-    if not node.is_node(like):
-        return state
-    marked = PerWorker.wrap(state, Axes.of("link", like.axis_name), None, like.shards)
-    return dataclasses.replace(marked, remake=like.remake)
+    return like.rewrap(state) if node.is_node(like) else state
 
 
 def _and_rounding(mean: Message, rest: jax.Array) -> jax.Array:

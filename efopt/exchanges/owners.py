@@ -32,7 +32,7 @@ def fresh(
         for (blocks, *block), dtype in groups
     )
     splits = tuple(shape[0] for shape, _ in groups)
-    return PerWorker.wrap(zeros, axes, splits, shards)
+    return PerWorker.wrap(zeros, axes, splits, shards, rule="ranges")
 
 
 def opened(
@@ -82,7 +82,7 @@ def closed(owed: Sequence[jax.Array], axes: Axes, server: Any) -> Any:
         return ()
     pairs = zip(owed, server.value, strict=True)
     same = tuple(bits.cast(x, before.dtype) for x, before in pairs)
-    return PerWorker.wrap(same, axes, server.split, server.shards)
+    return server.rewrap(same)
 
 
 def whole(api: str, layout: Layout, kept: Sequence[Bucket], server: Any) -> list[Any]:

@@ -7,6 +7,13 @@ from efopt.feedback.contractive import (
 )
 from efopt.feedback.damped import DampedErrorFeedbackState as DampedErrorFeedbackState
 from efopt.feedback.damped import damped_error_feedback as damped_error_feedback
+from efopt.feedback.econtrol import (
+    ContractiveEControlState as ContractiveEControlState,
+)
+from efopt.feedback.econtrol import EControlState as EControlState
+from efopt.feedback.econtrol import econtrol as econtrol
+from efopt.feedback.ef21 import EF21State as EF21State
+from efopt.feedback.ef21 import ef21 as ef21
 from efopt.feedback.error_feedback import (
     ContractiveErrorFeedbackState as ContractiveErrorFeedbackState,
 )

@@ -102,7 +102,7 @@ def damped_error_feedback(
     )
 
     def init_fn(params: Any) -> Any:
-        residual = link.wrap(link.zeros(params))
+        residual = link.wrap(link.zeros(params), rule="mean")
         count = jnp.zeros([], jnp.int32)
         return DampedErrorFeedbackState(count, residual, link.init(params))
 
@@ -120,6 +120,7 @@ def damped_error_feedback(
         new = jax.tree.map(lambda lost, h: lost + (beta - alpha) * h, got.lost, past)
         h = bits.cast_like(new, h)
         count = optax.safe_increment(state.count)
-        return got.mean, DampedErrorFeedbackState(count, link.wrap(h), got.state)
+        h = link.wrap(h, state.residual)
+        return got.mean, DampedErrorFeedbackState(count, h, got.state)
 
     return optax.GradientTransformationExtraArgs(init_fn, link.entrance(update_fn))

@@ -8,13 +8,11 @@ import optax
 
 from efopt.codecs.compressor import Compressor
 from efopt.exchanges.exchange import Exchange
-from efopt.exchanges.home import require_fresh
 from efopt.exchanges.link import open_link
 from efopt.feedback.rates import hold, rates
-from efopt.feedback.residual import open_residual
+from efopt.feedback.residual import open_residual, placed
 from efopt.ground.checks import keyword_only
 from efopt.workers.axes import AxisName
-from efopt.workers.node import PerWorker
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -54,22 +52,7 @@ class ContractiveErrorFeedbackState(NamedTuple):
 
     def placed(self, mesh: Any, spec_of: Any) -> "ContractiveErrorFeedbackState":
         """The state laid out for a mesh: payloads are those of shards, made anew."""
-        link = self.link.placed(mesh, spec_of)
-        if self.link.home == () or self.link.home.specs is not None:
-            return self._replace(link=link)
-        home = link.home
-        residual = self.residual
-        if home.inner:
-            require_fresh(home.link.api, residual)
-            made = home.treedef.flatten_up_to(residual.remake(home.shards()))
-            axes = home.link.axes
-            residual = home.treedef.unflatten(
-                [
-                    PerWorker.wrap(payload, axes, None, home.axes_of(i))
-                    for i, payload in enumerate(made)
-                ]
-            )
-        return self._replace(residual=residual, link=link)
+        return placed(self, mesh, spec_of)
 
 
 @keyword_only

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from efopt.codecs.blocks import Turn
+from efopt.exchanges.home import require_fresh
 from efopt.exchanges.link import Link
 from efopt.feedback.stored import StoredResidual, stored_residual
 from efopt.ground import bits
 from efopt.ground.dtypes import check_float_dtype, compute_dtype
+from efopt.workers.node import PerWorker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class ExactResidual:
 
     def marked(self, link: Link, params: Any) -> Any:
         """A residual of zero, marked as the worker's own."""
-        return link.wrap(self.init(params))
+        return link.wrap(self.init(params), rule="mean")
 
     def receive(self, link: Link, updates: Any, residual: Any) -> Any:
         """Updates on their way in, or an error if ``residual`` is not theirs."""
@@ -76,3 +78,25 @@ def open_residual(
                 "recalled whole."
             )
     return ExactResidual(dtype)
+
+
+def placed(state: Any, mesh: Any, spec_of: Any) -> Any:
+    """A state with a stored ``residual``, laid out for a mesh.
+
+    Payloads are those of shards, made anew.
+    """
+    link = state.link.placed(mesh, spec_of)
+    if state.link.home == () or state.link.home.specs is not None:
+        return state._replace(link=link)
+    home, residual = link.home, state.residual
+    if home.inner:
+        require_fresh(home.link.api, residual)
+        store, axes = residual.store, home.link.axes
+        made = home.treedef.flatten_up_to(store.init(home.shards()))
+        marked = [
+            PerWorker.wrap(payload, axes, None, home.axes_of(i), rule="stored")
+            for i, payload in enumerate(made)
+        ]
+        marked = [dataclasses.replace(x, store=store) for x in marked]
+        residual = home.treedef.unflatten(marked)
+    return state._replace(residual=residual, link=link)

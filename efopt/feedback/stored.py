@@ -49,7 +49,7 @@ class StoredResidual:
     form: str | None
     dtype: np.dtype | None
 
-    def _layout(self, tree: Any) -> Layout:
+    def layout(self, tree: Any) -> Layout:
         """How the leaves of ``tree``, arrays or structs, are cut into buckets."""
         codecs, shapes, dtypes = [], [], []
         leaves = jax.tree.leaves(tree)
@@ -68,7 +68,7 @@ class StoredResidual:
         leaves, treedef = jax.tree.flatten(params)
         if is_placeholder(params):
             return jnp.zeros([])
-        layout, turn = self._layout(params), Turn(jnp.uint32(0), jnp.uint32(0))
+        layout, turn = self.layout(params), Turn(jnp.uint32(0), jnp.uint32(0))
 
         def zeros(b: Bucket) -> Any:
             x = jax.ShapeDtypeStruct(b.shape, compute_dtype(b.dtype))
@@ -82,10 +82,10 @@ class StoredResidual:
 
     def marked(self, link: Link, params: Any) -> Any:
         """A residual of zero, marked as the worker's own, and how it is made."""
-        marked = link.wrap(self.init(params))
+        marked = link.wrap(self.init(params), rule="stored")
         if link.axes is None:
             return marked
-        return dataclasses.replace(marked, remake=self.init)
+        return dataclasses.replace(marked, store=self)
 
     def receive(self, link: Link, updates: Any, residual: Any) -> Any:
         """Updates on their way in, or an error if ``residual`` is not theirs."""
@@ -144,7 +144,7 @@ class StoredResidual:
         """
         arrays, treedef = jax.tree.flatten(updates)
         payloads = treedef.flatten_up_to(residual)
-        layout, still, xs = self._layout(updates), _still(turn), []
+        layout, quiet, xs = self.layout(updates), still(turn), []
         given = _joined_small(layout, arrays)
         for b, x, payload in zip(
             layout.buckets, given, layout.join_blocked(payloads), strict=True
@@ -153,7 +153,7 @@ class StoredResidual:
             factor = 1 - damping if damping else None
             if ratio is not None:
                 factor = ratio.astype(x.dtype) * (1 - damping)
-            recalled = b.codec.decode(payload, b.blocks(), still).astype(x.dtype)
+            recalled = b.codec.decode(payload, b.blocks(), quiet).astype(x.dtype)
             if _is_large(b):
                 recalled = recalled.reshape(-1)[: x.size]
             x = x + (recalled if factor is None else recalled * factor)
@@ -179,7 +179,7 @@ class StoredResidual:
         def keep(lost: Any) -> Any:
             owed, treedef = jax.tree.flatten(lost)
             payloads = treedef.flatten_up_to(residual)
-            layout, still, new = self._layout(updates), _still(turn), []
+            layout, quiet, new = self.layout(updates), still(turn), []
             for b, x, payload in zip(
                 layout.buckets,
                 _joined_small(layout, owed),
@@ -188,14 +188,14 @@ class StoredResidual:
             ):
                 if not self.adds(layout, b):
                     if _is_large(b):
-                        new.append(_encode_in_pieces(x, b, payload, still))
+                        new.append(_encode_in_pieces(x, b, payload, quiet))
                     else:
-                        new.append(b.codec.encode(x, b.blocks(), still))
+                        new.append(b.codec.encode(x, b.blocks(), quiet))
                     continue
                 if _is_large(b):
                     x = _blocked(x, b)
                 kept = 1 - self.damping_of(layout, b)
-                fresh = b.codec.increment(payload, x, kept, ratio, b.blocks(), still)
+                fresh = b.codec.increment(payload, x, kept, ratio, b.blocks(), quiet)
                 # The wall hangs on the step: else it would keep a copy of the payload.
                 new.append(once(fresh, turn.step) if _is_large(b) else fresh)
             fresh = layout.part_blocked(new, payloads)
@@ -319,7 +319,7 @@ def _encode_in_pieces(x: jax.Array, b: Bucket, payload: Any, turn: Turn) -> Any:
     return lax.fori_loop(0, -(-x.size // length), body, payload)
 
 
-def _still(turn: Turn) -> Turn:
+def still(turn: Turn) -> Turn:
     """A turn at which shared randomness stands still and private randomness moves.
 
     Only what is equal at every step can be read again, and added to.

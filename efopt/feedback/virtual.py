@@ -8,6 +8,7 @@ import optax
 
 from efopt.codecs.compressor import Compressor
 from efopt.exchanges.link import open_link
+from efopt.feedback.econtrol import EControlState
 from efopt.feedback.error_feedback import ErrorFeedbackState
 from efopt.ground.checks import keyword_only
 from efopt.workers.axes import Axes
@@ -26,8 +27,9 @@ def virtual_params(
 
     .. math::  \tilde x = x - \gamma \Big( \tilde e + \frac{1}{n} \sum_i e_i \Big)
 
-    With error feedback the parameters lag behind by the residuals, and this iterate
-    walks the path that the same gradients give without compression. Evaluate it beside
+    With error feedback, and with :func:`efopt.feedback.econtrol`, the parameters lag
+    behind by the residuals, and this iterate walks the path that the same gradients
+    give without compression. Evaluate it beside
     the parameters, above all at the end of training.
 
     The feedback may stand anywhere in ``state``: in a chain, under ``optax.partition``,
@@ -54,8 +56,9 @@ def virtual_params(
       A tree like ``params``, dtypes kept.
 
     Raises:
-      ValueError: If the state holds no :class:`efopt.ErrorFeedbackState` or does not
-        fit the parameters; if a rate or the compressor is needed and missing; if
+      ValueError: If the state holds no :class:`efopt.feedback.ErrorFeedbackState` or
+        :class:`efopt.feedback.EControlState`, or does not fit the parameters; if a rate
+        or the compressor is needed and missing; if EControl's mean is compressed; if
         momentum stands behind the feedback: then SGD's iterate depends on all past
         residuals, and the state does not know it.
 
@@ -103,7 +106,7 @@ def virtual_params(
 
 
 def _is_feedback(x: Any) -> bool:
-    return isinstance(x, ErrorFeedbackState)
+    return isinstance(x, ErrorFeedbackState | EControlState)
 
 
 def _is_masked(x: Any) -> bool:
@@ -133,7 +136,9 @@ def _stands_behind(path: Any, other: Any) -> bool:
     return False
 
 
-def _owed(params: Any, feedback: ErrorFeedbackState, compressor: Any) -> Any:
+def _owed(
+    params: Any, feedback: ErrorFeedbackState | EControlState, compressor: Any
+) -> Any:
     """What workers and owners owe together, averaged, without any worker axis.
 
     Stacked parameters have one, of which a mean keeps the rest: ``(1, ...)``.
@@ -159,6 +164,13 @@ def _owed(params: Any, feedback: ErrorFeedbackState, compressor: Any) -> Any:
             )
     if not feedback.link.server:
         return owed
+    if isinstance(feedback, EControlState):
+        raise ValueError(
+            "`virtual_params(params, state)` cannot know the iterate of `econtrol` "
+            "with an exchange that compresses the mean again: what that loses acts on "
+            "every later step, and is in no worker's error. Use another `exchange`, or "
+            "`error_feedback`."
+        )
     if compressor is None:
         raise ValueError(
             "`virtual_params(params, state)` needs `compressor=...` for a state of "

@@ -5,11 +5,13 @@ Nothing is kept from step to step, and who knows the words knows the numbers. Wi
 the worker among the words, numbers are shared by all: no index need be sent.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 def hash_words(*words: jax.typing.ArrayLike) -> jax.Array:
@@ -51,6 +53,20 @@ def stratified_sample(key: jax.Array, num: int, size: int) -> jax.Array:
     index = jnp.asarray(start) + hash_words(key, stratum) % jnp.asarray(length)
     index = index + hash_words(~key) % np.uint32(size)
     return jnp.where(index < size, index, index - np.uint32(size)).astype(jnp.int32)
+
+
+def normals(key: jax.Array, number: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """``number`` normal numbers for each key: ``(n, number)``.
+
+    Args:
+      key: uint32 ``(n,)``.
+      number: Numbers per key. Static.
+      dtype: Theirs, at least float32.
+    """
+    place = jnp.arange(number, dtype=jnp.uint32)
+    word = hash_words(key[:, None], place[None, :]) >> np.uint32(8)
+    uniform = (2 * word + 1).astype(jnp.int32) - np.int32(2**24)
+    return lax.erf_inv(uniform.astype(dtype) * 2.0**-24) * math.sqrt(2)
 
 
 def private_bits(seed: int, blocks: Any, turn: Any, number: int) -> jax.Array:

@@ -37,3 +37,4 @@ from efopt.hlo.tpu import tpu_compiler_options as tpu_compiler_options
 from efopt.wire.plan import plan as plan
 from efopt.wire.plan_report import LeafPlan as LeafPlan
 from efopt.wire.plan_report import Plan as Plan
+from efopt.wire.rounds import Rounds as Rounds

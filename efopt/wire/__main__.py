@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--devices-per-card", type=_by_axis(_size), help="with --mesh: dcn=8")
     add("--compute", type=_seconds, default=0.0, help="of a step, such as 120ms")
     add("--compress", type=_seconds, default=0.0, help="what compressing adds to it")
+    add("--every", type=int, help="steps of a round, with local steps: 30")
+    add("--fragments", type=int, help="with --every: meetings of a round")
     add("--platform", choices=PLATFORMS)
     add("--topology", help="of a TPU, such as v5e:8x8")
     given = parser.parse_args(argv)
@@ -93,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             compress_seconds=given.compress,
             platform=given.platform,
             topology=given.topology,
+            every=given.every,
+            fragments=given.fragments,
         )
     except (TypeError, ValueError) as error:
         command.error(str(error))

@@ -23,8 +23,11 @@ from efopt.hlo.report import WireReport
 from efopt.wire.advice import advise
 from efopt.wire.place import Place
 from efopt.wire.plan_report import LeafPlan, Plan
+from efopt.wire.rounds import Rounds
 from efopt.wire.target import Target
 from efopt.wire.trace import AXIS
+from efopt.workers.fragments import Fragments
+from efopt.workers.fragments import read as read_fragments
 
 
 @keyword_only
@@ -45,6 +48,8 @@ def plan(
     params_specs: Any = None,
     links: Mapping[str, Link] | None = None,
     devices_per_card: Mapping[str, int] | None = None,
+    every: int | None = None,
+    fragments: Any = None,
 ) -> Plan:
     """Says from shapes alone what a configuration sends in a step, and if that pays.
 
@@ -95,6 +100,11 @@ def plan(
         are of one device. An axis without one takes no time.
       devices_per_card: With ``mesh``: by slow axis, how many devices share a network
         card; 1 if not given.
+      every: With :func:`efopt.local_steps`: the steps of a round. ``plan.rounds`` then
+        has the bytes of a step in the mean and at most, the time of a round, and from
+        which length of a round on the link is not the bottleneck; all else is of one
+        meeting, and ``compress_seconds`` of a round.
+      fragments: With ``every``: as for :func:`efopt.local_steps`.
 
     Returns:
       A :class:`Plan`. Printed, it is a table and a verdict.
@@ -164,8 +174,49 @@ def plan(
         compute_seconds=compute_seconds,
         compress_seconds=compress_seconds,
     )
+    if every is not None:
+        parts = read_fragments("plan", every, 0, fragments, 0)
+        meetings = _meetings(link, compressor, tree, target, exchange, parts, report)
+        about = result.dense, result.baseline, measure
+        rounds = Rounds(every, meetings, *about, compute_seconds, compress_seconds)
+        return dataclasses.replace(result, rounds=rounds)
+    if fragments is not None:
+        raise ValueError("`plan(fragments=...)` goes with `every`, such as `every=30`.")
     advice = tuple(advise(result, compressor, tree, target))
     return dataclasses.replace(result, advice=advice)
+
+
+def _meetings(
+    link: WorkersLink,
+    compressor: Compressor,
+    tree: Any,
+    target: Target,
+    exchange: Any,
+    parts: Fragments,
+    whole: WireReport,
+) -> tuple[WireReport, ...]:
+    """What each meeting of a round sends."""
+    labels, leaves = parts.labels(tree), jax.tree.leaves(tree)
+    if labels.number == 1:
+        return (whole,)
+    codecs = link.codec.assign(tree)
+    found = []
+    for j in range(labels.number):
+        mine = [i for i, part in enumerate(labels.of) if part == j]
+        found.append(
+            target.of(mine).report(
+                _alone(codecs, mine), [leaves[i] for i in mine], exchange
+            )
+        )
+    return tuple(found)
+
+
+def _alone(codecs: list[Codec], mine: list[int]) -> Compressor:
+    """What compresses a list of some of the leaves, each as in the whole tree."""
+    if len({codecs[i] for i in mine}) == 1:
+        return make(codecs[mine[0]])
+    makers: dict[Hashable, Compressor] = {i: make(codecs[i]) for i in mine}
+    return partition(makers, lambda _: mine)
 
 
 def _check_flat(num_workers: Any, of_a_mesh: Mapping[str, Any]) -> None:
@@ -301,9 +352,8 @@ def _leaves(
         mine = [i for i, r in enumerate(routes) if r == route]
         sent = report
         if len(mine) < len(routes):
-            makers: dict[Hashable, Compressor] = {i: make(codecs[i]) for i in mine}
-            alone = partition(makers, lambda _, labels=mine: labels)
-            sent = target.of(mine).report(alone, [named[i][1] for i in mine], route)
+            alone, some = _alone(codecs, mine), [named[i][1] for i in mine]
+            sent = target.of(mine).report(alone, some, route)
         totals[route] = max(1, sum(bits[i] for i in mine)), sent
     leaves = []
     for i, (path, x) in enumerate(named):

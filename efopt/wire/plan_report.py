@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from efopt.ground.tables import table
 from efopt.hlo.links import Link, MeshLinks, duration, rate
 from efopt.hlo.report import WireReport
+from efopt.wire.rounds import Rounds
 
 _PRINTED_LEAVES = 12
 
@@ -53,6 +54,8 @@ class Plan:
       compute_seconds: Computation of a step, whatever is sent.
       compress_seconds: What compressing adds to it.
       advice: What would help if this does not, and notes; lines of text.
+      rounds: With ``plan(every=...)``, what rounds of local steps make of it; all else
+        is then about a meeting of all leaves.
     """
 
     compressor: str
@@ -66,6 +69,7 @@ class Plan:
     compute_seconds: float
     compress_seconds: float
     advice: tuple[str, ...] = ()
+    rounds: Rounds | None = None
 
     @property
     def dense(self) -> WireReport:
@@ -159,6 +163,8 @@ class Plan:
             return "This will not help: one worker sends nothing."
         if self.slow and not self.dense.collectives:
             return f"This will not help: nothing crosses {', '.join(self.slow)}."
+        if self.rounds is not None:
+            return self.rounds.verdict
         if not self.helps:
             return f"This will not help. {self._pays()}"
         if self.link.bandwidth is None:
@@ -198,6 +204,7 @@ class Plan:
                 "",
                 *self._comparison(),
                 "",
+                *([str(self.rounds)] if self.rounds is not None else []),
                 self.verdict,
                 *self.advice,
             ]

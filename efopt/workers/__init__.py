@@ -2,7 +2,7 @@
 
 from efopt.workers.accumulate import AccumulateState as AccumulateState
 from efopt.workers.accumulate import accumulate as accumulate
-from efopt.workers.axes import local_params as local_params
+from efopt.workers.local import local_params as local_params
 from efopt.workers.node import PerWorker as PerWorker
 from efopt.workers.per_worker import per_worker as per_worker
 from efopt.workers.placement import distribute as distribute

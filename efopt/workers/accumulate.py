@@ -70,7 +70,7 @@ def accumulate(
     def init_fn(params: Any) -> Any:
         return AccumulateState(
             count=jnp.zeros([], jnp.int32),
-            accumulator=PerWorker.wrap(wide_zeros(params), axes),
+            accumulator=PerWorker.wrap(wide_zeros(params), axes, rule="mean"),
             inner=inner.init(params),
         )
 
@@ -84,7 +84,7 @@ def accumulate(
             axes.require_bound("`accumulate`")
             axes.require_local("`accumulate`", updates)
             total = state.accumulator.local(f"`accumulate(axis_name={axis_name!r})`")
-            wrap = lambda total: PerWorker.wrap(total, axes)  # noqa: E731
+            wrap = state.accumulator.rewrap
         total = jax.tree.map(lambda a, g: a + g.astype(a.dtype) / every, total, updates)
 
         def step(total, inner_state):

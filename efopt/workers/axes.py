@@ -7,6 +7,7 @@ questions about that are asked here and nowhere else.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -115,9 +116,30 @@ class Axes:
         """Casts every leaf to varying over them, where types are on."""
         return vary(tree, *self.names)
 
+    def may_differ(self, x: Any) -> bool:
+        """Whether ``x`` may differ between workers, as far as types tell."""
+        return not self.typed() or bool(varying(x) & set(self.names))
+
     def pmean(self, tree: Any) -> Any:
         """The mean over workers of every leaf."""
         return lax.pmean(tree, self.key)
+
+    def max(self, x: jax.Array) -> jax.Array:
+        """The largest over workers."""
+        return lax.pmax(self.vary(x), self.key)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """The sum over workers."""
+        return lax.psum(self.vary(x), self.key)
+
+    def sum_behind(self, x: jax.Array) -> jax.Array:
+        """The sum over all mapped axes behind each worker along which ``x`` varies.
+
+        Where types do not tell, over all that are mapped.
+        """
+        known = varying(x) if self.typed() else manual_axes()
+        names = tuple(sorted(set(known) - set(self.names)))
+        return lax.psum(x, names) if names else x
 
     def all_gather(self, x: jax.Array) -> jax.Array:
         """Every worker's ``x`` along a new first axis, typed as equal everywhere."""
@@ -162,6 +184,12 @@ def vary(tree: Any, *names: str) -> Any:
     return jax.tree.map(cast, tree)
 
 
+def vary_alike(xs: Sequence[Any]) -> list[Any]:
+    """Arrays cast to varying over all axes over which any of them varies."""
+    names = frozenset[str]().union(*map(varying, xs))
+    return [vary(x, *sorted(names)) for x in xs]
+
+
 def zeros_like(x: Any) -> jax.Array:
     """Zeros that vary over the same axes as ``x``, array or struct: a loop's start."""
     return vary(jnp.zeros(x.shape, x.dtype), *varying(x))
@@ -177,35 +205,3 @@ def _is_bound(name: str) -> bool:
 
 def _is_typed(name: str) -> bool:
     return _is_bound(name) and name in varying(lax.axis_index(name))
-
-
-def local_params(params: Any, axis_name: AxisName) -> Any:
-    """Marks parameters as this worker's own, so that gradients stay local.
-
-    Inside ``shard_map``, ``jax.grad`` with respect to replicated parameters returns the
-    gradient already summed over workers: an uncompressed all-reduce, and nothing left
-    to compress. Differentiate with respect to ``local_params(params, axis_name)``
-    instead. Under ``pmap``, ``vmap`` and without checks this changes nothing.
-
-    Args:
-      params: Any pytree of arrays.
-      axis_name: The mapped axis over which the workers are laid out, or a tuple of
-        axes.
-
-    Returns:
-      The same values, typed as varying over ``axis_name``.
-
-    Raises:
-      TypeError: If ``axis_name`` is neither a string nor a tuple of strings.
-      ValueError: If an axis is not bound, or named twice.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> import efopt
-      >>> jax.vmap(lambda x: efopt.local_params(x, "data"), axis_name="data")(
-      ...     jnp.arange(2.0))
-      Array([0., 1.], dtype=float32)
-    """
-    axes = Axes.of("local_params", axis_name)
-    axes.require_bound("`local_params`")
-    return axes.vary(params)

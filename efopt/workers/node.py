@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from efopt.ground.imports import when_imported
 from efopt.workers.axes import Axes, AxisName, vary, varying
 from efopt.workers.ranges import range_size
+
+# What becomes of each worker's values on another number of workers: their mean is kept;
+# they are equal on all; ranges of blocks are cut anew; true on all, for what is to be
+# done again; payloads are written anew by the state that holds them.
+RULES = ("mean", "equal", "ranges", "true", "stored")
 
 
 @dataclasses.dataclass
@@ -48,10 +54,13 @@ class PerWorker:
         of the workers. Static, and no part of the pytree's structure.
       sizes: The lengths of the axes over which it is laid out; ``None``: it is fresh.
         Static, and no part of the pytree's structure.
-      remake: Of what is laid out by shard: makes a fresh value from the shards of the
-        parameters, a tree of structs. Static, and no part of the pytree's structure.
+      store: Of what is stored by a codec: what writes and reads it. Static, and no part
+        of the pytree's structure.
       share: 0, or, of one worker's share, one more than the number of dimensions of its
         first array, with which it was cut out. Static.
+      rule: What :func:`efopt.checkpoints.resize` makes of it on another number of
+        workers, one of :data:`RULES`. ``None``: nobody has said, and it refuses.
+        Static, and no part of the pytree's structure.
     """
 
     value: Any
@@ -60,12 +69,21 @@ class PerWorker:
     shards: tuple[str, ...] = ()
     sizes: tuple[int, ...] | None = dataclasses.field(default=None, compare=False)
     share: int = 0
-    remake: Any = dataclasses.field(default=None, compare=False)
+    store: Any = dataclasses.field(default=None, compare=False)
+    rule: str | None = dataclasses.field(default=None, compare=False)
 
     @property
     def lead(self) -> int:
         """How many axes stand in front of a worker's values."""
         return 2 if self.shards else 1
+
+    def __contains__(self, key: Any) -> bool:
+        """Whether its value has an entry: Flax's ``TrainState`` asks gradients that."""
+        return isinstance(self.value, Mapping) and key in self.value
+
+    def __getitem__(self, key: Any) -> "PerWorker":
+        """An entry of its value, marked as it is."""
+        return self.with_value(self.value[key])
 
     def splits(self) -> list[int | None]:
         """The ``split`` of every array."""
@@ -126,13 +144,20 @@ class PerWorker:
         axes: Axes,
         split: int | tuple[int, ...] | None = None,
         shards: tuple[str, ...] = (),
+        rule: str | None = None,
     ) -> "PerWorker":
         """The node around one worker's value, given without its worker axis."""
         value = vary(axes.vary(value), *shards)
         lead = (1, 1) if shards else (1,)
         value = jax.tree.map(lambda x: x.reshape(*lead, *x.shape), value)
         sizes = axes.sizes() if axes.bound() else None
-        return cls(value, axes.key, split, shards, sizes)
+        return cls(value, axes.key, split, shards, sizes, rule=rule)
+
+    def rewrap(self, value: Any) -> "PerWorker":
+        """The same mark on this worker's new value, given without its worker axis."""
+        axes = Axes.of("PerWorker", self.axis_name)
+        new = self.wrap(value, axes, self.split, self.shards, self.rule)
+        return dataclasses.replace(new, store=self.store)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +171,12 @@ class _Static:
     split: int | tuple[int, ...] | None = dataclasses.field(compare=False)
     shards: tuple[str, ...] = dataclasses.field(compare=False)
     sizes: tuple[int, ...] | None = dataclasses.field(compare=False)
-    remake: Any = dataclasses.field(compare=False)
+    store: Any = dataclasses.field(compare=False)
+    rule: str | None = dataclasses.field(compare=False)
 
 
 def _flatten(node: PerWorker) -> tuple[tuple[Any], _Static]:
-    about = node.split, node.shards, node.sizes, node.remake
+    about = node.split, node.shards, node.sizes, node.store, node.rule
     return (node.value,), _Static(node.axis_name, node.share, *about)
 
 
@@ -167,7 +193,7 @@ def _unflatten(static: _Static, children: Any) -> PerWorker:
     value = _behind_worker_axis(value, static)
     axis_name, split, shards = static.axis_name, static.split, static.shards
     return PerWorker(
-        value, axis_name, split, shards, static.sizes, share, static.remake
+        value, axis_name, split, shards, static.sizes, share, static.store, static.rule
     )
 
 
@@ -206,9 +232,13 @@ def _behind_worker_axis(value: Any, static: _Static) -> Any:
         return value
     lead = (static.axis_name, static.shards) if static.shards else (static.axis_name,)
 
+    names = Axes.of("PerWorker", static.axis_name).names
+
     def one(x):
         if isinstance(x, NamedSharding):
-            return x.update(spec=one(x.spec))
+            # A mesh without that axis is one on which no workers are laid out.
+            workers = set(names) <= set(x.mesh.axis_names)
+            return x.update(spec=one(x.spec)) if workers else x
         # A region may be mapped over some of the axes already.
         if isinstance(x, PartitionSpec) and x[:1] != lead[:1]:
             return PartitionSpec(*lead, *x)
@@ -217,9 +247,9 @@ def _behind_worker_axis(value: Any, static: _Static) -> Any:
     return jax.tree.map(one, value, is_leaf=is_spec)
 
 
-def wrap(value: Any, axes: Axes | None) -> Any:
+def wrap(value: Any, axes: Axes | None, rule: str | None = None) -> Any:
     """Marks what is each worker's own, if there are several workers."""
-    return value if axes is None else PerWorker.wrap(value, axes)
+    return value if axes is None else PerWorker.wrap(value, axes, rule=rule)
 
 
 def unwrap(api: str, value: Any) -> Any:

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from efopt.ground.checks import keyword_only
 from efopt.workers.axes import Axes, AxisName
@@ -66,7 +68,8 @@ def per_worker(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> Any:
-        return PerWorker.wrap(jax.tree.map(jnp.asarray, inner.init(params)), axes)
+        state = jax.tree.map(jnp.asarray, inner.init(params))
+        return PerWorker.wrap(state, axes, rule="mean")
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -78,7 +81,7 @@ def per_worker(
         own = state.local(f"`per_worker(axis_name={axis_name!r})`")
         index = axes.index() if has_keys(own) else None
         out, own = one(updates, own, index, params, extra_args)
-        return out, PerWorker.wrap(own, axes)
+        return out, state.rewrap(own)
 
     def one(updates: Any, own: Any, index: Any, params: Any, extra_args: Any) -> Any:
         if not (fold_keys and has_keys(own)):
@@ -96,14 +99,32 @@ def per_worker(
         state.require_whole(f"`per_worker(axis_name={axis_name!r})`")
         leaves = jax.tree.leaves((updates, state))
         workers = jnp.arange(leaves[0].shape[0] if leaves else 1)
+        name = spmd_name(axes, leaves)
+        if leaves and name is None:
+            rows = NamedSharding(jax.typeof(leaves[0]).sharding.mesh, P(axes.key))
+            workers = jax.reshard(workers, rows)
         over_workers = jax.vmap(
             lambda updates, own, index: one(updates, own, index, params, extra_args),
-            spmd_axis_name=axes.key,
+            spmd_axis_name=name,
         )
         out, own = over_workers(updates.value, state.value, workers)
         return updates.with_value(out), state.with_value(own)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def spmd_name(axes: Axes, tree: Any, stacked: bool = True) -> Any:
+    """The ``spmd_axis_name`` of a ``vmap`` over the rows of workers.
+
+    ``None`` where no mesh axis joins them, or where the types of a tree of arrays tell
+    it: on an Explicit mesh.
+    """
+    kinds = [
+        kind
+        for x in jax.tree.leaves(tree)
+        for kind in getattr(jax.typeof(x).sharding.mesh, "axis_types", ())
+    ]
+    return axes.key if stacked and AxisType.Explicit not in kinds else None
 
 
 def has_keys(state: Any) -> bool:

@@ -12,9 +12,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from efopt.workers.axes import Axes, AxisName
+from efopt.workers.branches import require_common
 from efopt.workers.node import PerWorker, is_node
 from efopt.workers.ranges import range_size
 from efopt.workers.specs import Rule, path_of
+from efopt.workers.stacks import is_stacked
 
 
 def partition_specs(tree: Any, params_specs: Any = None, *, params: Any = None) -> Any:
@@ -58,6 +60,7 @@ def partition_specs(tree: Any, params_specs: Any = None, *, params: Any = None) 
       >>> specs.residual.value == jax.sharding.PartitionSpec("data")
       True
     """
+    require_common("`partition_specs`", tree)
     return _specs(tree, Rule(tree, params_specs, params))
 
 
@@ -110,8 +113,9 @@ def distribute(
     Raises:
       TypeError: As there.
       ValueError: As there; if the mesh lacks an axis, or its axes do not divide a
-        parameter; if the state is laid out over another number of workers, or is the
-        share of a single one (see :class:`efopt.PerWorker`).
+        parameter; if the state is stacked, or laid out over another number of workers
+        (see :func:`efopt.checkpoints.resize`), or is the share of a single one (see
+        :class:`efopt.PerWorker`).
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -122,8 +126,16 @@ def distribute(
       >>> state.residual.value.shape == (jax.device_count(), 3)
       True
     """
+    require_common("`distribute`", tree)
     leaves = jax.tree.leaves(tree)
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+    if is_stacked(tree):
+        raise ValueError(
+            "`distribute(tree, mesh)` got a state that `stack_workers` laid out for "
+            "`pmap` or `vmap`: every array has an axis of workers in front. "
+            "`efopt.checkpoints.resize(state, n)` takes it down again, also to as many "
+            "workers as it has."
+        )
     rule = Rule(tree, params_specs, params)
     rule.require_fit(mesh)
     _specs(tree, rule)  # or an error
@@ -149,16 +161,18 @@ def distribute(
             return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
         return _made(spread, x, shape, sharding)
 
-    def one(x, specs):
+    def one(path, x, specs):
         if not is_node(x):
             return place(_strong, x, specs)
-        sizes = _mesh_sizes(x, mesh)
+        sizes, where = _mesh_sizes(x, mesh), jax.tree_util.keystr(path)
         value = jax.tree.map(
-            place, _spreads(x, sizes, "distribute", mesh), x.value, specs.value
+            place, _spreads(x, sizes, "distribute", where, mesh), x.value, specs.value
         )
         return dataclasses.replace(x, value=value, sizes=sizes)
 
-    return jax.tree.map(one, tree, _specs(tree, rule), is_leaf=is_node)
+    return jax.tree_util.tree_map_with_path(
+        one, tree, _specs(tree, rule), is_leaf=is_node
+    )
 
 
 def _mesh_sizes(node: PerWorker, mesh: jax.sharding.Mesh) -> tuple[int, ...]:
@@ -250,6 +264,7 @@ def stack_workers(
                 f"{num_workers!r}."
             )
 
+    require_common("`stack_workers`", tree)
     placing = None
     if devices is not None:
         if len(devices) != math.prod(sizes):
@@ -267,14 +282,15 @@ def stack_workers(
             return jax.jit(spread)(x)
         return _made(spread, x, _described(spread, x), placing)
 
-    def stack(x):
+    def stack(path, x):
         if not is_node(x):
             return place(_Stack(sizes), x)
-        spreads = _spreads(x, sizes, "stack_workers", stack=True)
+        where = jax.tree_util.keystr(path)
+        spreads = _spreads(x, sizes, "stack_workers", where, stack=True)
         value = jax.tree.map(place, spreads, x.value)
         return dataclasses.replace(x, value=value, sizes=sizes)
 
-    return jax.tree.map(stack, tree, is_leaf=is_node)
+    return jax.tree_util.tree_map_with_path(stack, tree, is_leaf=is_node)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +304,7 @@ class _Spread:
       split: The number of blocks that workers share out, or ``None``.
       shards: How many shards stand behind the worker axis; 0: there is no such axis.
       stack: Whether the array is stacked for a mapping, one axis a mapped axis.
+      where: Where it stands, for the error.
     """
 
     axis_name: AxisName
@@ -296,6 +313,7 @@ class _Spread:
     split: int | None
     shards: int = 0
     stack: bool = False
+    where: str = dataclasses.field(default="", compare=False)
 
     def __call__(self, x: Any) -> jax.Array:
         x, n = self._spread(_strong(x)), math.prod(self.sizes)
@@ -322,8 +340,9 @@ class _Spread:
                 return jnp.broadcast_to(x, (*wide, rows, *rest))
         raise ValueError(
             f"the per-worker state over {self.axis_name!r} has an array of shape "
-            f"{x.shape}, which is laid out neither for one worker nor for {n}. Start "
-            "from `tx.init(params)`, or from a state of the same number of workers."
+            f"{x.shape} at {self.where or 'the root'}, which is laid out neither for "
+            f"one worker nor for {n}. Start from `tx.init(params)`, or make the state "
+            f"one of {n} workers by `efopt.checkpoints.resize(state, {n})`."
         )
 
 
@@ -342,6 +361,7 @@ def _spreads(
     node: PerWorker,
     sizes: tuple[int, ...],
     api: str,
+    where: str,
     mesh: jax.sharding.Mesh | None = None,
     stack: bool = False,
 ) -> Any:
@@ -352,7 +372,7 @@ def _spreads(
     shards = math.prod(mesh.shape[a] for a in node.shards) if mesh else 1
     shards = shards if node.shards else 0
     spreads = [
-        _Spread(node.axis_name, fresh, sizes, split, shards, stack)
+        _Spread(node.axis_name, fresh, sizes, split, shards, stack, where)
         for split in node.splits()
     ]
     return jax.tree.unflatten(jax.tree.structure(node.value), spreads)

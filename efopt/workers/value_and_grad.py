@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from efopt.ground.checks import keyword_only
 from efopt.workers.axes import Axes, AxisName
-from efopt.workers.node import PerWorker
+from efopt.workers.node import PerWorker, is_node
 
 
 @keyword_only
@@ -53,7 +53,9 @@ def value_and_grad(
       argnums: The arguments to differentiate with respect to.
       batch_argnums: The arguments that are batches: pytrees of arrays whose first axis
         is cut into one part a worker. All others go to every worker as they are, but
-        typed random keys (``jax.random.key``) among them are folded with the worker.
+        typed random keys (``jax.random.key``) among them are folded with the worker,
+        and an argument that is an :class:`efopt.PerWorker`, as
+        ``efopt.local_params(params, axis_name, state)`` gives, has a row for each.
       has_aux: Whether ``fun`` returns something else beside the scalar.
       average_aux: Whether that is averaged over the workers, as batch statistics are;
         else it comes stacked, each array ``(workers, ...)``.
@@ -109,6 +111,10 @@ def value_and_grad(
 
         given, in_axes = [], []
         for i, arg in enumerate(args):
+            if is_node(arg):  # what is each worker's own already, such as its drift
+                given.append(arg.value)
+                in_axes.append(0)
+                continue
             given.append(
                 jax.tree_util.tree_map_with_path(
                     lambda path, x, i=i: ready(i, path, x), arg
@@ -132,7 +138,9 @@ def value_and_grad(
     return wrapped
 
 
-def mesh_of(tree: Any, axes: Axes) -> jax.sharding.AbstractMesh:
+def mesh_of(
+    tree: Any, axes: Axes, api: str = "value_and_grad"
+) -> jax.sharding.AbstractMesh:
     """The mesh with the workers' axes on which a tree lies, from its types."""
     meshes: list[Any] = [jax.sharding.get_abstract_mesh()]
     for x in jax.tree.leaves(tree):
@@ -142,8 +150,8 @@ def mesh_of(tree: Any, axes: Axes) -> jax.sharding.AbstractMesh:
         if mesh is not None and set(axes.names) <= set(mesh.axis_names):
             return mesh
     raise ValueError(
-        f"`axis_name={axes.key!r}` must name axes of the mesh on which the arguments "
-        "lie, and none of them lies on one. Place the state with "
+        f"`{api}`: `axis_name={axes.key!r}` must name axes of the mesh on which the "
+        "arguments lie, and none of them lies on one. Place the state with "
         "`efopt.distribute(state, mesh, params_specs)`."
     )
 

@@ -20,6 +20,11 @@ is left out where it is not installed (`pip install torch`).
 
     python examples/benchmarks/cluster.py --rates 100mbit 1gbit
     python examples/benchmarks/cluster.py --kill  # and what becomes of the others
+    python examples/benchmarks/cluster.py --hybrid --rates 100mbit 1gbit
+
+With `--hybrid` a host has four virtual devices and parameters are sharded over them:
+two hosts are a mesh of `dcn` 2 x `fsdp` 4, compressed over `dcn` alone. HLO bytes are
+then those that leave all devices of a host, and the file is cluster_hybrid.json.
 """
 
 import argparse
@@ -35,6 +40,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 import cluster_fleet
+import cluster_hybrid
 import cluster_jax
 import cluster_network
 import matplotlib.pyplot as plt
@@ -219,9 +225,20 @@ def parse_args(arguments=None):
     add("--rounds", type=int, default=3, help="of all methods, default: 3")
     add("--batch", type=int, default=8, help="images of a worker, default: 8")
     add("--port", type=int, default=0, help="on localhost, default: one that is free")
+    add("--hybrid", action="store_true", help="hosts of four devices, sharded inside")
     add("--kill", action="store_true", help="take a worker away instead of timing")
     add("--output", type=Path, default=Path("."), help="folder, default: this one")
     args = parser.parse_args(arguments)
+    if args.hybrid:
+        SCRIPTS.clear()
+        SCRIPTS.update(dict.fromkeys(cluster_hybrid.METHODS, "cluster_hybrid.py"))
+        if args.kill:
+            parser.error("argument --hybrid: not with --kill")
+        if args.batch % cluster_hybrid.DEVICES:
+            parser.error(
+                f"argument --batch: must be a multiple of {cluster_hybrid.DEVICES} "
+                "devices with --hybrid"
+            )
     for name, choices in {"rates": [*RATES], "methods": [*SCRIPTS]}.items():
         for value in getattr(args, name) or []:
             if value not in choices:
@@ -269,7 +286,7 @@ def main():
             results = {}
             for rate in (LOCALHOST, *options.rates):
                 rows = benchmark(rate, options, cache)
-                if rate != LOCALHOST:
+                if rate != LOCALHOST and not options.hybrid:
                     add_predictions(rate, rows, results[LOCALHOST], options.workers)
                 results[rate] = rows
                 print(f"\n{rate}\n{table(rows)}", flush=True)
@@ -278,7 +295,8 @@ def main():
     names = "workers", "steps", "rounds", "batch"
     settings = {name: getattr(options, name) for name in names}
     everything = {"machine": title, **settings, "results": results}
-    data, picture = options.output / "cluster.json", options.output / "cluster.png"
+    stem = "cluster_hybrid" if options.hybrid else "cluster"
+    data, picture = options.output / f"{stem}.json", options.output / f"{stem}.png"
     data.write_text(json.dumps(everything, indent=2) + "\n")
     draw(results, title, picture)
     print(f"\nWritten: {data}, {picture}")

@@ -79,6 +79,10 @@ def fleet(script, network, methods, steps, batch, cache):
     """The workers of a network, one on each host, gone when it is left."""
     cores = os.cpu_count() or 1
     threads = str(max(1, cores // len(network.hosts)))
+    if script == "cluster_hybrid.py":
+        threads = (
+            "32"  # virtual devices must not starve each other: see train_digits.py
+        )
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

@@ -71,10 +71,11 @@ def test_bandwidth_has_units(capsys, text, bits):
     assert printed(capsys, "sign()", *tail) == f"{plan}\n"
 
 
-def test_the_readme_shows_what_it_prints(capsys):
-    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
+def test_the_documentation_shows_what_it_prints(capsys):
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "explanation" / "bytes.md").read_text()
     blocks = re.findall(
-        r"```sh\npython -m efopt.wire (.*?)```\n```text\n(.*?)```", readme, re.S
+        r"```sh\npython -m efopt.wire (.*?)```\n```text\n(.*?)```", page, re.S
     )
     (command, shown), *_ = blocks
     main(shlex.split(command.replace("\\\n", " ")))

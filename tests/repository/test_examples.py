@@ -1,6 +1,7 @@
 """The examples, run as a user runs them: from a shell, in a folder of their own."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -40,7 +41,7 @@ def train_digits():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train_digits")
-    options = "--steps", "12", "--workers", "8", "--output", "picture.png"
+    options = "--steps", "12", "--workers", "8", "--output", "picture.png", "--check"
     done = run("train_digits.py", *options, folder=folder)
     assert done.returncode == 0, done.stderr
     return folder, done
@@ -71,6 +72,7 @@ def test_train_digits_prints_one_row_a_method(trained):
 def test_train_digits_shows_progress_with_the_loss(trained):
     _, done = trained
     assert "8 workers" in done.stdout
+    assert "5 runs: all 8 workers hold the same bits" in done.stdout
     for name in METHODS:
         assert re.search(rf"^{name}: 100%.*loss=\d", done.stderr, re.M), name
 
@@ -95,7 +97,8 @@ def test_train_digits_is_the_same_on_one_device(train_digits, mesh):
 
     def losses(simulate):
         tx = train_digits.METHODS["ef-signsgd"](0.1)
-        result = train_digits.train("", tx, data, mesh, simulate, steps=4, seed=0)
+        options = {"steps": 4, "seed": 0, "check": True}
+        result = train_digits.train("", tx, data, mesh, simulate, **options)
         return result.losses
 
     np.testing.assert_allclose(losses(True), losses(False), rtol=1e-4)
@@ -146,14 +149,42 @@ def test_cluster_benchmark_help_names_methods_with_a_percent_sign():
 
 @pytest.mark.slow
 def test_train_nnx(tmp_path):
-    done = run("train_nnx.py", "--steps", "30", folder=tmp_path)
+    done = run("train_nnx.py", "--steps", "30", "--check", folder=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "all 8 workers hold the same bits" in done.stdout
     accuracy = re.search(r"test accuracy ([\d.]+)%", done.stdout)
     assert accuracy is not None and float(accuracy[1]) > 70, done.stdout
     gathered = re.search(r"all-gather +u32 .* ([\d,]+) +[\d,]+$", done.stdout, re.M)
     assert gathered is not None, done.stdout
     parameters = 64 * 256 + 256 + 256 * 10 + 10
     assert int(gathered[1].replace(",", "")) < 4 * parameters / 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entrance", ["global", "nested"])
+def test_train_hybrid_sends_less_between_slices(tmp_path, entrance):
+    tiny = "--steps 2 --layers 1 --width 32 --length 8 --batch 8 --json found.json"
+    tiny += " --check"
+    methods = "--methods", "dense", "sign-two-phase"
+    options = "--entrance", entrance, *tiny.split(), *methods
+    done = run("train_hybrid.py", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 runs: all workers hold the same bits" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    dense, sign = found["dense"], found["sign-two-phase"]
+    assert list(found) == re.findall(r"^(dense|sign-\S+) +\d", done.stdout, re.M)
+    # 5,000 coordinates a device and the loss: none of the model's activations.
+    assert dense["dcn_bytes"] == 4 * 4_964 and sign["dcn_bytes"] == 4 * 240 + 4
+    assert dense["fsdp_bytes"] <= sign["fsdp_bytes"] <= 1.02 * dense["fsdp_bytes"]
+    assert dense["residual_bytes"] == 0 < sign["residual_bytes"]
+    assert all(0 < loss < 10 for loss in dense["losses"] + sign["losses"])
+
+
+def test_train_hybrid_help_and_what_it_refuses(tmp_path):
+    told = run("train_hybrid.py", "--help", folder=tmp_path)
+    assert told.returncode == 0 and "--entrance" in told.stdout
+    done = run("train_hybrid.py", "--batch", "12", folder=tmp_path)
+    assert done.returncode == 2 and "multiple of 8 devices" in done.stderr
 
 
 def test_ef_sgd_images_tells_its_options_and_refuses_what_does_not_divide(tmp_path):

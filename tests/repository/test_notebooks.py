@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom in a fresh kernel."""
 
+import os
 from pathlib import Path
 
 import nbclient
@@ -32,8 +33,11 @@ def texts(notebook):
     "path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.stem
 )
 def test_notebook_runs(path, tmp_path, monkeypatch):
-    execute(path, tmp_path, monkeypatch)
+    notebook = execute(path, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir()), "a notebook leaves no files behind"
+    if kept := os.environ.get("EFOPT_NOTEBOOKS"):  # for the site, which shows outputs
+        Path(kept).mkdir(exist_ok=True)
+        nbformat.write(notebook, Path(kept, path.name))
 
 
 @pytest.mark.slow
@@ -43,6 +47,16 @@ def test_quickstart_runs_as_on_one_accelerator(tmp_path, monkeypatch):
     notebook = execute(path, tmp_path, monkeypatch, (ONE_DEVICE, "simulate = True"))
     assert "8 workers simulated by vmap" in texts(notebook)
     assert "all-gather" in texts(notebook)  # read from the program for eight devices
+
+
+def test_notebooks_install_in_one_way():
+    """From the checkout they lie in or from a wheel beside them: no index has efopt."""
+    firsts = set()
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        cells = nbformat.read(path, as_version=4).cells
+        firsts.add(next(c.source for c in cells if c.cell_type == "code"))
+    (first,) = firsts
+    assert "efopt-*.whl" in first and "os.pardir" in first
 
 
 @pytest.mark.parametrize(

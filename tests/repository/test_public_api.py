@@ -1,6 +1,7 @@
 """What the library shows, how it documents it, and what it must not touch."""
 
 import ast
+import functools
 import inspect
 import re
 import subprocess
@@ -65,7 +66,8 @@ def factories(shelf, *also):
 
 MADE = factories(efopt.compressors)
 COMPOSED = factories(efopt.feedback) | factories(efopt.convex)
-COMPOSED |= factories(efopt.optimizers)
+COMPOSED |= factories(efopt.optimizers) | factories(efopt.watch)
+COMPOSED |= factories(efopt.outer)
 each_name = pytest.mark.parametrize("name", efopt.__all__)
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
 
@@ -129,6 +131,43 @@ def test_every_factory_has_a_row_in_its_table():
     assert ours(OPTIMIZERS) >= set(factories(efopt.optimizers))
     named = {row.name for row in EXCHANGES if row.alias}
     assert named == set(factories(efopt.exchanges))
+
+
+# ----------------------------------------------------------------- the reference
+
+
+def entries():
+    """What has an entry in the reference, by the names that stand there."""
+    for page in (PACKAGE.parent / "docs" / "reference").glob("*.md"):
+        for block in re.findall(r"^\.\. entries::\n\n(.*?)^```$", page.read_text(), SM):
+            yield from block.split()
+
+
+def dotted(name):
+    return functools.reduce(getattr, name.split(".")[1:], efopt)
+
+
+SM = re.S | re.M
+SHOWN = {}  # every public thing, by its names
+for _name in efopt.__all__:
+    _thing = getattr(efopt, _name)
+    if not inspect.ismodule(_thing):
+        SHOWN[f"efopt.{_name}"] = _thing
+        continue
+    _room = "efopt." if hasattr(_thing, "__path__") else _thing.__name__
+    for _inner, _value in vars(_thing).items():
+        _own = (getattr(_value, "__module__", None) or "").startswith(_room)
+        if _own and _inner[0] != "_" and not inspect.ismodule(_value):
+            SHOWN[f"efopt.{_name}.{_inner}"] = _value
+
+
+def test_every_public_name_has_an_entry_in_the_reference():
+    """Under one of its names. The cure: a line in `docs/reference/<shelf>.md`."""
+    named = list(entries())
+    assert len(named) == len(set(named)) >= 70
+    there = {id(dotted(name)) for name in named}
+    missing = [name for name, thing in SHOWN.items() if id(thing) not in there]
+    assert missing == [], "say it in docs/reference"
 
 
 # --------------------------------------------------------------- the docstrings
@@ -249,8 +288,8 @@ def test_only_the_axes_call_collectives(path):
 
 
 def floors():
-    """The picture of README's "Inside": the floor of every room, from the ground up."""
-    text = (PACKAGE.parent / "README.md").read_text()
+    """The picture of the house: the floor of every room, from the ground up."""
+    text = (PACKAGE.parent / "docs" / "explanation" / "house.md").read_text()
     (picture,) = re.findall(r"^## Inside$.*?^```text$(.*?)^```$", text, re.M | re.S)
     stories = re.split(r"^-+$", picture, flags=re.M)
     rooms = [re.findall(r"^(\w+)  ", story, re.M) for story in stories]
@@ -287,8 +326,9 @@ def test_imports_run_down_as_the_picture_shows(path):
 def test_what_most_programs_need_stands_in_front():
     shelves = [n for n in efopt.__all__ if inspect.ismodule(getattr(efopt, n))]
     rooms = {"compressors", "convex", "exchanges", "feedback", "optimizers", "wire"}
-    assert set(shelves) == rooms | {"memory"}
-    assert len(efopt.__all__) - len(shelves) <= 27
+    rooms |= {"outer"}
+    assert set(shelves) == rooms | {"checkpoints", "memory", "watch"}
+    assert len(efopt.__all__) - len(shelves) <= 28
 
 
 def test_a_name_that_is_not_in_front_is_told_its_shelf():

@@ -142,12 +142,13 @@ def make(entrance, tx, mesh, params, specs, wrapped=None, **jit):
 
         def step(state, batch):
             grad = efopt.value_and_grad(loss, axis_name=mesh.slow)
-            return apply(state, grad(state["params"], batch)[1])
+            own = efopt.local_params(state["params"], mesh.slow, state["opt"])
+            return apply(state, grad(own, batch)[1])
 
     elif entrance == "nested":
 
         def own(state, batch):
-            local = efopt.local_params(state["params"], mesh.slow)
+            local = efopt.local_params(state["params"], mesh.slow, state["opt"])
             return apply(state, jax.grad(loss)(local, batch))
 
         only = manual_specs(efopt.partition_specs(state, specs), mesh.slows)

@@ -1,5 +1,6 @@
 """Every scheme and published optimizer from every entrance, against shards by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -52,6 +53,24 @@ SCHEMES = {
             SIGN, alpha=0.5, beta=0.9, axis_name=AXIS, exchange="two_phase"
         )
     ),
+    "ef21": lambda: chained(
+        efopt.feedback.ef21(
+            SIGN, beta=0.9, start=1, axis_name=AXIS, exchange="two_phase"
+        )
+    ),
+    "econtrol": lambda: optax.chain(
+        efopt.feedback.econtrol(SIGN, gain=0.5, learning_rate=RATES, axis_name=AXIS),
+        optax.scale_by_learning_rate(RATES),
+    ),
+    "econtrol_memory": lambda: chained(
+        efopt.feedback.econtrol(
+            SIGN,
+            gain=0.5,
+            memory=efopt.quantize(8, stochastic=True),
+            start=1,
+            axis_name=AXIS,
+        )
+    ),
     "momentum": lambda: chained(
         efopt.per_worker(optax.trace(0.9), axis_name=AXIS), feedback()
     ),
@@ -61,6 +80,18 @@ SCHEMES = {
     "accumulate_momentum": lambda: efopt.accumulate(
         chained(efopt.per_worker(optax.trace(0.9), axis_name=AXIS), feedback()),
         every=2,
+        axis_name=AXIS,
+    ),
+    "local_steps": lambda: efopt.local_steps(
+        optax.adamw(0.1), chained(feedback()), every=2, axis_name=AXIS
+    ),
+    "local_steps_streamed": lambda: efopt.local_steps(
+        optax.adamw(0.1),
+        chained(feedback()),
+        every=3,
+        fragments=2,
+        delay=2,
+        alpha=0.5,
         axis_name=AXIS,
     ),
     "dist_ef_sgd": lambda: efopt.dist_ef_sgd(
@@ -89,9 +120,10 @@ DEFAULT = {
     (scheme, "global")
     for scheme in (
         "compress schedule start memory damped momentum accumulate_momentum "
-        "dist_ef_sgd ef_sgd signsgd"
+        "local_steps_streamed dist_ef_sgd ef_sgd signsgd ef21"
     ).split()
 } | {("memory", "nested"), ("start", "nested"), ("dist_ef_sgd", "nested")}
+DEFAULT |= {("local_steps", "nested")}
 
 
 def given(scheme):
@@ -120,6 +152,17 @@ def test_every_scheme_trains_as_its_shards_by_hand(scheme, entrance):
     state = meshes.run(entrance, SCHEMES[scheme](), MESH, params, specs, grads)
     meshes.close(state["params"], by_hand(scheme))
     meshes.copies_equal(state)
+
+
+@pytest.mark.parametrize(
+    "scheme", ["momentum", pytest.param("accumulate_momentum", marks=pytest.mark.slow)]
+)
+def test_what_stands_in_front_bears_an_explicit_mesh(scheme):
+    """Kinds of axes change no number."""
+    params, specs, grads = given(scheme)
+    explicit = dataclasses.replace(MESH, kind="explicit")
+    state = meshes.run("global", SCHEMES[scheme](), explicit, params, specs, grads)
+    meshes.close(state["params"], by_hand(scheme))
 
 
 def test_a_stored_residual_is_small_on_every_device():

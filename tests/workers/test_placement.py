@@ -582,6 +582,24 @@ def flax_loop(mesh, state):
     return on_mesh(mesh, flax_step, state, out=(specs, P()), donate_argnums=0)
 
 
+def test_flax_train_state_takes_stacked_gradients(mesh):
+    """In a plain jitted step, where Flax first asks what kind of tree they are."""
+    tx = optax.chain(feedback(), optax.sgd(LR))
+    state = efopt.distribute(jax.eval_shape(lambda: flax_state(tx)), mesh)
+
+    def loss_fn(params, x):
+        return jnp.mean((NET.apply({"params": params}, x) - 1) ** 2)
+
+    def step(state, x):
+        grads = efopt.value_and_grad(loss_fn, axis_name=AXIS)(state.params, x)[1]
+        assert "Dense_0" in grads and "params" not in grads
+        assert isinstance(grads["Dense_0"], efopt.PerWorker)
+        return state.apply_gradients(grads=grads)
+
+    after = jax.eval_shape(step, state, batches(1)[0])
+    chex.assert_trees_all_equal_shapes_and_dtypes(after.params, state.params)
+
+
 def test_flax_train_state_donated(mesh):
     momentum = efopt.per_worker(optax.trace(0.9), axis_name=AXIS)
     tx = optax.chain(momentum, feedback(), optax.sgd(LR))
@@ -762,7 +780,8 @@ REFUSED = {
     ),
     "apply_if_finite": (
         lambda tx: optax.apply_if_finite(tx, 3),
-        "branches must have equal output types",
+        "`distribute` got `optax.apply_if_finite` around what meets other workers.*"
+        r"`efopt.watch.skip_not_finite\(\.\.\., axis_name=\.\.\.\)`",
     ),
     "masked": (
         lambda tx: optax.masked(tx, {"b": False, "w": True}),
@@ -775,9 +794,7 @@ REFUSED = {
 }
 INSTEAD = {
     "MultiSteps": lambda tx: efopt.accumulate(tx, every=2, axis_name=AXIS),
-    "apply_if_finite": lambda tx: optax.chain(
-        efopt.per_worker(optax.zero_nans(), axis_name=AXIS), tx
-    ),
+    "apply_if_finite": lambda tx: efopt.watch.skip_not_finite(tx, axis_name=AXIS),
     "masked": lambda tx: optax.partition(
         {
             "ef": tx,

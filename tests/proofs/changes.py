@@ -1,7 +1,8 @@
-"""EF21, written by a third party: one file on public names, one row in SCHEMES.
+"""A scheme written by a third party: one file on public names, one row in SCHEMES.
 
-Instead of what was lost, each worker keeps an estimate of its own gradient, and sends,
-compressed, the step from there to the gradient of today.
+It is `efopt.feedback.ef21` at its shortest, and must agree with it. Instead of what was
+lost, each worker keeps an estimate of its own gradient, and sends, compressed, the step
+from there to the gradient of today.
 """
 
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ import efopt
 from efopt.exchanges import open_link
 
 
-class EF21State(NamedTuple):
-    """State of :func:`ef21`.
+class ChangesState(NamedTuple):
+    """State of :func:`changes`.
 
     Attributes:
       count: Number of steps so far.
@@ -31,7 +32,7 @@ class EF21State(NamedTuple):
     link: Any
 
 
-def ef21(
+def changes(
     compressor: efopt.Compressor,
     *,
     axis_name: Any = None,
@@ -52,12 +53,13 @@ def ef21(
       Richtarik et al, `EF21: A New, Simpler, Theoretically Better, and Practically
       Faster Error Feedback <https://arxiv.org/abs/2106.05203>`_, 2021 (Algorithm 2)
     """
-    link = open_link("ef21", compressor, axis_name=axis_name, exchange=exchange)
+    link = open_link("changes", compressor, axis_name=axis_name, exchange=exchange)
 
     def init_fn(params):
         zeros = link.zeros(params)
         count = jnp.zeros([], jnp.int32)
-        return EF21State(count, link.wrap(zeros), zeros, link.init(params))
+        own = link.wrap(zeros, rule="mean")
+        return ChangesState(count, own, zeros, link.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -70,7 +72,8 @@ def ef21(
         own = optax.tree.sub(optax.tree.add(own, change), got.lost)
         mean = optax.tree.add(state.mean, got.mean)
         count = optax.safe_increment(state.count)
-        new = EF21State(count, link.wrap(own), mean, got.state)
+        own = link.wrap(own, state.own)
+        new = ChangesState(count, own, mean, got.state)
         return jax.tree.map(lambda m, g: m.astype(g.dtype), mean, grads), new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

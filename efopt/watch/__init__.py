@@ -1,0 +1,7 @@
+"""What guards a long run, and what one can see of it."""
+
+from efopt.watch.agreement import require_agreement as require_agreement
+from efopt.watch.agreement import workers_agree as workers_agree
+from efopt.watch.skip_not_finite import SkipNotFiniteState as SkipNotFiniteState
+from efopt.watch.skip_not_finite import require_finite as require_finite
+from efopt.watch.skip_not_finite import skip_not_finite as skip_not_finite
