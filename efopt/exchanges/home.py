@@ -174,11 +174,14 @@ class LinkState(NamedTuple):
         :class:`efopt.PerWorker` of one array per group of equal blocks, at least
         float32. Else ``()``.
       home: Where the trees live, a :class:`Home`; static. ``()`` without an axis.
+      flight: What the last step has written and the next will exchange, an
+        :class:`InFlight`; ``()`` if every step exchanges its own.
     """
 
     codec: Any
     server: Any
     home: Any = ()
+    flight: Any = ()
 
     def placed(self, mesh: Any, spec_of: SpecOf) -> "LinkState":
         """The state laid out for a mesh on which parameters have these specs."""
@@ -215,7 +218,11 @@ def by_shard(state: LinkState, mesh: Any, spec_of: SpecOf) -> LinkState:
     server = ()
     if link.keeps():
         server = owners.fresh(link.kept(layout), link.axes, home.inner_names)
-    return LinkState(states, server, home)
+    flight = ()
+    if state.flight:
+        require_fresh(link.api, state.flight.payloads)
+        flight = link.flight(layout, home.inner_names)
+    return LinkState(states, server, home, flight)
 
 
 def require_fresh(api: str, marked: Any) -> None:

@@ -26,7 +26,7 @@ from efopt.codecs.states import (
     is_placeholder,
     open_states,
 )
-from efopt.exchanges import owners, regions, table
+from efopt.exchanges import in_flight, owners, regions, table
 from efopt.exchanges.all_reduce import mean_in_range
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.home import Home, LinkState
@@ -67,6 +67,7 @@ class Link:
       axes: The axes of the workers; ``None`` for a single one.
       start: Steps that are averaged uncompressed first.
       stream: Tells its random numbers from those of other roles in the same chain.
+      delay: Steps that a payload waits before it is exchanged, 0 or 1.
     """
 
     api: str
@@ -75,21 +76,35 @@ class Link:
     axes: Axes | None
     start: int = 0
     stream: int = 0
+    delay: int = 0
 
     # ------------------------------------------------------------------------- state
 
     def init(self, params: Any) -> LinkState:
         """The state for a tree of parameters, arrays or structs."""
         states = init_states(self.codec, params, self.api)
-        if self.axes is None:
-            return LinkState(states, ())
-        home = Home.of(self, params)
-        if not self.keeps():
-            return LinkState(states, (), home)
+        home = () if self.axes is None else Home.of(self, params)
         if is_placeholder(params):
-            return LinkState(states, PerWorker.wrap(jnp.zeros([]), self.axes), home)
-        server = owners.fresh(self.kept(self._layout(params)), self.axes)
-        return LinkState(states, server, home)
+            alone = jnp.zeros([])
+            mark = PerWorker.wrap(alone, self.axes) if self.axes is not None else alone
+            server = mark if self.axes is not None and self.keeps() else ()
+            flight = in_flight.InFlight(mark, alone) if self.delay else ()
+            return LinkState(states, server, home, flight)
+        server, flight = (), ()
+        if self.axes is not None and self.keeps():
+            server = owners.fresh(self.kept(self._layout(params)), self.axes)
+        if self.delay:
+            flight = self.flight(self._layout(params))
+        return LinkState(states, server, home, flight)
+
+    def flight(self, layout: Layout, shards: tuple[str, ...] = ()) -> Any:
+        """Nothing in flight, for what one device holds.
+
+        Args:
+          layout: What its buckets are.
+          shards: The mesh axes behind each worker, if every shard has its own.
+        """
+        return in_flight.fresh(layout, self.axes, shards)
 
     def zeros(self, params: Any) -> Any:
         """A residual of zero, one worker's, in the compute dtypes."""
@@ -224,15 +239,28 @@ class Link:
         layout = lay_out(codecs, shapes, [x.dtype for x in given], kinds)
         codec_state = self.unwrap(state.codec)
         states = open_states(layout, treedef, codec_state)
-        xs, turn = layout.join(arrays), self.turn(count)
-        if self.axes is None:
+        xs, turn, flight = layout.join(arrays), self.turn(count), state.flight
+        ends = {i: cut.valid() for i, cut in enumerate(cuts)}
+        valid = {i: end for i, end in ends.items() if end is not None}
+        ways = [self._route(b.codec) for b in layout.buckets]
+        if self.delay:
+            means, rests, server, flight = in_flight.meet_later(
+                self.api,
+                layout,
+                ways,
+                self.axes,
+                xs,
+                flight,
+                state.server,
+                turn,
+                ratio,
+                valid,
+            )
+        elif self.axes is None:
             turns = [turn] * len(xs)
             means, rests, states = converse(layout, xs, states, turns, alone)
             server = ()
         else:
-            ends = {i: cut.valid() for i, cut in enumerate(cuts)}
-            valid = {i: end for i, end in ends.items() if end is not None}
-            ways = [self._route(b.codec) for b in layout.buckets]
             means, rests, states, server = meet_all(
                 self.api,
                 layout,
@@ -267,7 +295,7 @@ class Link:
         mean = treedef.unflatten(gather(cuts, layout.part(decoded, wides)))
         states = close_states(layout, treedef, states, codec_state)
         states = jax.tree.map(_wrapped_as, state.codec, states, is_leaf=node.is_node)
-        return Averaged(mean, lost, LinkState(states, server, state.home))
+        return Averaged(mean, lost, LinkState(states, server, state.home, flight))
 
     def entrance(
         self, update: Callable[..., Any], own: bool = False
@@ -334,6 +362,22 @@ class Link:
         zeros = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in leaves]
         return treedef.unflatten(layout.part(xs, zeros))
 
+    def owed_in_flight(self, params: Any, payloads: Any, made: Any) -> Any:
+        """What one worker has in flight of each leaf: a tree like ``params``.
+
+        Args:
+          params: The parameters given to :meth:`init`, or their structs.
+          payloads: Its payloads, without a worker axis.
+          made: The step in which they were written.
+        """
+        leaves, treedef = jax.tree.flatten(params)
+        layout = self._layout(params)
+        xs = in_flight.decoded(layout, payloads, made)
+        wides = [
+            jax.ShapeDtypeStruct(jnp.shape(x), compute_dtype(x.dtype)) for x in leaves
+        ]
+        return treedef.unflatten(layout.part(xs, wides))
+
     # ------------------------------------------------------------------------ inside
 
     def keeps(self) -> bool:
@@ -365,6 +409,7 @@ def open_link(
     axis_name: Any = None,
     exchange: Any = None,
     start: int = 0,
+    delay: int = 0,
     role: str = "",
 ) -> Link:
     """Checks the options that every scheme around a compressor shares.
@@ -375,6 +420,7 @@ def open_link(
       axis_name: The mapped axis of the workers, a tuple of axes, or ``None``.
       exchange: An :class:`efopt.exchanges.Exchange`, the name of one, or ``None``.
       start: Steps that are averaged uncompressed first.
+      delay: Steps that a payload waits before it is exchanged, 0 or 1.
       role: Names what it is used for where a chain may hold several: two roles never
         draw the same random numbers.
 
@@ -418,7 +464,8 @@ def open_link(
             )
     stream = zlib.crc32(role.encode()) if role else 0
     label = f"`{api}({compressor!r})`"
-    return Link(label, compressor.codec, way, axes, start, stream)
+    delay = in_flight.check_delay(api, delay, compressor, start)
+    return Link(label, compressor.codec, way, axes, start, stream, delay)
 
 
 def _wrapped_as(like: Any, state: Any) -> Any:
