@@ -77,7 +77,8 @@ def fresh(layout: Layout, axes: Axes | None, shards: tuple[str, ...] = ()) -> In
     made = jnp.full([], -1, jnp.int32)
     if axes is None:
         return InFlight(tuple(payloads), made)
-    return InFlight(PerWorker.wrap(tuple(payloads), axes, None, shards), made)
+    marked = PerWorker.wrap(tuple(payloads), axes, None, shards, rule="equal")
+    return InFlight(marked, made)
 
 
 def meet_later(

@@ -373,6 +373,10 @@ class Link:
         leaves, treedef = jax.tree.flatten(params)
         layout = self._layout(params)
         xs = in_flight.decoded(layout, payloads, made)
+        if self.axes is not None:  # under a vote it is among the residual still
+            late = [self._route(b.codec).pays_average for b in layout.buckets]
+            pairs = zip(late, xs, strict=True)
+            xs = [jnp.zeros_like(x) if owes else x for owes, x in pairs]
         wides = [
             jax.ShapeDtypeStruct(jnp.shape(x), compute_dtype(x.dtype)) for x in leaves
         ]

@@ -52,10 +52,7 @@ def count_kernels(text: str) -> Kernels:
       text: ``jax.jit(f).lower(...).compile().as_text()``.
     """
     program = Program.parse(text)
-    called = {name for name, callers in program.callers.items() if callers}
-    entries = [name for name, body in program.bodies.items() if body]
-    entry = next(name for name in reversed(entries) if name not in called)
-    return _run(entry, program)
+    return _run(program.entry(), program)
 
 
 def _run(computation: str, program: Program) -> Kernels:
