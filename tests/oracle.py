@@ -98,6 +98,59 @@ def top_k(x, k=None, fraction=None, block_size=None):
     return mask_k(x, [o[:count] for o in order], block_size)
 
 
+def tiles(x, tile):
+    """The tiles of a matrix, row by row, whose sides divide its last two axes.
+
+    The largest that do and are not above those of ``tile``; ``None`` where they leave
+    less than a quarter of its area, and of what is no matrix.
+    """
+    x = np.asarray(x, np.float64)
+    if x.ndim < 2 or x.size == 0:
+        return None
+    sides = [
+        max(s for s in range(1, t + 1) if n % s == 0)
+        for n, t in zip(x.shape[-2:], tile, strict=True)
+    ]
+    if 4 * sides[0] * sides[1] < tile[0] * tile[1]:
+        return None
+    corners = [
+        (m, i, j)
+        for m in range(int(np.prod(x.shape[:-2])))
+        for i in range(0, x.shape[-2], sides[0])
+        for j in range(0, x.shape[-1], sides[1])
+    ]
+    return corners, sides
+
+
+def tiled_top_k(x, k, tile):
+    """Top-k of every tile of a matrix, ``k`` of a whole one; else of runs as long."""
+    found, area = tiles(x, tile), tile[0] * tile[1]
+    if found is None:
+        return top_k(x, fraction=k / area, block_size=area)
+    x = np.asarray(x, np.float64)
+    matrices = x.reshape(-1, *x.shape[-2:])
+    out = np.zeros_like(matrices)
+    corners, (rows, columns) = found
+    for m, i, j in corners:
+        window = np.s_[m, i : i + rows, j : j + columns]
+        out[window] = top_k(matrices[window], fraction=k / area)
+    return out.reshape(x.shape)
+
+
+def two_magnitudes(x, block_size=None):
+    """Signs, and of each block the mean magnitude of those above the mean and below."""
+
+    def one(b):
+        high = np.abs(b) > np.abs(b).mean()
+        out = np.zeros(b.size)
+        for some in (high, ~high):
+            if some.any():
+                out[some] = np.abs(b[some]).mean()
+        return out * sign(b)
+
+    return join_blocks([one(b) for b in split_blocks(x, block_size)], np.shape(x))
+
+
 def mask_k(x, indices, block_size=None):
     """Random-k without scaling, the randomness handed in: keep the named coordinates.
 

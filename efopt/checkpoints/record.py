@@ -78,6 +78,9 @@ def check(saved: Mapping[str, Any], state: Any) -> None:
       state: The state to restore into, or its structs; placed where the saved one was
         placed on a mesh with axes behind each worker.
 
+    Returns:
+      Nothing.
+
     Raises:
       ValueError: If a part of the one is not in the other, or differs: the error names
         it and both values. If the record is of a newer format.

@@ -144,6 +144,14 @@ class Codec:
         block = min(self.block_size, max(16, 4 ** (-(-(size - 1).bit_length() // 2))))
         return (-(-size // block), block)
 
+    def flatten(self, x: jax.Array) -> jax.Array:
+        """The coordinates of a leaf, in the order in which they are cut in blocks."""
+        return x.reshape(-1)
+
+    def unflatten(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Inverse of :meth:`flatten`."""
+        return x.reshape(shape)
+
     def init(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         """The state for a leaf, block axis first. Only asked of stateful codecs."""
         del shape, dtype

@@ -140,7 +140,8 @@ class Layout:
                 shared.append((b, x))
             else:
                 for i, size in zip(b.leaves, b.sizes, strict=True):
-                    arrays[i] = x.reshape(-1)[:size].reshape(self.shapes[i])
+                    flat = x.reshape(-1)[:size]
+                    arrays[i] = b.codec.unflatten(flat, self.shapes[i])
         if not shared:
             return arrays
         whole, starts = once_with(
@@ -149,7 +150,7 @@ class Layout:
         for (b, _), flat, offsets in zip(shared, whole, starts, strict=True):
             for i, size, offset in zip(b.leaves, b.sizes, offsets, strict=True):
                 piece = lax.dynamic_slice(flat, (offset,), (size,))
-                arrays[i] = piece.reshape(self.shapes[i])
+                arrays[i] = b.codec.unflatten(piece, self.shapes[i])
         return arrays
 
     def join_blocked(self, trees: Sequence[Any]) -> list[Any]:
@@ -175,7 +176,7 @@ def _join(b: Bucket, arrays: Sequence[jax.Array]) -> jax.Array:
     for i, n, size in zip(b.leaves, b.num_blocks, b.sizes, strict=True):
         # Not a concatenation with zeros, which would be one more copy.
         padding = n * math.prod(b.block) - size
-        parts.append(jnp.pad(arrays[i].reshape(-1), (0, padding)))
+        parts.append(jnp.pad(b.codec.flatten(arrays[i]), (0, padding)))
     return _concatenate(*parts).reshape(b.shape)
 
 

@@ -19,3 +19,4 @@ from efopt.compressors.sign import sign as sign
 from efopt.compressors.terngrad import terngrad as terngrad
 from efopt.compressors.threshold import threshold as threshold
 from efopt.compressors.top_k import top_k as top_k
+from efopt.compressors.two_magnitudes import two_magnitudes as two_magnitudes

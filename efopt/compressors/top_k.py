@@ -2,17 +2,17 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.codecs.sparse import Sparse
 from efopt.compressors.identity import Identity
-from efopt.ground import checks
+from efopt.ground import bits, checks
 from efopt.ground.checks import keyword_only
 
 
@@ -21,9 +21,52 @@ class TopK(Sparse):
     """The coordinates of largest magnitude; ties go to the first."""
 
     values: Codec = Identity()
+    tile: tuple[int, int] | None = None  # of the same area as a block
 
     def __repr__(self):
         return checks.composed(f"top_k({self.arguments()})", self.values)
+
+    def arguments(self):
+        if self.tile is None:
+            return super().arguments()
+        return super().arguments().partition(", block_size")[0] + f", tile={self.tile}"
+
+    def kept(self, size):
+        if self.tile is None or self.k is None:
+            return super().kept(size)
+        return checks.kept(self.k / math.prod(self.tile), None, size)
+
+    def block_shape(self, shape):
+        sides = self._sides(shape)
+        if sides is None:
+            return super().block_shape(shape)
+        return (math.prod(shape) // math.prod(sides), math.prod(sides))
+
+    def _sides(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The tile that parts a matrix without a rest; ``None``: runs part it better.
+
+        Each side is the largest divisor that is not above that of ``tile``.
+        """
+        if self.tile is None or len(shape) < 2 or 0 in shape:
+            return None
+        pairs = zip(shape[-2:], self.tile, strict=True)
+        sides = tuple(
+            next(s for s in range(min(n, t), 0, -1) if n % s == 0) for n, t in pairs
+        )
+        return sides if 4 * math.prod(sides) >= math.prod(self.tile) else None
+
+    def flatten(self, x):
+        sides = self._sides(x.shape)
+        if sides is None:
+            return x.reshape(-1)
+        return _swapped(x.reshape(_tiled(x.shape, sides))).reshape(-1)
+
+    def unflatten(self, x, shape):
+        sides = self._sides(shape)
+        if sides is None:
+            return x.reshape(shape)
+        outer, rows, row, columns, column = _tiled(shape, sides)
+        return _swapped(x.reshape(outer, rows, columns, row, column)).reshape(shape)
 
     def select(self, x, blocks, turn):
         del turn
@@ -31,13 +74,29 @@ class TopK(Sparse):
         if k == blocks.size:
             return x, {}
         index = largest(x, k)
-        narrow = np.min_scalar_type(blocks.size - 1)
         values = jnp.take_along_axis(x, index, axis=1)
-        return values, {"indices": index.astype(narrow)}
+        width = _width(blocks.size)
+        return values, {"indices": bits.pack_uints(index.astype(jnp.uint32), width)}
 
     def places(self, payload, blocks, turn):
-        del blocks, turn
-        return payload["indices"].astype(jnp.int32)
+        del turn
+        width, k = _width(blocks.size), self.kept(blocks.size)
+        return bits.unpack_uints(payload["indices"], width, k).astype(jnp.int32)
+
+
+def _width(size: int) -> int:
+    """Bits that number the coordinates of a block, at least a byte."""
+    return max(8, (size - 1).bit_length())
+
+
+def _tiled(shape: tuple[int, ...], sides: tuple[int, ...]) -> tuple[int, ...]:
+    (rows, columns), (row, column) = shape[-2:], sides
+    return (math.prod(shape[:-2]), rows // row, row, columns // column, column)
+
+
+def _swapped(x: jax.Array) -> jax.Array:
+    """Rows of tiles to rows of a matrix, or back."""
+    return x.transpose(0, 1, 3, 2, 4)
 
 
 def largest(x: jax.Array, k: int) -> jax.Array:
@@ -78,6 +137,7 @@ def top_k(
     fraction: float | None = None,
     k: int | None = None,
     block_size: int | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> Compressor:
     r"""Sends the coordinates of largest magnitude of every block.
 
@@ -88,9 +148,18 @@ def top_k(
 
     Ties go to the lower index.
 
+    *Tiles.* With ``tile=(64, 64)`` the blocks of matrices are tiles of them, not runs
+    of rows: what is largest in a few rows and columns takes no place from the rest. The
+    sides are the largest divisors of a matrix's last two axes that are not above
+    those of the tile, so that nothing is padded; where that leaves less than a quarter
+    of a tile, and in vectors and pieces of leaves, blocks are runs of as many
+    coordinates as a tile has. ``k`` is of a whole tile, and of smaller ones the same
+    share.
+
     Shapes: each leaf ``(...)`` -> same shape and dtype.
-    Payload: ``k`` values in the leaf's dtype and ``k`` indices per block, uint8, uint16
-    or uint32, the narrowest that fits the block. A block kept whole sends no indices.
+    Payload: ``k`` values in the leaf's dtype and ``k`` indices per block, of as many
+    bits as number it, at least 8 (12 for 4096), packed in bytes. A block kept whole
+    sends no indices.
     Cost: ``k * (bits(dtype) + bits(index))`` bits per block.
     Properties: biased; contraction ``delta = k / d`` per block of ``d`` coordinates,
     reached when all magnitudes are equal; not linear; no randomness.
@@ -101,6 +170,7 @@ def top_k(
       k: Coordinates to keep of each block, at least 1; a smaller leaf is sent whole.
         Static. Give exactly one of the two.
       block_size: Coordinates per block; ``None``: the whole leaf is one. Static.
+      tile: Rows and columns of a block of a matrix, in place of ``block_size``. Static.
 
     Returns:
       A :class:`efopt.Compressor`.
@@ -109,7 +179,7 @@ def top_k(
       TypeError: If an option is not a Python number (for example traced by
         ``optax.inject_hyperparams``).
       ValueError: If not exactly one of ``fraction`` and ``k`` is given, or one is out
-        of range, or ``k`` exceeds ``block_size``.
+        of range, ``k`` exceeds ``block_size`` or the tile, or both are given.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -122,7 +192,28 @@ def top_k(
     References:
       Stich et al, `Sparsified SGD with Memory <https://arxiv.org/abs/1809.07599>`_,
       2018
+      Sarfi et al, `Communication Efficient LLM Pre-training with SparseLoCo
+      <https://arxiv.org/abs/2508.15706>`_, 2025 (tiles)
     """
+    if tile is not None:
+        block_size = _area(tile, block_size)
     block_size = checks.block_size("top_k", block_size)
     checks.sparsity("top_k", fraction, k, block_size)
-    return make(TopK(fraction=fraction, k=k, block_size=block_size))
+    return make(TopK(fraction=fraction, k=k, block_size=block_size, tile=tile))
+
+
+def _area(tile: Any, block_size: Any) -> int:
+    """The coordinates of a tile, or a reasoned error."""
+    if not isinstance(tile, tuple) or len(tile) != 2:
+        raise TypeError(
+            "`top_k(tile=...)` must be two Python ints, such as `(64, 64)`; got "
+            f"{tile!r}."
+        )
+    for side in tile:
+        checks.static_int("top_k", "tile", side)
+    if block_size is not None:
+        raise ValueError(
+            "`top_k` takes one of `block_size` and `tile`, got "
+            f"{block_size=} and {tile=}."
+        )
+    return math.prod(tile)

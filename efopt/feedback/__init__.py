@@ -7,6 +7,8 @@ from efopt.feedback.contractive import (
 )
 from efopt.feedback.damped import DampedErrorFeedbackState as DampedErrorFeedbackState
 from efopt.feedback.damped import damped_error_feedback as damped_error_feedback
+from efopt.feedback.dion import ScaleByDionState as ScaleByDionState
+from efopt.feedback.dion import scale_by_dion as scale_by_dion
 from efopt.feedback.econtrol import (
     ContractiveEControlState as ContractiveEControlState,
 )
@@ -20,4 +22,8 @@ from efopt.feedback.error_feedback import (
 from efopt.feedback.error_feedback import ErrorFeedbackState as ErrorFeedbackState
 from efopt.feedback.error_feedback import error_feedback as error_feedback
 from efopt.feedback.frozen import frozen as frozen
+from efopt.feedback.frozen_variance import FrozenVarianceState as FrozenVarianceState
+from efopt.feedback.frozen_variance import (
+    scale_by_one_bit_adam as scale_by_one_bit_adam,
+)
 from efopt.feedback.virtual import virtual_params as virtual_params

@@ -33,33 +33,34 @@ def unpack_bits(packed: jax.Array, size: int) -> jax.Array:
 
 
 def pack_uints(x: jax.Array, bits: int) -> tuple[jax.Array, ...]:
-    """Packs unsigned integers below ``2**bits``, uint8 ``(n, size)``, 1 <= bits <= 8.
+    """Packs unsigned integers ``(n, size)`` below ``2**bits``, of at most 32 bits.
 
     They are cut into fields of 8, 4, 2 or 1 bits, the low ones first, of which 1, 2, 4
     or 8 share a byte: for three bits, uint8 ``(n, ceil(size / 4))`` and ``(n,
-    ceil(size / 8))``. Unused bits are zero.
+    ceil(size / 8))``; for twelve ``(n, size)`` and ``(n, ceil(size / 2))``. Unused bits
+    are zero.
     """
-    packed = []
+    packed, low = [], 0
     for width in _fields(bits):
-        packed.append(_pack_field(x & np.uint8(2**width - 1), width))
-        if width < 8:
-            x = x >> np.uint8(width)
+        field = (x >> x.dtype.type(low)) & x.dtype.type(2**width - 1)
+        packed.append(_pack_field(field.astype(jnp.uint8), width))
+        low += width
     return tuple(packed)
 
 
 def unpack_uints(packed: tuple[jax.Array, ...], bits: int, size: int) -> jax.Array:
-    """Inverse of :func:`pack_uints`: uint8 ``(n, size)``."""
-    x, low = None, 0
+    """Inverse of :func:`pack_uints`: ``(n, size)``, uint8, or uint32 above 8 bits."""
+    x, low, dtype = None, 0, np.uint8 if bits <= 8 else np.uint32
     for field, width in zip(packed, _fields(bits), strict=True):
-        part = _unpack_field(field, width, size)
-        x = part if x is None else x | (part << np.uint8(low))
+        part = _unpack_field(field, width, size).astype(dtype)
+        x = part if x is None else x | (part << dtype(low))
         low += width
     assert x is not None
     return x
 
 
 def _fields(bits: int) -> list[int]:
-    return [width for width in (8, 4, 2, 1) if bits & width]
+    return [8] * (bits // 8) + [width for width in (4, 2, 1) if bits & width]
 
 
 def _pack_field(x: jax.Array, width: int) -> jax.Array:

@@ -27,8 +27,8 @@ raises.
 """
 
 from efopt.hlo.check import check as check
-from efopt.hlo.links import Link as Link
 from efopt.hlo.measure import measure as measure
+from efopt.hlo.networks import Network as Network
 from efopt.hlo.read import read_hlo as read_hlo
 from efopt.hlo.report import AxisBytes as AxisBytes
 from efopt.hlo.report import Collective as Collective

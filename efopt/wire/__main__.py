@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from efopt.exchanges.table import EXCHANGES
 from efopt.ground.dtypes import FLOATS
-from efopt.hlo.links import Link
+from efopt.hlo.networks import Network
 from efopt.wire.expression import compressor
 from efopt.wire.plan import plan
 from efopt.wire.target import PLATFORMS
@@ -148,8 +148,8 @@ def _on_a_mesh(given: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         "mesh": given.mesh,
         "axis_name": slow[0] if len(slow) == 1 else slow,
         "params_specs": specs,
-        "links": {
-            name: Link(bandwidth.get(name), latency.get(name, 0.0))
+        "networks": {
+            name: Network(bandwidth.get(name), latency.get(name, 0.0))
             for name in {**bandwidth, **latency}
         },
         "devices_per_card": given.devices_per_card,

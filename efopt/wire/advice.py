@@ -9,7 +9,7 @@ from efopt.compressors.cast import cast
 from efopt.compressors.power_sgd import power_sgd
 from efopt.compressors.scaled_sign import scaled_sign
 from efopt.exchanges.table import EXCHANGES
-from efopt.hlo.links import duration
+from efopt.hlo.networks import duration
 from efopt.hlo.tpu import tpu_compiler_options
 from efopt.wire.plan_report import Plan
 from efopt.wire.target import Target
@@ -55,7 +55,7 @@ def _better(
             _, name, exchange, changed = min(found, key=lambda f: f[0])
             by = f' with exchange="{exchange}"' if exchange else ""
             time = f", {duration(changed.exchange_seconds)}"
-            timed = time if plan.link.bandwidth is not None else ""
+            timed = time if plan.network.bandwidth is not None else ""
             what = f"bytes over {', '.join(plan.slow)}" if plan.slow else "link bytes"
             yield (
                 f"This would: {name}{by}, {changed.bytes_per_device:,} {what}{timed}."
@@ -75,7 +75,7 @@ def _ways(compressor: Compressor) -> Iterator[_Option]:
 
 
 def _cost(plan: Plan) -> float:
-    timed = plan.link.bandwidth is not None
+    timed = plan.network.bandwidth is not None
     return plan.step_seconds if timed else plan.bytes_per_card
 
 

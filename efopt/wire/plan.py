@@ -14,11 +14,10 @@ from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.partition import partition
 from efopt.exchanges.exchange import Exchange
-from efopt.exchanges.link import Link as WorkersLink
-from efopt.exchanges.link import open_link
+from efopt.exchanges.link import Link, open_link
 from efopt.ground.checks import keyword_only
 from efopt.ground.dtypes import check_float
-from efopt.hlo.links import Link, MeshLinks
+from efopt.hlo.networks import MeshNetworks, Network
 from efopt.hlo.report import WireReport
 from efopt.wire.advice import advise
 from efopt.wire.place import Place
@@ -46,7 +45,7 @@ def plan(
     mesh: Any = None,
     axis_name: Any = None,
     params_specs: Any = None,
-    links: Mapping[str, Link] | None = None,
+    networks: Mapping[str, Network] | None = None,
     devices_per_card: Mapping[str, int] | None = None,
     every: int | None = None,
     fragments: Any = None,
@@ -76,7 +75,7 @@ def plan(
       num_workers: Number of workers, at least 1, on a flat axis. Not with ``mesh``.
       exchange: As for :func:`efopt.error_feedback`; ``None`` for the compressor's own.
       bandwidth: Bits a second that one worker can send: ``1e9`` for 1 Gbit/s. With
-        ``mesh`` see ``links``.
+        ``mesh`` see ``networks``.
       latency: Seconds that a message takes beside its bytes.
       compute_seconds: Computation of a step without any exchange.
       compress_seconds: What compressing adds to it.
@@ -95,9 +94,9 @@ def plan(
         :func:`efopt.distribute`: a tree of ``PartitionSpec`` like ``params``, or one
         for all leaves. ``None``: as the leaves are placed on a mesh of these axes, or
         replicated.
-      links: With ``mesh``: a :class:`Link` by axis. That of the slow axis is of one
-        network card: its ``bandwidth`` is in bits a second that a card can send. Others
-        are of one device. An axis without one takes no time.
+      networks: With ``mesh``: a :class:`Network` by axis. That of the slow axis is of
+        one network card: its ``bandwidth`` is in bits a second that a card can send.
+        Others are of one device. An axis without one takes no time.
       devices_per_card: With ``mesh``: by slow axis, how many devices share a network
         card; 1 if not given.
       every: With :func:`efopt.local_steps`: the steps of a round. ``plan.rounds`` then
@@ -111,7 +110,7 @@ def plan(
 
     Raises:
       TypeError: If ``compressor`` is not one, a leaf is not floating-point, or ``mesh``
-        or an entry of ``links`` is none.
+        or an entry of ``networks`` is none.
       ValueError: If a number is out of range, the exchange is unknown or cannot carry
         the compressor, or the platform or topology is unknown; if both or neither of
         ``num_workers`` and ``mesh`` are given, or an option that goes with the other;
@@ -134,7 +133,7 @@ def plan(
       ...     efopt.compressors.scaled_sign(1000), params, exchange="two_phase",
       ...     mesh={"dcn": 4, "fsdp": 50}, axis_name="dcn",
       ...     params_specs=jax.sharding.PartitionSpec("fsdp"),
-      ...     links={"dcn": efopt.wire.Link(bandwidth=1e11)},
+      ...     networks={"dcn": efopt.wire.Network(bandwidth=1e11)},
       ...     devices_per_card={"dcn": 10})
       >>> p.bytes_per_device, p.bytes_per_card, p.report.bytes_over("fsdp").link
       (3888, 38880, 0)
@@ -145,17 +144,21 @@ def plan(
     tree = _structs(params)
     place: Place | None = None
     if mesh is None:
-        flat = {"axis_name": axis_name, "params_specs": params_specs, "links": links}
+        flat = {
+            "axis_name": axis_name,
+            "params_specs": params_specs,
+            "networks": networks,
+        }
         _check_flat(num_workers, {**flat, "devices_per_card": devices_per_card})
         link = open_link("plan", compressor, axis_name=AXIS, exchange=exchange)
-        measure: Link | MeshLinks = Link(bandwidth, latency)
+        measure: Network | MeshNetworks = Network(bandwidth, latency)
     else:
         _check_no_flat(num_workers, bandwidth, latency)
         place = Place.read(mesh, axis_name, params_specs, params)
         link = open_link("plan", compressor, axis_name=axis_name, exchange=exchange)
         slow = _slow_axes(link, tree)
         num_workers = place.num_workers
-        measure = _mesh_links(place, slow, links or {}, devices_per_card or {})
+        measure = _mesh_networks(place, slow, networks or {}, devices_per_card or {})
     assert num_workers is not None
     target = Target(num_workers, platform, topology, place)
     target.check()
@@ -170,7 +173,7 @@ def plan(
         dense_float32=target.dense(tree, "float32"),
         dense_bfloat16=target.dense(tree, "bfloat16"),
         baseline="bfloat16" if narrow else "float32",
-        link=measure,
+        network=measure,
         compute_seconds=compute_seconds,
         compress_seconds=compress_seconds,
     )
@@ -187,7 +190,7 @@ def plan(
 
 
 def _meetings(
-    link: WorkersLink,
+    link: Link,
     compressor: Compressor,
     tree: Any,
     target: Target,
@@ -243,11 +246,11 @@ def _check_no_flat(num_workers: Any, bandwidth: Any, latency: float) -> None:
     if bandwidth is not None or latency:
         raise ValueError(
             "`plan(bandwidth=..., latency=...)` are of a flat axis; with `mesh` give "
-            '`links={"dcn": Link(bandwidth=..., latency=...)}`, by axis.'
+            '`networks={"dcn": Network(bandwidth=..., latency=...)}`, by axis.'
         )
 
 
-def _slow_axes(link: WorkersLink, tree: Any) -> tuple[str, ...]:
+def _slow_axes(link: Link, tree: Any) -> tuple[str, ...]:
     """The axes over which messages differ."""
     assert link.axes is not None
     levels = [way.level(link.axes).names for way in link.routes(tree)]
@@ -255,14 +258,14 @@ def _slow_axes(link: WorkersLink, tree: Any) -> tuple[str, ...]:
     return tuple(n for n in link.axes.names if n in found or not levels)
 
 
-def _mesh_links(
+def _mesh_networks(
     place: Place,
     slow: tuple[str, ...],
-    links: Mapping[str, Link],
+    networks: Mapping[str, Network],
     devices_per_card: Mapping[str, int],
-) -> MeshLinks:
+) -> MeshNetworks:
     sizes = dict(place.sizes)
-    for api, given in (("links", links), ("devices_per_card", devices_per_card)):
+    for api, given in (("networks", networks), ("devices_per_card", devices_per_card)):
         if not isinstance(given, Mapping):
             raise TypeError(
                 f"`plan({api}=...)` must be a mapping by axis, got "
@@ -281,13 +284,13 @@ def _mesh_links(
                 f"`plan({api}=...)`: {', '.join(map(repr, slow))} are the axes of the "
                 "workers and count as one slow axis; give them one and the same."
             )
-    for name, link in links.items():
-        if not isinstance(link, Link):
+    for name, network in networks.items():
+        if not isinstance(network, Network):
             raise TypeError(
-                f"`plan(links=...)` must be a `Link` by axis, got "
-                f"{type(link).__name__} for {name!r}."
+                f"`plan(networks=...)` must be a `Network` by axis, got "
+                f"{type(network).__name__} for {name!r}."
             )
-        _check_link(link, f"links={{{name!r}: Link(", ")}")
+        _check_network(network, f"networks={{{name!r}: Network(", ")}")
     behind = math.prod(n for name, n in sizes.items() if name not in slow)
     per_card = next((devices_per_card[n] for n in slow if n in devices_per_card), 1)
     if type(per_card) is not int or per_card < 1 or behind % per_card:
@@ -295,27 +298,27 @@ def _mesh_links(
             "`plan(devices_per_card=...)` must be an int of at least 1 that divides "
             f"the {behind} devices of one position on the slow axis, got {per_card!r}."
         )
-    return MeshLinks(
+    return MeshNetworks(
         slow,
-        next((links[name] for name in slow if name in links), Link()),
-        tuple((name, link) for name, link in links.items() if name not in slow),
+        next((networks[name] for name in slow if name in networks), Network()),
+        tuple((name, given) for name, given in networks.items() if name not in slow),
         per_card,
     )
 
 
 def _check_numbers(bandwidth, latency, compute, compress):
-    _check_link(Link(bandwidth, latency))
+    _check_network(Network(bandwidth, latency))
     _check_seconds("compute_seconds=...", compute)
     _check_seconds("compress_seconds=...", compress)
 
 
-def _check_link(link: Link, before: str = "", after: str = "") -> None:
-    if link.bandwidth is not None and not 0 < link.bandwidth < math.inf:
+def _check_network(network: Network, before: str = "", after: str = "") -> None:
+    if network.bandwidth is not None and not 0 < network.bandwidth < math.inf:
         raise ValueError(
             f"`plan({before}bandwidth=...{after})` must be a positive number of bits a "
-            f"second, or None for no prediction of time, got {link.bandwidth!r}."
+            f"second, or None for no prediction of time, got {network.bandwidth!r}."
         )
-    _check_seconds(f"{before}latency=...{after}", link.latency)
+    _check_seconds(f"{before}latency=...{after}", network.latency)
 
 
 def _check_seconds(where: str, value: float) -> None:
@@ -334,7 +337,7 @@ def _structs(params: Any) -> Any:
 
 
 def _leaves(
-    link: WorkersLink, tree: Any, report: WireReport, target: Target
+    link: Link, tree: Any, report: WireReport, target: Target
 ) -> tuple[LeafPlan, ...]:
     """Each leaf's share of what travels by the same exchange as it does."""
     named = jax.tree_util.tree_flatten_with_path(tree)[0]

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from efopt.ground.tables import table
-from efopt.hlo.links import Link, MeshLinks, duration, rate
+from efopt.hlo.networks import MeshNetworks, Network, duration, rate
 from efopt.hlo.report import WireReport
 from efopt.wire.rounds import Rounds
 
@@ -50,7 +50,7 @@ class Plan:
         gradient's shards over the slow axis.
       dense_bfloat16: Those of one in bfloat16.
       baseline: Which of the two to compare with: ``"bfloat16"`` if no leaf is wider.
-      link: The link; on a mesh those of its axes.
+      network: That between workers; on a mesh those of its axes.
       compute_seconds: Computation of a step, whatever is sent.
       compress_seconds: What compressing adds to it.
       advice: What would help if this does not, and notes; lines of text.
@@ -65,7 +65,7 @@ class Plan:
     dense_float32: WireReport
     dense_bfloat16: WireReport
     baseline: str
-    link: Link | MeshLinks
+    network: Network | MeshNetworks
     compute_seconds: float
     compress_seconds: float
     advice: tuple[str, ...] = ()
@@ -95,12 +95,16 @@ class Plan:
     @property
     def slow(self) -> tuple[str, ...]:
         """The slow axes of the mesh, or none."""
-        return self.link.slow if isinstance(self.link, MeshLinks) else ()
+        return self.network.slow if isinstance(self.network, MeshNetworks) else ()
 
     @property
     def devices_per_card(self) -> int:
         """Devices that share a network card on the slow axis."""
-        return self.link.devices_per_card if isinstance(self.link, MeshLinks) else 1
+        return (
+            self.network.devices_per_card
+            if isinstance(self.network, MeshNetworks)
+            else 1
+        )
 
     @property
     def bytes_per_device(self) -> int:
@@ -110,12 +114,12 @@ class Plan:
     @property
     def bytes_per_card(self) -> int:
         """Bytes that leave one network card over the slow axis."""
-        return self.link.bytes_sent(self.report)
+        return self.network.bytes_sent(self.report)
 
     @property
     def exchange_seconds(self) -> float:
         """Seconds that a step waits for links; latency alone without a bandwidth."""
-        return self.link.seconds(self.report)
+        return self.network.seconds(self.report)
 
     @property
     def step_seconds(self) -> float:
@@ -125,17 +129,19 @@ class Plan:
     @property
     def dense_step_seconds(self) -> float:
         """A step with the uncompressed :attr:`baseline`."""
-        return self.compute_seconds + self.link.seconds(self.dense)
+        return self.compute_seconds + self.network.seconds(self.dense)
 
     @property
     def saved_bytes(self) -> int:
         """Bytes that leave a worker, or a network card, less than with the baseline."""
-        return self.link.bytes_sent(self.dense) - self.link.bytes_sent(self.report)
+        return self.network.bytes_sent(self.dense) - self.network.bytes_sent(
+            self.report
+        )
 
     @property
     def helps(self) -> bool:
         """Whether a step is shorter than dense; with no bandwidth, if it sends less."""
-        if self.link.bandwidth is None:
+        if self.network.bandwidth is None:
             return self.saved_bytes > 0
         return self.step_seconds < self.dense_step_seconds
 
@@ -143,14 +149,14 @@ class Plan:
     def break_even_bandwidth(self) -> float | None:
         """Bits a second at which this and dense take equally long.
 
-        If it sends less than dense, it pays on slower links: ``inf`` means on any. If
-        it sends more, it can pay only on faster ones, by fewer messages. ``None``: on
-        none. On a mesh those of a network card on the slow axis.
+        If it sends less than dense, it pays on slower networks: ``inf`` means on any.
+        If it sends more, it can pay only on faster ones, by fewer messages. ``None``:
+        on none. On a mesh those of a network card on the slow axis.
         """
         slower = (
             self.compress_seconds
-            + self.link.latencies(self.report)
-            - self.link.latencies(self.dense)
+            + self.network.latencies(self.report)
+            - self.network.latencies(self.dense)
         )
         if self.saved_bytes > 0:
             return 8 * self.saved_bytes / slower if slower > 0 else math.inf
@@ -167,9 +173,9 @@ class Plan:
             return self.rounds.verdict
         if not self.helps:
             return f"This will not help. {self._pays()}"
-        if self.link.bandwidth is None:
-            sent = max(1, self.link.bytes_sent(self.report))
-            ratio = self.link.bytes_sent(self.dense) / sent
+        if self.network.bandwidth is None:
+            sent = max(1, self.network.bytes_sent(self.report))
+            ratio = self.network.bytes_sent(self.dense) / sent
             dense = f"dense {self.baseline}"
             over = f" over {', '.join(self.slow)}" if self.slow else ""
             return f"{ratio:.1f} times fewer bytes{over} than {dense}. {self._pays()}"
@@ -243,15 +249,15 @@ class Plan:
         sent = [f"over {', '.join(self.slow)}"] if self.slow else ["link bytes"]
         sent += ["of a card"] if self.devices_per_card > 1 else []
         head = ["", "collectives", *sent]
-        timed = self.link.bandwidth is not None
+        timed = self.network.bandwidth is not None
         rows = [[*head, "exchange", "step"] if timed else head]
         for name, report in reports.items():
-            card = self.link.bytes_sent(report)
+            card = self.network.bytes_sent(report)
             cells = [f"{len(report.collectives)}"]
             cells += [f"{card // self.devices_per_card:,}"]
             cells += [f"{card:,}"] if self.devices_per_card > 1 else []
             if timed:
-                exchange = self.link.seconds(report)
+                exchange = self.network.seconds(report)
                 extra = self.compress_seconds if name == "this" else 0.0
                 step = self.compute_seconds + extra + exchange
                 cells += [duration(exchange), duration(step)]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from efopt.hlo.links import Link, MeshLinks, duration, rate
+from efopt.hlo.networks import MeshNetworks, Network, duration, rate
 from efopt.hlo.report import WireReport
 
 
@@ -16,7 +16,7 @@ class Rounds:
       meetings: The collectives of each meeting in it, one for each fragment.
       dense: Those of an uncompressed average at every step, to compare with.
       baseline: The dtype of that.
-      link: The link; on a mesh those of its axes.
+      network: That between workers; on a mesh those of its axes.
       compute_seconds: Computation of a step.
       compress_seconds: What compressing adds to a round.
     """
@@ -25,14 +25,14 @@ class Rounds:
     meetings: tuple[WireReport, ...]
     dense: WireReport
     baseline: str
-    link: Link | MeshLinks
+    network: Network | MeshNetworks
     compute_seconds: float
     compress_seconds: float
 
     @property
     def bytes_per_round(self) -> int:
         """Bytes that leave a worker, or a network card, in a round."""
-        return sum(map(self.link.bytes_sent, self.meetings))
+        return sum(map(self.network.bytes_sent, self.meetings))
 
     @property
     def bytes_per_step(self) -> float:
@@ -42,12 +42,12 @@ class Rounds:
     @property
     def peak_bytes(self) -> int:
         """The most that leave one in a single step."""
-        return max(map(self.link.bytes_sent, self.meetings), default=0)
+        return max(map(self.network.bytes_sent, self.meetings), default=0)
 
     @property
     def exchange_seconds(self) -> float:
         """Seconds that a round waits for links; latency alone without a bandwidth."""
-        return sum(map(self.link.seconds, self.meetings))
+        return sum(map(self.network.seconds, self.meetings))
 
     @property
     def round_seconds(self) -> float:
@@ -63,15 +63,15 @@ class Rounds:
     @property
     def dense_step_seconds(self) -> float:
         """A step with the uncompressed average at every step."""
-        return self.compute_seconds + self.link.seconds(self.dense)
+        return self.compute_seconds + self.network.seconds(self.dense)
 
     @property
     def balanced_every(self) -> int | None:
         """The shortest round whose exchange takes no longer than its computation.
 
-        From there on the link is not the bottleneck. ``None`` if either is not known.
+        From there on the network is no bottleneck. ``None`` if either is not known.
         """
-        if self.link.bandwidth is None or not self.compute_seconds:
+        if self.network.bandwidth is None or not self.compute_seconds:
             return None
         return max(1, math.ceil(self.exchange_seconds / self.compute_seconds))
 
@@ -79,8 +79,8 @@ class Rounds:
     def verdict(self) -> str:
         """In a sentence, whether it pays to meet that rarely."""
         dense = f"dense {self.baseline} at every step"
-        if self.link.bandwidth is None:
-            ratio = self.link.bytes_sent(self.dense) / max(1e-9, self.bytes_per_step)
+        if self.network.bandwidth is None:
+            ratio = self.network.bytes_sent(self.dense) / max(1e-9, self.bytes_per_step)
             return f"{ratio:,.1f} times fewer bytes than {dense}."
         ratio = self.dense_step_seconds / max(1e-12, self.step_seconds)
         said = f"A step is {ratio:.1f} times as fast as {dense}."
@@ -95,10 +95,10 @@ class Rounds:
         sent = f"{self.bytes_per_step:,.0f} bytes a step, at most {self.peak_bytes:,}"
         meetings = f", meetings: {len(self.meetings)}" if len(self.meetings) > 1 else ""
         lines = [f"rounds of {self.every:,} steps{meetings}: {sent}"]
-        if self.link.bandwidth is not None:
+        if self.network.bandwidth is not None:
             lines.append(
                 f"a round takes {duration(self.round_seconds)}, of it "
                 f"{duration(self.exchange_seconds)} the exchange at "
-                f"{rate(self.link.bandwidth)}"
+                f"{rate(self.network.bandwidth)}"
             )
         return "\n".join(lines)

@@ -1,5 +1,6 @@
 """Each worker's own gradient in a plain jitted step, over global arrays."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,30 +101,40 @@ def value_and_grad(
         def along(i, x):
             if i in batches:
                 return True
-            return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+            typed = _is_array(x) and jnp.result_type(x)
+            return typed and jnp.issubdtype(typed, jax.dtypes.prng_key)
 
         def ready(i, path, x):
             if i in batches:
                 return _parted(path, x, n, axes, mesh)
             if along(i, x):
-                return jax.vmap(jax.random.fold_in, (None, 0))(x, jnp.arange(n))
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(x, jnp.arange(n))
+                rows = NamedSharding(mesh, P(axes.key))
+                return jax.reshard(keys, rows) if explicit else keys
             return x
 
-        given, in_axes = [], []
+        flat, ways, trees = [], [], []
         for i, arg in enumerate(args):
-            if is_node(arg):  # what is each worker's own already, such as its drift
-                given.append(arg.value)
-                in_axes.append(0)
-                continue
-            given.append(
-                jax.tree_util.tree_map_with_path(
-                    lambda path, x, i=i: ready(i, path, x), arg
-                )
+            own = is_node(arg)  # each worker's own already, such as its drift
+            paths, tree = jax.tree_util.tree_flatten_with_path(
+                arg.value if own else arg
             )
-            in_axes.append(jax.tree.map(lambda x, i=i: 0 if along(i, x) else None, arg))
+            flat += [x if own else ready(i, path, x) for path, x in paths]
+            ways += [0 if own or along(i, x) else None for _, x in paths]
+            trees.append(tree)
+        everything = jax.tree_util.treedef_tuple(trees)
+        arrays = [_is_array(x) for x in flat]
+
+        def each(*given: Any) -> Any:
+            rest = iter(given)
+            filled = [next(rest) if a else x for a, x in zip(arrays, flat, strict=True)]
+            return inner(*everything.unflatten(filled))
+
         found, grads = jax.vmap(
-            inner, tuple(in_axes), spmd_axis_name=None if explicit else axes.key
-        )(*given)
+            each,
+            tuple(itertools.compress(ways, arrays)),
+            spmd_axis_name=None if explicit else axes.key,
+        )(*itertools.compress(flat, arrays))
         if not explicit:
             grads = jax.tree.map(lambda g: _constrained(g, axes, mesh), grads)
         mean = lambda x: jnp.mean(x, axis=0)  # noqa: E731
@@ -143,7 +154,7 @@ def mesh_of(
 ) -> jax.sharding.AbstractMesh:
     """The mesh with the workers' axes on which a tree lies, from its types."""
     meshes: list[Any] = [jax.sharding.get_abstract_mesh()]
-    for x in jax.tree.leaves(tree):
+    for x in filter(_is_array, jax.tree.leaves(tree)):
         sharding = getattr(jax.typeof(x), "sharding", None)
         meshes.append(getattr(sharding, "mesh", None))
     for mesh in meshes:
@@ -154,6 +165,15 @@ def mesh_of(
         "arguments lie, and none of them lies on one. Place the state with "
         "`efopt.distribute(state, mesh, params_specs)`."
     )
+
+
+def _is_array(x: Any) -> bool:
+    """Whether JAX takes it; others, such as a model, are passed on as they are."""
+    try:
+        jax.typeof(x)
+    except TypeError:
+        return False
+    return True
 
 
 def _parted(path: Any, x: Any, n: int, axes: Axes, mesh: Any) -> jax.Array:

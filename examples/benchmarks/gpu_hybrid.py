@@ -296,7 +296,7 @@ class Process:
             mesh=dict(mesh.shape),
             axis_name="dcn",
             params_specs=specs,
-            links={"dcn": efopt.wire.Link(*settings["dcn_link"])},
+            networks={"dcn": efopt.wire.Network(*settings["dcn_link"])},
         )
         return found | {
             "dcn_planned": plan.bytes_per_device,

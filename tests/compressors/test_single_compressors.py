@@ -258,8 +258,9 @@ def test_sketches_of_all_workers_add_up():
 def test_values_are_written_by_the_inner_compressor():
     outer, inner = efopt.top_k(k=40), efopt.quantize(8, block_size=16)
     both = efopt.compose(outer, inner)
-    # 3 blocks of 14 values, the least padding; indices of two bytes, steps of two.
-    assert both.payload_bits((1000,)) == 3 * (14 * 8 + 16) + 40 * 16
+    # 3 blocks of 14 values, the least padding; indices of ten bits, steps of two
+    # bytes.
+    assert both.payload_bits((1000,)) == 3 * (14 * 8 + 16) + 40 * 10
     x = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
     kept, got = (np.asarray(once(c, x)[0]) for c in (outer, both))
     assert ((got != 0) <= (kept != 0)).all()

@@ -198,10 +198,11 @@ def test_a_sample_has_every_index_equally_often(num, size):
 # ------------------------------------------------------------- integers of few bits
 
 
-@pytest.mark.parametrize("width", range(1, 9))
+@pytest.mark.parametrize("width", [*range(1, 9), 12, 20, 31])
 @pytest.mark.parametrize("size", [1, 5, 64, 1031])
 def test_integers_of_few_bits_come_back_and_fill_their_bytes(width, size):
-    x = np.random.default_rng(0).integers(0, 2**width, (3, size)).astype(np.uint8)
+    x = np.random.default_rng(0).integers(0, 2**width, (3, size))
+    x = x.astype(np.uint8 if width <= 8 else np.uint32)
 
     @fast
     def both(x):
@@ -210,7 +211,7 @@ def test_integers_of_few_bits_come_back_and_fill_their_bytes(width, size):
 
     packed, opened = both(x)
     np.testing.assert_array_equal(opened, x)
-    fields = [w for w in (8, 4, 2, 1) if width & w]
+    fields = [8] * (width // 8) + [w for w in (4, 2, 1) if width & w]
     assert [p.shape for p in packed] == [(3, -(-size * w // 8)) for w in fields]
     assert all(p.dtype == jnp.uint8 for p in packed)
 

@@ -196,7 +196,7 @@ def test_two_slow_axes_count_as_one():
         *way,
         mesh={"pods": 2, "slices": 2, "fsdp": 2},
         axis_name=("pods", "slices"),
-        links={"pods": wire.Link(1e9), "slices": wire.Link(1e9)},
+        networks={"pods": wire.Network(1e9), "slices": wire.Network(1e9)},
     )
     assert (two.num_workers, two.slow) == (4, ("pods", "slices"))
     assert two.bytes_per_device == one.bytes_per_device
@@ -204,8 +204,8 @@ def test_two_slow_axes_count_as_one():
 
 
 def test_time_is_that_of_cards_and_of_fast_links():
-    links = {"dcn": wire.Link(1e9, 1e-3), "fsdp": wire.Link(1e12, 1e-6)}
-    p = planned("sign two_phase", "2x4", links=links, devices_per_card={"dcn": 4})
+    networks = {"dcn": wire.Network(1e9, 1e-3), "fsdp": wire.Network(1e12, 1e-6)}
+    p = planned("sign two_phase", "2x4", networks=networks, devices_per_card={"dcn": 4})
     over, fast = (p.report.bytes_over(a).link for a in ("dcn", "fsdp"))
     assert (p.bytes_per_device, p.bytes_per_card) == (over, 4 * over)
     seconds = 8 * 4 * over / 1e9 + 2e-3  # two collectives of two workers
@@ -261,7 +261,7 @@ def test_a_mesh_from_a_shell(capsys):
         mesh={"dcn": 2, "fsdp": 4},
         axis_name="dcn",
         params_specs=[P(None, "fsdp"), P()],
-        links={"dcn": wire.Link(1e9, 50e-6), "fsdp": wire.Link(1e12)},
+        networks={"dcn": wire.Network(1e9, 50e-6), "fsdp": wire.Network(1e12)},
         devices_per_card={"dcn": 2},
         compute_seconds=1e-3,
     )
@@ -291,22 +291,26 @@ REFUSED = {
     "no such axis": ({"axis_name": "data"}, ValueError, "must name axes of the mesh"),
     "no axis": ({"axis_name": None}, TypeError, "`plan(axis_name=...)` must be"),
     "both": ({"num_workers": 2}, ValueError, "is of a flat axis; with `mesh`"),
-    "a flat bandwidth": ({"bandwidth": 1e9}, ValueError, "give `links="),
-    "a link": ({"links": {"dcn": 1e9}}, TypeError, "must be a `Link` by axis, got"),
+    "a flat bandwidth": ({"bandwidth": 1e9}, ValueError, "give `networks="),
+    "a link": (
+        {"networks": {"dcn": 1e9}},
+        TypeError,
+        "must be a `Network` by axis, got",
+    ),
     "a link's axis": (
-        {"links": {"data": wire.Link(1e9)}},
+        {"networks": {"data": wire.Network(1e9)}},
         ValueError,
         "must name axes of the mesh, 'dcn', 'fsdp'; got 'data'",
     ),
     "a link's bandwidth": (
-        {"links": {"dcn": wire.Link(-1.0)}},
+        {"networks": {"dcn": wire.Network(-1.0)}},
         ValueError,
-        "`plan(links={'dcn': Link(bandwidth=...)})` must be a positive number",
+        "`plan(networks={'dcn': Network(bandwidth=...)})` must be a positive number",
     ),
     "a link's latency": (
-        {"links": {"dcn": wire.Link(1e9, -1.0)}},
+        {"networks": {"dcn": wire.Network(1e9, -1.0)}},
         ValueError,
-        "`plan(links={'dcn': Link(latency=...)})` must be a number of seconds",
+        "`plan(networks={'dcn': Network(latency=...)})` must be a number of seconds",
     ),
     "cards of the fast axis": (
         {"devices_per_card": {"fsdp": 2}},
@@ -348,9 +352,9 @@ REFUSED = {
         "with `mesh` leave it out",
     ),
     "links without a mesh": (
-        {"mesh": None, "axis_name": None, "links": {}, "num_workers": 2},
+        {"mesh": None, "axis_name": None, "networks": {}, "num_workers": 2},
         ValueError,
-        "`plan(links=...)` goes with `mesh`",
+        "`plan(networks=...)` goes with `mesh`",
     ),
     "neither": (
         {"mesh": None, "axis_name": None},
@@ -374,7 +378,7 @@ def test_unequal_links_of_two_slow_axes_are_refused():
             TREE,
             mesh={"pods": 2, "slices": 2},
             axis_name=("pods", "slices"),
-            links={"pods": wire.Link(1e9), "slices": wire.Link(1e10)},
+            networks={"pods": wire.Network(1e9), "slices": wire.Network(1e10)},
         )
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import efopt
-from efopt.wire import Link, plan
+from efopt.wire import Network, plan
 from efopt.wire.__main__ import main
 
 SIGN = efopt.scaled_sign(1024)
@@ -62,7 +62,7 @@ def test_on_a_mesh_it_is_about_the_card_on_the_slow_axis():
         mesh={"dcn": 2, "fsdp": 4},
         axis_name="dcn",
         params_specs=jax.P("fsdp"),
-        links={"dcn": Link(1e9)},
+        networks={"dcn": Network(1e9)},
         devices_per_card={"dcn": 2},
         every=4,
         fragments=2,

@@ -162,3 +162,38 @@ def test_a_scan_over_microbatches_inside_the_step(entrance):
     meshes.close(state["params"], plainly(entrance)[0], atol=1e-5)
     over = efopt.wire.measure(step, state, batches[0]).over("dcn")
     assert all(c.executions == 1 for c in over.collectives), over
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_arguments_of_every_kind(kind):
+    """A model, a configuration, a random key: what is no batch goes to every worker."""
+    mesh = meshes.Mesh(kind=kind).make()
+    draws = np.random.default_rng(0)
+    x = draws.standard_normal((8, 16), np.float32)
+    params = {"w": draws.standard_normal(16, np.float32)}
+    config = {"scale": 3.0, "dtype": jnp.float32, "name": "linear"}
+
+    def loss(model, config, batch, key, params):
+        noise = jax.random.normal(key, (1, 16), config["dtype"])
+        return jnp.mean(model(batch * noise, params["w"])) * config["scale"]
+
+    def model(x, w):
+        return (x @ w) ** 2
+
+    def both(batch, key, params):
+        found = efopt.value_and_grad(loss, axis_name="dcn", argnums=4, batch_argnums=2)
+        return found(model, config, batch, key, params)
+
+    placed = efopt.distribute(params, mesh, {"w": jax.P("fsdp")})
+    rows = jax.device_put(x, jax.NamedSharding(mesh, jax.P("dcn")))
+    key = jax.random.key(5)
+    value, grads = jax.device_get(jax.jit(both)(rows, key, placed))
+
+    def by_hand(part, worker, params):
+        folded = jax.random.fold_in(key, worker)
+        return jax.value_and_grad(loss, 4)(model, config, part, folded, params)
+
+    each = [jax.jit(by_hand)(x[4 * i : 4 * i + 4], i, params) for i in range(2)]
+    np.testing.assert_allclose(value, np.mean([v for v, _ in each]), rtol=1e-5)
+    for i, (_, expected) in enumerate(each):
+        np.testing.assert_allclose(grads.value["w"][i], expected["w"], rtol=1e-4)

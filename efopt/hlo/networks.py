@@ -1,4 +1,4 @@
-"""How long the collectives of a step take on a link."""
+"""How long the collectives of a step take on the networks between devices."""
 
 import math
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from efopt.hlo.report import Collective, WireReport
 
 
 @dataclass(frozen=True)
-class Link:
-    """The link of each worker.
+class Network:
+    """The network that joins workers, as each of them sees it.
 
     Attributes:
       bandwidth: Bits a second that a worker can send; ``None`` if not stated.
@@ -26,7 +26,7 @@ class Link:
         )
 
     def bytes_sent(self, report: WireReport) -> int:
-        """Bytes of ``report`` that take the link."""
+        """Bytes of ``report`` that a worker sends."""
         return report.bytes_sent_per_worker
 
     def seconds(self, report: WireReport) -> float:
@@ -36,29 +36,29 @@ class Link:
 
 
 @dataclass(frozen=True)
-class MeshLinks:
-    """The links of a mesh: a slow one that is compared by, and fast ones.
+class MeshNetworks:
+    """The networks of a mesh: a slow one that is compared by, and fast ones.
 
     A collective over several axes takes the slow ones first, with what has to cross
     them (:meth:`efopt.wire.Collective.bytes_across`), and then the others one after the
-    other. An axis without a link takes no time.
+    other. An axis without a network takes no time.
 
     Attributes:
       slow: The slow axes; several count as one.
-      link: Their link, of one network card: bits a second that it can send.
-      fast: Name and link of other axes, of one device each.
+      between: Their network, as one card sees it: bits a second that it can send.
+      fast: Name and network of other axes, of one device each.
       devices_per_card: Devices that share the network card.
     """
 
     slow: tuple[str, ...]
-    link: Link = Link()
-    fast: tuple[tuple[str, Link], ...] = ()
+    between: Network = Network()
+    fast: tuple[tuple[str, Network], ...] = ()
     devices_per_card: int = 1
 
     @property
     def bandwidth(self) -> float | None:
         """Bits a second that a card can send on the slow axis."""
-        return self.link.bandwidth
+        return self.between.bandwidth
 
     def latencies(self, report: WireReport) -> float:
         """Seconds of ``report`` that do not depend on that bandwidth."""
@@ -71,22 +71,22 @@ class MeshLinks:
         )
 
     def seconds(self, report: WireReport) -> float:
-        """Seconds on all links, one after the other."""
+        """Seconds on all networks, one after the other."""
         rate = math.inf if self.bandwidth is None else self.bandwidth
         return self.latencies(report) + 8 * self.bytes_sent(report) / rate
 
     def _others(self, c: Collective) -> float:
         spans = dict(zip(c.axes or (), c.spans, strict=True))
         across = math.prod(n for name, n in spans.items() if name in self.slow)
-        seconds = self.link.latency * messages(c.operation, across)
-        gathers, links = c.operation == "all-gather", dict(self.fast)
+        seconds = self.between.latency * messages(c.operation, across)
+        gathers, networks = c.operation == "all-gather", dict(self.fast)
         given = c.operand_bytes * (across if gathers else 1)
         for name, n in spans.items():
             if name in self.slow:
                 continue
-            link = links.get(name, Link())
-            rate = math.inf if link.bandwidth is None else link.bandwidth
-            seconds += link.latency * messages(c.operation, n)
+            inside = networks.get(name, Network())
+            rate = math.inf if inside.bandwidth is None else inside.bandwidth
+            seconds += inside.latency * messages(c.operation, n)
             seconds += 8 * link_bytes(c.operation, given, n) / rate
             given *= n if gathers else 1
         return seconds

@@ -1,0 +1,250 @@
+"""Adam's steps with a variance that is known to all: what is sent is momentum."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from efopt.compressors import Compressor, scaled_sign
+from efopt.exchanges.all_reduce import mean_in_range
+from efopt.exchanges.exchange import Exchange
+from efopt.exchanges.link import open_link
+from efopt.feedback.rates import hold, rates
+from efopt.ground import bits, checks
+from efopt.workers.axes import AxisName
+
+
+class FrozenVarianceState(NamedTuple):
+    """State of :func:`scale_by_one_bit_adam` and of 0/1 Adam.
+
+    Attributes:
+      count: Steps taken. shape=(), int32. Equal on all workers.
+      mu: The averaged momentum, shaped like the parameters. Equal on all workers.
+      nu: The running mean of squared averaged gradients. Equal on all workers.
+      residual: What this worker still owes of its momentum, shaped like the
+        parameters. A :class:`efopt.PerWorker` if there is an axis.
+      link: With the owners' residual, an :class:`efopt.exchanges.LinkState`.
+      last_rate: As of :class:`efopt.feedback.ErrorFeedbackState`.
+    """
+
+    count: jax.typing.ArrayLike
+    mu: Any
+    nu: Any
+    residual: Any
+    link: Any
+    last_rate: Any
+
+
+def frozen_variance(
+    api: str,
+    dense_at: Callable[[jax.Array], jax.Array],
+    *,
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    compressor: Compressor,
+    axis_name: AxisName | None,
+    exchange: Exchange | str | None,
+    learning_rate: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam's direction; between dense steps momentum travels compressed.
+
+    Args:
+      api: The transformation, for errors.
+      dense_at: Whether at a step gradients are averaged uncompressed, and the variance
+        moves.
+      b1: Decay of the momentum.
+      b2: Decay of the variance.
+      eps: Added to its root.
+      compressor: Of the momentum.
+      axis_name: The workers' axes.
+      exchange: How they meet.
+      learning_rate: The rate or schedule behind, if residuals are to keep its units.
+    """
+    for name, decay in (("b1", b1), ("b2", b2)):
+        if isinstance(decay, int | float) and not 0 <= decay < 1:
+            raise ValueError(f"`{api}({name}=...)` must be in [0, 1), got {decay}.")
+    if isinstance(eps, int | float) and not eps > 0:
+        raise ValueError(f"`{api}(eps=...)` must be positive, got {eps}.")
+    link = open_link(
+        api, compressor, axis_name=axis_name, exchange=exchange, role="adam"
+    )
+
+    def init_fn(params: Any) -> Any:
+        zeros = link.zeros(params)
+        return FrozenVarianceState(
+            count=jnp.zeros([], jnp.int32),
+            mu=zeros,
+            nu=zeros,
+            residual=link.wrap(zeros),
+            link=link.init(params),
+            last_rate=() if learning_rate is None else jnp.zeros([], jnp.float32),
+        )
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> Any:
+        del params, extra_args
+        owed = link.unwrap(state.residual)
+        grads = link.receive(updates, like=owed)
+        rate, last, ratio = rates(learning_rate, state.count, state.last_rate)
+
+        def dense(grads: Any, mu: Any, nu: Any, owed: Any, server: Any) -> Any:
+            mean = grads if link.axes is None else mean_in_range(grads, link.axes)
+            # 2102.02888 Algorithm 1, warm-up: m and v of averaged gradients
+            mu = _mixed(b1, mu, mean)
+            nu = _mixed(b2, nu, jax.tree.map(_square, mean, nu))
+            return mu, nu, owed, server
+
+        def compressed(grads: Any, mu: Any, nu: Any, owed: Any, server: Any) -> Any:
+            # m_i = beta1 m + (1 - beta1) g_i, plus what is owed, without what has never
+            # had a gradient: one bit cannot say zero
+            sent = _alive(_mixed(b1, mu, grads), nu)
+            old = mu, owed, server
+            if ratio is not None:
+                owed = jax.tree.map(lambda e: e * ratio.astype(e.dtype), owed)
+            sent = optax.tree.add(sent, owed)
+            got = link.average(
+                sent, server, state.count, like=grads, ratio=ratio, wide=True
+            )
+            new = _alive(got.mean, nu), _alive(got.lost, nu), got.state
+            if rate is not None:  # nothing is paid at a rate of zero
+                _, new = hold(rate, (), new, old)
+            return new[0], nu, *new[1:]
+
+        mu, nu, owed, server = lax.cond(
+            dense_at(state.count),
+            dense,
+            compressed,
+            *(grads, state.mu, state.nu, owed, state.link),
+        )
+        # x = x - gamma m / (sqrt(v) + eps)
+        out = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+        out = jax.tree.map(lambda u, g: bits.cast(u, g.dtype), out, grads)
+        return out, FrozenVarianceState(
+            count=optax.safe_increment(state.count),
+            mu=mu,
+            nu=nu,
+            residual=link.wrap(owed, state.residual),
+            link=server,
+            last_rate=last,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, link.entrance(update_fn))
+
+
+@checks.keyword_only
+def scale_by_one_bit_adam(
+    *,
+    warmup: int,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    compressor: Compressor | None = None,
+    axis_name: AxisName | None = None,
+    exchange: Exchange | str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam's direction from momentum that travels at one bit a coordinate.
+
+    For ``warmup`` steps gradients are averaged dense, and momentum and variance are
+    Adam's. Then the variance is frozen, and Adam is linear in the gradient, as error
+    feedback wants it:
+
+    .. math::
+      m_i &= \beta_1 m + (1 - \beta_1) g_i, \quad p_i = m_i + e_i, \quad
+      e_i \leftarrow p_i - C(p_i) \\
+      s &= \frac{1}{n} \sum_i C(p_i) + \tilde e, \quad
+      m \leftarrow C(s), \quad \tilde e \leftarrow s - C(s), \quad
+      u = m / (\sqrt{v} + \epsilon)
+
+    The owners of ranges keep :math:`\tilde e`, as in :func:`efopt.dist_ef_sgd`. As
+    published there is no correction of the bias of young means: the first steps are
+    :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}`, about 3, times as long as the rate, so
+    warm the rate up too.
+
+    *Zeros.* One bit cannot say zero, and where the variance is zero any bit is divided
+    by ``eps``. A coordinate that had no gradient in all of the warm-up, such as the row
+    of an embedding beyond the lengths that were trained, therefore has no momentum and
+    no residual afterwards: it stands still, also if a gradient comes later. Let the
+    warm-up see what is to be trained, or leave such leaves to dense Adam, by
+    ``optax.partition``.
+
+    Shapes: any tree of floating-point leaves -> the same, dtypes kept.
+    Cost: with the default compressor ``1 + 32 / 1024`` bits per coordinate each way;
+    in the warm-up dense. Both are in the program, each in a branch.
+    Properties: conservative in momentum; in the warm-up Adam without bias correction.
+    Placement: ``residual`` and the link's ``server`` per worker, all else replicated:
+    in float32 three copies of the parameters, and one in ``n``.
+
+    Args:
+      warmup: Dense steps, at least 1; 15 to 25 % of the run in the paper. Static.
+      b1: Decay of the momentum, in [0, 1).
+      b2: Decay of the variance, in [0, 1).
+      eps: Added to the variance's root, positive.
+      compressor: Of the momentum; ``None``: ``efopt.scaled_sign(block_size=1024)``.
+      axis_name: The mapped axis of the workers; ``None`` for one worker.
+      exchange: How they meet; ``None``: ``"two_phase"``. Of no effect over one worker.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      TypeError: If ``compressor`` is not one, or ``warmup`` no Python int.
+      ValueError: If a number is out of range, or the exchange cannot carry the
+        compressor.
+
+    Examples:
+      >>> import optax
+      >>> import efopt
+      >>> lamb = optax.chain(
+      ...     efopt.feedback.scale_by_one_bit_adam(warmup=1000, axis_name="data"),
+      ...     optax.scale_by_trust_ratio(),
+      ...     optax.scale_by_learning_rate(1e-3))
+
+    References:
+      Tang et al, `1-bit Adam: Communication Efficient Large-Scale Training with Adam's
+      Convergence Speed <https://arxiv.org/abs/2102.02888>`_, 2021 (Algorithm 1)
+    """
+    api = "scale_by_one_bit_adam"
+    checks.static_int(api, "warmup", warmup, least=1)
+    chosen, way = one_bit(compressor, axis_name, exchange)
+    return frozen_variance(
+        api,
+        lambda count: count < warmup,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        compressor=chosen,
+        axis_name=axis_name,
+        exchange=way,
+    )
+
+
+def one_bit(compressor: Any, axis_name: Any, exchange: Any) -> tuple[Any, Any]:
+    """The compressor and the exchange, one bit each way unless told otherwise."""
+    if compressor is None:
+        compressor = scaled_sign(block_size=1024)
+    if axis_name is not None and exchange is None:
+        exchange = "two_phase"
+    return compressor, exchange
+
+
+def _mixed(decay: Any, old: Any, new: Any) -> Any:
+    def mix(m, g):
+        share = jnp.asarray(decay, m.dtype)
+        return share * m + (1 - share) * g.astype(m.dtype)
+
+    return jax.tree.map(mix, old, new)
+
+
+def _square(g: jax.Array, v: jax.Array) -> jax.Array:
+    wide = g.astype(v.dtype)
+    return wide * wide
+
+
+def _alive(tree: Any, nu: Any) -> Any:
+    """Zero where there has never been a gradient."""
+    return jax.tree.map(lambda x, v: jnp.where(v > 0, x, 0), tree, nu)
