@@ -15,6 +15,10 @@ from efopt.compressors.identity import Identity
 from efopt.ground import bits, checks
 from efopt.ground.checks import keyword_only
 
+# Integers a row that are sorted by counting: to sort the eleven chunks that are kept of
+# every block took an H100 3.9 ms of a step's 9.9 (355 M coordinates, blocks of 1024).
+FEW = 64
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopK(Sparse):
@@ -117,13 +121,22 @@ def largest(x: jax.Array, k: int) -> jax.Array:
     while maxima.shape[2] > 1:  # on a CPU ten times faster than a reduction
         maxima = jnp.maximum(maxima[:, :, ::2], maxima[:, :, 1::2])
     _, kept = lax.top_k(maxima[:, :, 0], k)
-    kept = jnp.sort(kept, axis=1)  # of equal members the first is to win
+    kept = _sorted(kept)  # of equal members the first is to win
     members = jnp.take_along_axis(x, kept[:, :, None], 1, mode="promise_in_bounds")
     place = kept[:, :, None] * length + jnp.arange(length)[None, None, :]
     members = jnp.where(place < size, jnp.abs(members), -1).reshape(n, k * length)
     place = place.reshape(n, k * length)
     _, which = lax.top_k(members, k)
     return jnp.take_along_axis(place, which, axis=1, mode="promise_in_bounds")
+
+
+def _sorted(x: jax.Array) -> jax.Array:
+    """Different integers ``(n, k)`` in rising order; a few by counting those below."""
+    if x.shape[1] > FEW:
+        return jnp.sort(x, axis=1)
+    rank = jnp.sum(x[:, :, None] > x[:, None, :], axis=2, dtype=x.dtype)
+    here = rank[:, None, :] == jnp.arange(x.shape[1], dtype=x.dtype)[None, :, None]
+    return jnp.sum(jnp.where(here, x[:, None, :], 0), axis=2, dtype=x.dtype)
 
 
 def _chunk(size: int, k: int) -> int:

@@ -157,8 +157,10 @@ class StoredResidual:
             if _is_large(b):
                 recalled = recalled.reshape(-1)[: x.size]
             x = x + (recalled if factor is None else recalled * factor)
-            # Once, and not again in everything that reads it.
-            xs.append(once(x) if _is_large(b) else x)
+            # Once, and not again in everything that reads it; but a GPU reads both sooner
+            # than it writes the sum and reads that.
+            one = functools.partial(lax.platform_dependent, cpu=once, tpu=once)
+            xs.append(one(x, default=lambda x: x) if _is_large(b) else x)
         structs = [
             jax.ShapeDtypeStruct(x.shape, compute_dtype(x.dtype)) for x in arrays
         ]
