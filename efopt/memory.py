@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efopt.feedback import ContractiveErrorFeedbackState
+from efopt.ground import options
 from efopt.ground.dtypes import compute_dtype
 from efopt.ground.tables import table
 from efopt.workers.node import PerWorker
@@ -105,6 +105,9 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
       A :class:`MemoryReport`. Printed, it is a table, with the residual of plain error
       feedback and of none for comparison.
 
+    Raises:
+      TypeError: If ``tx`` is no gradient transformation.
+
     Examples:
       >>> import jax, optax
       >>> import efopt
@@ -124,6 +127,7 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
     structs = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params
     )
+    options.check("memory_report", "tx", tx, default=...)
     state = jax.eval_shape(tx.init, structs)
     leaves = jax.tree.leaves(structs)
     plain = sum(math.prod(x.shape) * compute_dtype(x.dtype).itemsize for x in leaves)
@@ -131,11 +135,18 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
     return MemoryReport(parts, _bytes(leaves), plain)
 
 
-def _parts(x: Any, name: str, kind: str, params: Any) -> Iterator[MemoryPart]:
-    """The fields of named tuples, and whatever stands beside them."""
+def _parts(
+    x: Any, name: str, kind: str, params: Any, stored: bool = False
+) -> Iterator[MemoryPart]:
+    """The fields of named tuples, and whatever stands beside them.
+
+    A residual is stored in payloads where its state lays itself out.
+    """
     if hasattr(x, "_fields"):
+        lays_itself_out = hasattr(x, "placed")
         for field, value in zip(x._fields, x, strict=True):
-            yield from _parts(value, f"{name}.{field}", type(x).__name__, params)
+            stored, kind = lays_itself_out and field == "residual", type(x).__name__
+            yield from _parts(value, f"{name}.{field}", kind, params, stored)
     elif isinstance(x, tuple | list):
         for i, value in enumerate(x):
             yield from _parts(value, f"{name}[{i}]", kind, params)
@@ -147,7 +158,7 @@ def _parts(x: Any, name: str, kind: str, params: Any) -> Iterator[MemoryPart]:
             yield dataclasses.replace(part, per_worker=True)
     elif jax.tree.leaves(x):
         arrays, exact = jax.tree.leaves(x), 0
-        if kind == ContractiveErrorFeedbackState.__name__ and ".residual" in name:
+        if stored:
             exact = _exact(x.value if isinstance(x, PerWorker) else x, params)
         per_worker = isinstance(x, PerWorker)
         name = name or "the state"

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 import oracle
+import oracle_since
 from proofs.changes import changes
 from proofs.two_level import two_level
 
@@ -315,6 +316,15 @@ COMPRESSORS = (
         largest=1e37,
         slow=True,
     ),
+    Row(
+        "dct_top_k",
+        efopt.compressors.dct_top_k,
+        {"k": 3, "tile": 8},
+        ("all_gather",),
+        static_args=("k", "tile"),
+        largest=1e36,
+        oracle=lambda x, mask: oracle_since.dct_top_k(x, 3, 8),
+    ),
     _composed(
         "top_k_of_8_bits", efopt.top_k(fraction=0.2), efopt.quantize(8), kind=True
     ),
@@ -423,6 +433,18 @@ EXCHANGES = (
         "u32",
         efopt.top_k(k=3),
         lambda x: oracle.top_k(x, k=3),
+        alias=False,
+        groups=2,
+        axis_name=("slow", "fast"),
+    ),
+    Exchange(
+        "hierarchical",
+        lambda: efopt.exchanges.hierarchical("fast"),
+        "all_reduce",
+        ("all-gather", "all-reduce", "all-reduce"),  # 150 coordinates on 4 devices
+        "f32",
+        efopt.compressors.identity(),
+        oracle.identity,
         alias=False,
         groups=2,
         axis_name=("slow", "fast"),
@@ -627,6 +649,18 @@ SCHEMES = (
         slow=True,
     ),
     Scheme(
+        "loco",
+        efopt.feedback.loco,
+        lambda axis: {
+            "exchange": "two_phase",
+            "reset": 2,
+            "memory": efopt.quantize(8, block_size=4),
+        },
+        own=True,
+        owes=True,
+        exact=False,
+    ),
+    Scheme(
         "scale_by_dion",
         efopt.feedback.scale_by_dion,
         lambda axis: {"rank": 2},
@@ -757,6 +791,16 @@ OPTIMIZERS = (
         own=True,
         owes=True,
         rate=0.03,
+        exact=False,
+    ),
+    Scheme(
+        "demo",
+        efopt.optimizers.demo,
+        lambda axis: {"k": 6, "tile": 4, "decay": 0.9},
+        own=True,
+        owes=True,
+        rate=0.02,
+        steps=1600,
         exact=False,
     ),
     Scheme(

@@ -102,6 +102,46 @@ OPTIONS = {
         TypeError,
         ["`econtrol(start=...)`", "Python int"],
     ),
+    "loco-beta": (
+        lambda: efopt.feedback.loco(beta=1.0),
+        ValueError,
+        ["`loco(beta=...)`", "in [0, 1)", "got 1.0"],
+    ),
+    "loco-reset": (
+        lambda: efopt.feedback.loco(reset=0),
+        ValueError,
+        ["`loco(reset=...)`", "must be at least 1", "got 0"],
+    ),
+    "loco-memory": (
+        lambda: efopt.feedback.loco(memory=efopt.power_sgd(1)),
+        ValueError,
+        ["`loco(memory=power_sgd", "one message a step"],
+    ),
+    "demo-decay": (
+        lambda: efopt.optimizers.demo(0.1, decay=1.0),
+        ValueError,
+        ["`demo(decay=...)`", "in [0, 1)", "got 1.0"],
+    ),
+    "arc-both-sizes": (
+        lambda: efopt.compressors.arc_top_k(k=1, fraction=0.1),
+        ValueError,
+        ["`arc_top_k` takes exactly one of `fraction` and `k`"],
+    ),
+    "arc-rank": (
+        lambda: efopt.compressors.arc_top_k(k=1, rank=0),
+        ValueError,
+        ["`arc_top_k(rank=...)`", "must be at least 1", "got 0"],
+    ),
+    "arc-two-phase": (
+        lambda: over_workers(efopt.compressors.arc_top_k(k=1), exchange="two_phase"),
+        ValueError,
+        ["arc_top_k(k=1", "two_phase", "cannot work"],
+    ),
+    "dct-tile": (
+        lambda: efopt.compressors.dct_top_k(k=1, tile=0),
+        ValueError,
+        ["`dct_top_k(tile=...)`", "must be at least 1", "got 0"],
+    ),
     "memory-no-compressor": (
         lambda: conef(optax.trace(0.9)),
         TypeError,
@@ -257,7 +297,7 @@ OPTIONS = {
     "threshold-vector": (
         lambda: efopt.compressors.threshold(jnp.ones(3), k=1),
         TypeError,
-        ["`threshold(threshold=...)`", "must be a scalar", "(3,)"],
+        ["`threshold(threshold=...)`", "a schedule or a scalar array"],
     ),
     "width-and-fraction": (
         lambda: efopt.compressors.count_sketch(width=3, fraction=0.5),

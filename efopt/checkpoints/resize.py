@@ -233,7 +233,8 @@ class _Sizes:
 
 
 def _worth(feedback: Any, learning_rate: Any) -> Any:
-    rate = feedback.last_rate if learning_rate is None else learning_rate
+    known = getattr(feedback, "last_rate", ())
+    rate = known if learning_rate is None else learning_rate
     if isinstance(rate, tuple):
         raise ValueError(
             "`resize(state, num_workers, params=...)` does not know what a stored "

@@ -105,6 +105,7 @@ class Codec:
     one_bit: ClassVar[bool] = False  # one sign a coordinate; a tied vote is a zero
     pointwise: ClassVar[bool] = False  # a coordinate is read without its neighbours
     exact: ClassVar[bool] = False  # loses nothing: joining leaves would only copy
+    spans: ClassVar[bool] = False  # takes the shards behind a worker for one array
     block_size: ClassVar[int | None] = None  # None: whole leaves
 
     def assign(self, tree: Any) -> list["Codec"]:
@@ -115,6 +116,26 @@ class Codec:
         """The codec of a leaf of this shape: this one, unless it would not pay."""
         del shape
         return self
+
+    def of_shards(
+        self,
+        shape: tuple[int, ...],
+        names: tuple[tuple[str, ...], ...],
+        equal: tuple[str, ...],
+    ) -> "Codec":
+        """The codec of a leaf that is one behind a worker, if it :attr:`spans` shards.
+
+        Args:
+          shape: The leaf's global shape.
+          names: The mesh axes over which each array axis is sharded.
+          equal: Those behind the worker along which it is equal.
+        """
+        del shape, names, equal
+        return self
+
+    def state_axes(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Of the mesh axes that shard a leaf, those along which its state differs."""
+        return names
 
     def members(self) -> tuple["Codec", ...]:
         """The codecs among which users' labels choose: itself, if there are none."""

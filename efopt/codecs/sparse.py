@@ -76,13 +76,24 @@ class Sparse(Codec, abc.ABC):
         """Zeros with the values in their places; all of them, if none was left out."""
         if values.shape[1] == blocks.size:
             return values
-        return self.add(zeros, values, payload, blocks, turn)
+        return self.put(zeros, values, payload, blocks, turn)
 
     def rest(self, x, payload, blocks, turn):
         values = self.read(payload, blocks, turn)
         if values.shape[1] == blocks.size:
             return x - values
         return self.add(x, -values, payload, blocks, turn)
+
+    def put(
+        self, zeros: jax.Array, values: jax.Array, payload: Any, blocks: Any, turn: Turn
+    ) -> jax.Array:
+        """Zeros with the values in their places, to the bit.
+
+        Not added: compilers drop the sum with a zero, or not, and then -0.0 is 0.0.
+        """
+        row = jnp.arange(zeros.shape[0], dtype=jnp.int32)[:, None]
+        at = zeros.at[row, self.places(payload, blocks, turn)]
+        return at.set(values, unique_indices=True, mode="promise_in_bounds")
 
     def add(
         self, x: jax.Array, values: jax.Array, payload: Any, blocks: Blocks, turn: Turn

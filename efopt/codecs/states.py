@@ -19,11 +19,12 @@ def init_states(codec: Codec, params: Any, api: str) -> Any:
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     dtypes = [check_float(path, leaf, api) for path, leaf in paths]
+    placeholder = is_placeholder(params)
+    codecs = [] if placeholder else codec.assign(params)  # or an error: a leaf is wrong
     if not codec.stateful:
         return ()
-    if is_placeholder(params):
+    if placeholder:
         return jnp.zeros([])
-    codecs = codec.assign(params)
     triples = zip(codecs, paths, dtypes, strict=True)
     states = [c.init(jnp.shape(leaf), dtype) for c, (_, leaf), dtype in triples]
     return treedef.unflatten(states)

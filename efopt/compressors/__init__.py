@@ -6,6 +6,7 @@ from efopt.compressors.arc_top_k import arc_top_k as arc_top_k
 from efopt.compressors.cast import cast as cast
 from efopt.compressors.compose import compose as compose
 from efopt.compressors.count_sketch import count_sketch as count_sketch
+from efopt.compressors.dct_top_k import dct_top_k as dct_top_k
 from efopt.compressors.identity import identity as identity
 from efopt.compressors.natural import natural as natural
 from efopt.compressors.partition import partition as partition

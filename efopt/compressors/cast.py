@@ -37,8 +37,13 @@ class Cast(Codec):
         exponent = _exponent_above(x, float(jnp.finfo(self.dtype).max))
         inverse = bits.float_of_exponent(jnp.uint32(254) - jnp.minimum(exponent, 254))
         inverse = jnp.where(exponent == 0, 0, inverse)
+        # Nothing is rounded up beyond float32's range: above the last number that the
+        # format can say there, it is that number, as near as a half unit anywhere.
+        info = jnp.finfo(self.dtype)
+        last = (inverse * np.float32((2 - float(info.eps)) * 2.0**127))[:, None]
+        x = jnp.clip(x * inverse[:, None], -last, last)
         return {
-            "values": bits.cast(x * inverse[:, None], self.dtype),
+            "values": bits.cast(x, self.dtype),
             "exponent": exponent.astype(jnp.uint8)[:, None],
         }
 
@@ -84,7 +89,8 @@ def cast(dtype: Any, *, block_size: int | None = 256) -> Compressor:
     bfloat16 keeps float32's range; float16 three more digits of a shorter range: what
     lies beyond 65504 saturates and what lies below 3e-8 vanishes. The 8-bit formats
     carry a power of two for every block, such that its largest magnitude is in their
-    upper range: nothing overflows. Values that are not finite arrive not finite.
+    upper range, and no finite number becomes infinite. Values that are not finite
+    arrive not finite.
 
     Shapes: each leaf ``(...)`` -> same shape and dtype.
     Payload: the values in ``dtype``; for 8 bits also one uint8 exponent a block. In

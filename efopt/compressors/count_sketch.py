@@ -221,7 +221,7 @@ def count_sketch(
         Static.
       fraction: The same as a share of the block, in (0, 1], rounded up. Static. Give
         exactly one of the two.
-      rows: Independent sketches, at least 1. Static.
+      rows: Independent sketches, from 1 to 64: each is a part of the program. Static.
       block_size: Coordinates that share a sketch; ``None``: the whole leaf. Static.
       hash: ``"structured"`` or ``"random"``. Static.
       seed: Selects the hashes, in [0, 2**32); the same on every worker. Static.
@@ -257,7 +257,7 @@ def count_sketch(
         CountSketch(
             width=width,
             fraction=fraction,
-            rows=checks.static_int("count_sketch", "rows", rows),
+            rows=checks.static_int("count_sketch", "rows", rows, below=65),
             block_size=block_size,
             hash=hash,
             seed=checks.seed("count_sketch", seed),

@@ -127,8 +127,8 @@ def partition(
       A :class:`efopt.Compressor`.
 
     Raises:
-      TypeError: If a value of ``compressors`` is no :class:`efopt.Compressor`, or
-        itself a partition.
+      TypeError: If ``compressors`` is no mapping, or a value of it no
+        :class:`efopt.Compressor`, or itself a partition.
       ValueError: If there are none; at trace time, if a leaf has an unknown label or
         the labels do not fit the tree.
 
@@ -144,6 +144,11 @@ def partition(
       >>> print(updates["w"], updates["b"])
       [ 0. -3.] [0.5  0.25]
     """
+    if not isinstance(compressors, Mapping):
+        raise TypeError(
+            "`partition(compressors)` takes a mapping from labels to compressors, got "
+            f"{compressors!r}."
+        )
     if not compressors:
         raise ValueError("`partition(compressors)` needs at least one compressor.")
     for label, value in compressors.items():

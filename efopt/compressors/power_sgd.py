@@ -14,6 +14,7 @@ from efopt.codecs import nested
 from efopt.codecs.codec import Batch, Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.identity import Identity, plain
+from efopt.compressors.shards import Shards
 from efopt.ground import checks
 from efopt.ground.checks import keyword_only
 from efopt.ground.dtypes import compute_dtype
@@ -35,7 +36,9 @@ class PowerSGD(Codec):
     min_compression: float = 2
     split: int | None = None
     seed: int = 0
+    per_shard: bool = False
     values: Codec = Identity()
+    shards: Shards | None = None
 
     one_message: ClassVar[bool] = False
 
@@ -43,7 +46,7 @@ class PowerSGD(Codec):
         outer = (
             f"power_sgd(rank={self.rank}, warm_start={self.warm_start}, "
             f"min_compression={self.min_compression}, split={self.split}, "
-            f"seed={self.seed})"
+            f"seed={self.seed}, per_shard={self.per_shard})"
         )
         return checks.composed(outer, self.values)
 
@@ -55,8 +58,20 @@ class PowerSGD(Codec):
     def stateful(self) -> bool:  # type: ignore[override]
         return self.warm_start
 
+    @property
+    def spans(self) -> bool:  # type: ignore[override]
+        return not self.per_shard
+
     def with_values(self, values):
         return dataclasses.replace(self, values=values)
+
+    def of_shards(self, shape, names, equal):
+        split = self._cut(shape)
+        own = Shards.of(shape, split, names, equal)
+        return dataclasses.replace(self, split=split, shards=own)
+
+    def state_axes(self, names):
+        return names if self.shards is None else self.shards.columns
 
     def for_shape(self, shape):
         """Dense, if the factors would not be ``min_compression`` times smaller."""
@@ -74,19 +89,24 @@ class PowerSGD(Codec):
         return self
 
     def block_shape(self, shape):
-        cuts = [
-            (math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))
-        ]
+        cut = self._cut(shape)
+        return (1, math.prod(shape[:cut]), math.prod(shape[cut:]))
+
+    def _cut(self, shape):
+        """How many axes make the rows."""
+        cuts = range(1, len(shape))
         if not cuts:
-            return (1, 1, math.prod(shape))
+            return 0
         if self.split is None:
-            return (1, *min(cuts, key=sum))
-        last = len(cuts) - 1
-        cut = self.split - 1 if self.split > 0 else len(shape) + self.split - 1
-        return (1, *cuts[min(max(cut, 0), last)])
+            sides = lambda i: math.prod(shape[:i]) + math.prod(shape[i:])  # noqa: E731
+            return min(cuts, key=sides)
+        cut = self.split if self.split > 0 else len(shape) + self.split
+        return min(max(cut, 1), len(shape) - 1)
 
     def init(self, shape, dtype):
         n, _, columns = self.block_shape(shape)
+        if self.shards is not None:  # drawn at the first step, where devices are known
+            return jnp.zeros((n, columns, self.rank), compute_dtype(dtype))
         index = jnp.arange(n, dtype=jnp.uint32)
         return self._start(index, columns, jnp.uint32(0), compute_dtype(dtype))
 
@@ -96,17 +116,20 @@ class PowerSGD(Codec):
         if self.warm_start:
             # A column that has died out, as in a matrix of lower rank, starts anew.
             state = state.astype(x.dtype)
-            q = jnp.where(jnp.any(state != 0, axis=1, keepdims=True), state, q)
+            alive = jnp.any(state != 0, axis=1, keepdims=True)
+            alive = alive if self.shards is None else self.shards.any(alive)
+            q = jnp.where(alive, state, q)
         # A power of two that the factors are scaled by, so that no sum overflows; the
         # columns of P have length one, and P forgets it.
-        scale = 2.0 ** -math.ceil(math.log2(rows * columns))
+        size = rows * columns if self.shards is None else self.shards.size
+        scale = 2.0 ** -math.ceil(math.log2(size))
         product = matmul("bnm,bmr->bnr", x, q * scale)  # Algorithm 1, line 3
         ask = functools.partial(nested.ask, self.values, blocks=blocks, turn=turn)
-        p, _ = yield from ask(product, dtype=x.dtype, number=0)  # line 4
-        p = yield Batch(orthonormalise, p)  # line 5
+        ask = functools.partial(ask, dtype=x.dtype)
+        p = yield from self._left(product, ask)  # lines 4 and 5
         # Rows of thin factors, and not columns: six times faster on a CPU.
         product = matmul("bnr,bnm->brm", p * scale, x).swapaxes(1, 2)  # line 6
-        mean, own = yield from ask(product, dtype=x.dtype, number=1)  # line 7
+        mean, own = yield from self._right(product, ask)  # line 7
         back = p * (1 / scale)
         average = matmul("bnr,bmr->bnm", back, mean)  # line 11
         rest = x - matmul("bnr,bmr->bnm", back, own)
@@ -115,7 +138,34 @@ class PowerSGD(Codec):
     def _start(self, index, columns, step, dtype):
         """Normal numbers ``(n, columns, rank)``, the same on every worker."""
         key = hash_words(np.uint32(self.seed), step, index)
-        return normals(key, columns * self.rank, dtype).reshape(-1, columns, self.rank)
+        if self.shards is None:
+            numbers = normals(key, columns * self.rank, dtype)
+        else:
+            ours = self.shards.column_numbers()[:, None] * np.uint32(self.rank)
+            ours = ours + jnp.arange(self.rank, dtype=jnp.uint32)[None, :]
+            numbers = normals(key, ours.reshape(-1), dtype)
+        return numbers.reshape(-1, columns, self.rank)
+
+    def _left(self, product, ask):
+        """The mean over workers of ``M Q``, orthonormal: this device's rows."""
+        shards = self.shards
+        if shards is None:
+            mean, _ = yield from ask(product, number=0)
+            return (yield Batch(orthonormalise, mean))
+        shape = product.shape[1:]
+        mean, _ = yield from ask(shards.part(product, shards.columns), number=0)
+        mean = shards.all_rows(mean, shards.columns, shape)
+        p = yield Batch(orthonormalise, mean)
+        return shards.own_rows(p, shape[0])
+
+    def _right(self, product, ask):
+        """The mean over workers of ``M^T P``, and this worker's: this device's rows."""
+        shards = self.shards
+        if shards is None:
+            return (yield from ask(product, number=1))
+        shape = product.shape[1:]
+        mean, own = yield from ask(shards.part(product, shards.rows), number=1)
+        return tuple(shards.whole(x, shards.rows, shape) for x in (mean, own))
 
     def delta(self, shape):
         """Of a random start: rank over the smaller side, in expectation."""
@@ -170,6 +220,7 @@ def power_sgd(
     min_compression: float = 2,
     split: int | None = None,
     seed: int = 0,
+    per_shard: bool = False,
 ) -> Compressor:
     r"""Sends matrices as products of two thin factors, found by the power method.
 
@@ -188,6 +239,14 @@ def power_sgd(
     smaller, go dense in the first of the two rounds. A column of ``Q`` that dies out,
     as it does where the rank is lower, is drawn anew.
 
+    A matrix that is sharded behind its worker is one matrix still, as published: each
+    device multiplies the shard that it holds, and the factors, which are thin, are
+    summed and gathered over the mesh axes behind the worker, three collectives in all.
+    Each of ``m`` devices sends ``1 / m`` of both factors to the other workers. With
+    ``per_shard=True`` every shard is a matrix of its own instead: nothing moves behind
+    a worker, the wire carries the factors of all shards, and the approximation is the
+    finer one, of rank ``rank`` on each.
+
     Shapes: each leaf ``(...)`` -> same shape and dtype.
     Payload: ``P (rows, rank)`` and ``Q (columns, rank)``, at least float32, one a
     round; dense leaves in their own dtype.
@@ -198,7 +257,8 @@ def power_sgd(
     columns)`` in expectation over the start; linear; random start shared by all
     workers.
     Placement: with a warm start ``Q`` is in the state, ``(1, columns, rank)`` for each
-    matrix, equal on all workers.
+    matrix, equal on all workers; of a sharded one the columns that a device holds, and
+    zeros before the first step, which draws them.
 
     Args:
       rank: Columns of a factor, at least 1. Static.
@@ -209,6 +269,7 @@ def power_sgd(
         ``None``: nearest to square. Leaves with fewer axes are cut where they can be.
         Static.
       seed: Selects the starts, in [0, 2**32); the same on every worker. Static.
+      per_shard: Whether each shard of a sharded matrix is factorised by itself. Static.
 
     Returns:
       A :class:`efopt.Compressor`.
@@ -243,5 +304,6 @@ def power_sgd(
             ),
             split=split,
             seed=checks.seed("power_sgd", seed),
+            per_shard=checks.static_bool("power_sgd", "per_shard", per_shard),
         )
     )

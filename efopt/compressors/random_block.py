@@ -23,6 +23,9 @@ class RandomBlock(SharedCoordinates):
     def __repr__(self):
         return checks.composed(f"random_block({self.arguments()})", self.values)
 
+    def put(self, zeros, values, payload, blocks, turn):
+        return self.add(zeros, values, payload, blocks, turn)
+
     def add(self, x, values, payload, blocks, turn):
         """A single block takes them as two slices: from the start, and from zero on.
 

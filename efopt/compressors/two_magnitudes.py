@@ -64,7 +64,8 @@ def two_magnitudes(*, block_size: int | None = None) -> Compressor:
     the nearest, and never farther than :func:`efopt.scaled_sign`. Meant for values that
     are of one order already, such as the largest of a block:
     ``compose(top_k(k=64, tile=(64, 64)), two_magnitudes())``. The grid of
-    ``efopt.quantize(2)`` has three values, zero among them, and is unbiased.
+    ``efopt.quantize(2)`` has three values, zero among them, and draws which way to
+    round; in SparseLoCo on a small language model one did as well as the other.
 
     .. math::
       C(x)_j = \operatorname{sign}(x_j) \cdot

@@ -7,6 +7,7 @@ Pass one as ``exchange=`` of any scheme, or its name. A third party's is a subcl
 from efopt.exchanges.all_gather import all_gather as all_gather
 from efopt.exchanges.all_reduce import all_reduce as all_reduce
 from efopt.exchanges.exchange import Exchange as Exchange
+from efopt.exchanges.hierarchical import hierarchical as hierarchical
 from efopt.exchanges.home import LinkState as LinkState
 from efopt.exchanges.link import Averaged as Averaged
 from efopt.exchanges.link import Link as Link

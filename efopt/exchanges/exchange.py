@@ -33,11 +33,14 @@ class Exchange(abc.ABC):
       keeps: Owners of ranges of blocks keep a server residual, which :meth:`meet` is
         given and returns: one array for each group of equal blocks.
       pays_average: What a worker has paid is the average, not its own message.
+      fast_axes: Axes among the workers' over which updates are averaged as they are,
+        before all else; each worker then speaks of its part of the coordinates alone.
     """
 
     name: ClassVar[str]
     keeps: ClassVar[bool] = False
     pays_average: ClassVar[bool] = False
+    fast_axes: ClassVar[tuple[str, ...]] = ()
 
     def __repr__(self) -> str:
         return f"{self.name}()"

@@ -6,6 +6,7 @@ a worker its piece. State that is laid out by shard is made anew from these.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from efopt.codecs.codec import Codec
 from efopt.codecs.layout import lay_out
-from efopt.codecs.states import init_states
 from efopt.exchanges import owners
 from efopt.exchanges.pieces import Cut
 from efopt.ground.imports import when_imported
@@ -89,7 +90,25 @@ class Home:
         inner = [(a, mesh.shape[a]) for a in mesh.axis_names if a not in axes.names]
         pairs = zip(self.paths, self.shapes, strict=True)
         specs = tuple(spec_of(path, shape) for path, shape in pairs)
+        self._check_fast(mesh, specs)
         return dataclasses.replace(self, specs=specs, inner=tuple(inner))
+
+    def _check_fast(self, mesh: Any, specs: Any) -> None:
+        for name in self.link.fast:
+            if name not in mesh.axis_names:
+                raise ValueError(
+                    f"{self.link.api} averages over the fast axis {name!r}, and the "
+                    f"mesh has no such axis, but {tuple(mesh.axis_names)}."
+                )
+            for path, spec in zip(self.paths, specs, strict=True):
+                named = {n for e in spec for n in (e if isinstance(e, tuple) else (e,))}
+                if name in named:
+                    raise ValueError(
+                        f"{self.link.api} averages over the fast axis {name!r}, along "
+                        f"which `params_specs` shards {path} by {spec}. Its shards are "
+                        "averaged there already: leave the axis out of `axis_name`, "
+                        "and take the inner exchange."
+                    )
 
     @property
     def inner_names(self) -> tuple[str, ...]:
@@ -97,17 +116,20 @@ class Home:
         return tuple(name for name, _ in self.inner)
 
     def axes_of(self, i: int) -> tuple[str, ...]:
-        """The inner axes over which a leaf is sharded, in the mesh's order."""
-        assert self.specs is not None
-        named = set()
-        for entry in self.specs[i]:
-            named |= set(entry) if isinstance(entry, tuple) else {entry}
-        return tuple(name for name in self.inner_names if name in named)
+        """The inner axes over which the state of a leaf is, in the mesh's order."""
+        return self._named(self.kept()[i])
 
     def spare(self, i: int) -> tuple[str, ...]:
         """The inner axes over which a leaf is equal."""
-        known = self.axes_of(i)
+        assert self.specs is not None
+        known = self._named(self.specs[i])
         return tuple(name for name in self.inner_names if name not in known)
+
+    def _named(self, spec: P) -> tuple[str, ...]:
+        named = set()
+        for entry in spec:
+            named |= set(entry) if isinstance(entry, tuple) else {entry}
+        return tuple(name for name in self.inner_names if name in named)
 
     def extent(self, names: tuple[str, ...]) -> int:
         """How many devices stand along some of the inner axes."""
@@ -153,11 +175,94 @@ class Home:
 
     def shards(self) -> Any:
         """What one device holds of the parameters: a tree of structs."""
-        leaves = [
-            jax.ShapeDtypeStruct(self.shard(i), dtype)
-            for i, dtype in enumerate(self.dtypes)
-        ]
-        return self.treedef.unflatten(leaves)
+        return self._structs([self.shard(i) for i in range(len(self.shapes))])
+
+    def require_shards(self, updates: Any) -> None:
+        """Raises if a device holds other parts of the updates than the state knows."""
+        found, treedef = jax.tree_util.tree_flatten_with_path(updates)
+        if treedef != self.treedef or self.specs is None:
+            return
+        for i, (path, x) in enumerate(found):
+            if jnp.shape(x) == self.shard(i):
+                continue
+            raise ValueError(
+                f"{self.link.api} got updates of shape {jnp.shape(x)} at "
+                f"{jax.tree_util.keystr(path) or 'the root'}, where the state is "
+                f"placed for shards of shape {self.shard(i)}: {self.specs[i]} of a "
+                f"parameter of shape {self.shapes[i]} on {dict(self.inner)}. Give "
+                "`efopt.distribute(state, mesh, params_specs)` the specs by which the "
+                "step is mapped, and `efopt.partition_specs(state, params_specs)` to "
+                "its `in_specs` and `out_specs`."
+            )
+
+    def cuts(self) -> list[Cut]:
+        """How one device cuts what it holds of each leaf, where that is in pieces.
+
+        A leaf of a single message is, over the axes along which it is equal. Where the
+        link has fast axes, and an array axis divides, the state keeps it so.
+        """
+        return [self._cut(i, codec) for i, codec in enumerate(self._written())]
+
+    def codecs(self) -> list[Codec]:
+        """The codec of each leaf, as a device behind a worker writes what it holds."""
+        found = []
+        for i, (codec, spec) in enumerate(
+            zip(self._written(), self.kept(), strict=True)
+        ):
+            if codec.spans:
+                shape = list(self.shard(i))
+                entries = [*spec, *[None] * (len(shape) - len(spec))]
+                names = [e if isinstance(e, tuple) else (e,) for e in entries]
+                names = tuple(tuple(n for n in e if n is not None) for e in names)
+                known = {n for entry in names for n in entry}
+                equal = tuple(n for n in self.inner_names if n not in known)
+                codec = codec.of_shards(self.shapes[i], names, equal)
+            found.append(codec)
+        return found
+
+    def pieces(self) -> Any:
+        """What one device keeps of the parameters in the state: a tree of structs."""
+        pairs = zip(self.cuts(), range(len(self.shapes)), strict=True)
+        return self._structs([c.piece if c.kept else self.shard(i) for c, i in pairs])
+
+    def kept(self) -> tuple[P, ...]:
+        """The spec, behind the worker, of what the state keeps of each leaf."""
+        assert self.specs is not None
+        specs = []
+        for spec, cut in zip(self.specs, self.cuts(), strict=True):
+            if cut.kept and cut.axis is not None:
+                entries = [*spec, *[None] * (len(cut.shape) - len(spec))]
+                before = entries[cut.axis]
+                before = before if isinstance(before, tuple) else (before,)
+                names = [n for n in (*before, *cut.names) if n is not None]
+                entries[cut.axis] = names[0] if len(names) == 1 else tuple(names)
+                spec = P(*entries)
+            specs.append(spec)
+        return tuple(specs)
+
+    def _written(self) -> list[Codec]:
+        """The codec of each leaf: of its shard, or of all where it spans them."""
+        whole = self.link.codecs(self._structs(self.shapes))
+        apart = self.link.codecs(self.shards())
+        pairs = zip(whole, apart, strict=True)
+        return [w if w.spans or a.spans else a for w, a in pairs]
+
+    def _cut(self, i: int, codec: Any) -> Cut:
+        shape, fast = self.shard(i), self.link.fast
+        if not (codec.one_message or codec.spans) or not math.prod(shape):
+            return Cut(shape)
+        # Along the fast axes pieces lie side by side.
+        spare = [n for n in self.spare(i) if n not in fast]
+        names = (*spare, *(n for n in self.spare(i) if n in fast))
+        number = self.extent(names)
+        fitting = [d for d, size in enumerate(shape) if size % number == 0]
+        if not fast or not fitting:
+            return Cut(shape) if codec.spans else Cut(shape, names, number)
+        return Cut(shape, names, number, fitting[0], kept=True)
+
+    def _structs(self, shapes: Any) -> Any:
+        pairs = zip(shapes, self.dtypes, strict=True)
+        return self.treedef.unflatten([jax.ShapeDtypeStruct(*pair) for pair in pairs])
 
     def spec_tree(self) -> Any:
         """The specs as a tree like the parameters."""
@@ -201,20 +306,16 @@ def by_shard(state: LinkState, mesh: Any, spec_of: SpecOf) -> LinkState:
     if not home.inner:
         return state._replace(home=home)
     require_fresh(link.api, state.server)
-    shards = home.shards()
-    codecs = link.codecs(shards)
-    states = init_states(link.codec, shards, link.api)
-    if states != ():
-        leaves = home.treedef.flatten_up_to(states)
-        states = home.treedef.unflatten(
-            [_sharded(s, link.axes, home.axes_of(i)) for i, s in enumerate(leaves)]
-        )
-    cuts = [
-        Cut(home.shard(i), spare if codec.one_message else (), home.extent(spare))
-        for i, codec in enumerate(codecs)
-        for spare in (home.spare(i),)
-    ]
-    layout = lay_out(codecs, [cut.piece for cut in cuts], home.dtypes)
+    codecs, states = home.codecs(), ()
+    if link.codec.stateful:
+        pieces = jax.tree.leaves(home.pieces())
+        made = [c.init(x.shape, x.dtype) for c, x in zip(codecs, pieces, strict=True)]
+        names = [c.state_axes(home.axes_of(i)) for i, c in enumerate(codecs)]
+        pairs = zip(made, names, strict=True)
+        states = [_sharded(state, link.axes, own) for state, own in pairs]
+        states = home.treedef.unflatten(states)
+    pieces = [cut.piece for cut in home.cuts()]
+    layout = lay_out(codecs, pieces, home.dtypes)
     server = ()
     if link.keeps():
         server = owners.fresh(link.kept(layout), link.axes, home.inner_names)

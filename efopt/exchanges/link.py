@@ -31,7 +31,7 @@ from efopt.exchanges.all_reduce import mean_in_range
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.home import Home, LinkState
 from efopt.exchanges.meeting import meet_all
-from efopt.exchanges.pieces import Cut, gather, spare_axes
+from efopt.exchanges.pieces import Cut, gather, scatter, spare_axes
 from efopt.ground import bits, checks
 from efopt.ground.barriers import zeros_after
 from efopt.ground.dtypes import check_float, compute_dtype, wide_zeros
@@ -68,6 +68,8 @@ class Link:
       start: Steps that are averaged uncompressed first.
       stream: Tells its random numbers from those of other roles in the same chain.
       delay: Steps that a payload waits before it is exchanged, 0 or 1.
+      workers: All axes along which updates differ; ``axes`` are those of them over
+        which they are compressed.
     """
 
     api: str
@@ -77,6 +79,14 @@ class Link:
     start: int = 0
     stream: int = 0
     delay: int = 0
+    workers: Axes | None = None
+
+    @property
+    def fast(self) -> tuple[str, ...]:
+        """The axes over which updates are averaged as they are, before anything."""
+        if self.axes is None or self.workers is None:
+            return ()
+        return tuple(n for n in self.workers.names if n not in self.axes.names)
 
     # ------------------------------------------------------------------------- state
 
@@ -121,7 +131,10 @@ class Link:
             the workers' mean; ``None``: nobody knows (see :class:`efopt.PerWorker`).
         """
         if like is None or self.axes is None:
-            return node.wrap(tree, self.axes, rule)
+            marked = node.wrap(tree, self.axes, rule)
+            if self.fast and not is_placeholder(tree):
+                marked = dataclasses.replace(marked, home=Home.of(self, tree))
+            return marked
         return jax.tree.map(_wrapped_as, like, tree, is_leaf=node.is_node)
 
     def unwrap(self, value: Any) -> Any:
@@ -155,7 +168,7 @@ class Link:
             have.
         """
         if self.axes is not None:
-            self._require_bound(self.axes)
+            self._require_bound()
         paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
         if like is not None:
             _check_like(self.api, paths, treedef, like)
@@ -191,7 +204,9 @@ class Link:
                 "their specs to `efopt.distribute` and `efopt.partition_specs`."
             )
 
-    def _require_bound(self, axes: Axes) -> None:
+    def _require_bound(self) -> None:
+        axes = self.workers
+        assert axes is not None
         cure = (
             "; in a plain jitted step over global arrays take the gradients of "
             f"`efopt.value_and_grad(..., axis_name={axes.key!r})` as they are; or pass "
@@ -203,6 +218,20 @@ class Link:
         """The step, and this worker, for what draws random numbers."""
         worker = jnp.uint32(0) if self.axes is None else self.axes.index()
         return Turn(count.astype(jnp.uint32), worker.astype(jnp.uint32), self.stream)
+
+    def scatter(self, updates: Any, home: Home) -> Any:
+        """This device's pieces of the mean over the fast axes, if there are any.
+
+        Args:
+          updates: The updates of this worker.
+          home: That of a state which is placed.
+        """
+        if not self.fast or self.workers is None:
+            return updates
+        self.workers.require_local(self.api, updates)
+        arrays, treedef = jax.tree.flatten(updates)
+        arrays = scatter(home.cuts(), list(map(jnp.asarray, arrays)), self.fast)
+        return treedef.unflatten(arrays)
 
     def average(
         self,
@@ -232,8 +261,8 @@ class Link:
         """
         arrays, treedef = jax.tree.flatten(tree)
         given = arrays if like is None else jax.tree.leaves(like)
-        codecs = self.codec.assign(tree if like is None else like)
-        cuts = [self._cut(x, codec) for x, codec in zip(arrays, codecs, strict=True)]
+        codecs = self._codecs(tree if like is None else like, state.home)
+        cuts = self._cuts(arrays, codecs, state.home)
         arrays = [cut.take(x) for cut, x in zip(cuts, arrays, strict=True)]
         shapes, kinds = [cut.piece for cut in cuts], [varying(x) for x in arrays]
         layout = lay_out(codecs, shapes, [x.dtype for x in given], kinds)
@@ -279,7 +308,8 @@ class Link:
             jax.ShapeDtypeStruct(shape, compute_dtype(x.dtype))
             for shape, x in zip(shapes, given, strict=True)
         ]
-        lost: Any = treedef.unflatten(gather(cuts, layout.part(rests, wides)))
+        stay = [Cut(c.piece) if c.kept else c for c in cuts]
+        lost: Any = treedef.unflatten(gather(stay, layout.part(rests, wides)))
         if keep is None:
             decoded = [mean.decode() for mean in means]
         else:
@@ -312,18 +342,46 @@ class Link:
           update: The function, of updates, state, parameters and extra arguments.
           own: Whether what comes out is each worker's own still.
         """
-        inside = self._dense_first(update)
+        if own and self.fast:
+            raise ValueError(
+                f"{self.api} hands on what is each worker's own, and cannot average "
+                f"over the fast axes {self.fast!r} before. Give it the inner exchange."
+            )
+        inside = self._in_pieces(self._dense_first(update))
 
         def update_fn(updates, state, params=None, **extra_args):
-            if self.axes is None:
+            if self.axes is None or self.workers is None:
                 _check_single(self.api, updates)
                 return inside(updates, state, params, **extra_args)
             if not node.is_node(updates):
-                self._require_bound(self.axes)
-            around = regions.around(self.api, self.axes, updates, state)
+                self._require_bound()
+            around = regions.around(self.api, self.workers, self.axes, updates, state)
             if around is None:
+                home = regions.home_of(state)
+                if home is not None and home.inner:
+                    home.require_shards(updates)
                 return inside(updates, state, params, **extra_args)
             return around(inside, updates, state, own)
+
+        return update_fn
+
+    def _in_pieces(self, update: Callable[..., Any]) -> Callable[..., Any]:
+        """The update on this device's pieces of the mean over the fast axes."""
+        if not self.fast:
+            return update
+
+        def update_fn(updates, state, params=None, **extra_args):
+            home = regions.home_of(state)
+            if home is None or home.specs is None:
+                raise ValueError(
+                    f"{self.api} averages over {self.fast!r} by parts, and the state "
+                    "does not know which: place it with `efopt.distribute(state, mesh, "
+                    "params_specs)` before the step, also if `params_specs` is None. "
+                    "`pmap` and `vmap` have no mesh."
+                )
+            updates = self.scatter(updates, home)
+            out, new = update(updates, state, params, **extra_args)
+            return out, node.marked_as(new, state)
 
         return update_fn
 
@@ -337,7 +395,7 @@ class Link:
             def dense(updates, state):
                 out = updates
                 if self.axes is not None:
-                    out = mean_in_range(updates, self.axes)
+                    out = self._whole(mean_in_range(updates, self.axes), state)
                 return out, state._replace(count=optax.safe_increment(state.count))
 
             def compressed(updates, state):
@@ -392,6 +450,34 @@ class Link:
         """The buckets whose owners keep a server residual."""
         return [b for b in layout.buckets if self._route(b.codec).keeps]
 
+    def _whole(self, tree: Any, state: Any) -> Any:
+        """Leaves from what the state keeps in pieces."""
+        if not self.fast:
+            return tree
+        arrays, treedef = jax.tree.flatten(tree)
+        home = regions.home_of(state)
+        assert home is not None
+        cuts = [c if c.kept else Cut(c.shape) for c in home.cuts()]
+        return treedef.unflatten(gather(cuts, arrays))
+
+    def _codecs(self, tree: Any, home: Any) -> list[Codec]:
+        """The codec of each leaf: on a mesh as its home knows them."""
+        if home == () or not home.inner:
+            return self.codec.assign(tree)
+        shapes = [[x.shape for x in jax.tree.leaves(t)] for t in (tree, home.pieces())]
+        if shapes[0] != shapes[1]:  # sharded otherwise than the state was told
+            return self.codec.assign(tree)
+        return home.codecs()
+
+    def _cuts(self, arrays: Any, codecs: Any, home: Any) -> list[Cut]:
+        """How leaves are cut, those that arrive as pieces among them."""
+        pairs = zip(arrays, codecs, strict=True)
+        cuts = [self._cut(x, codec) for x, codec in pairs]
+        if self.fast and home.specs is not None:
+            known = zip(cuts, home.cuts(), strict=True)
+            cuts = [of_home if of_home.kept else cut for cut, of_home in known]
+        return cuts
+
     def _cut(self, x: jax.Array, codec: Codec) -> Cut:
         """How a leaf is cut; one that speaks in rounds is not."""
         names = ()
@@ -406,6 +492,7 @@ class Link:
         return lay_out(self.codec.assign(tree), shapes, dtypes)
 
 
+@checks.keyword_only
 def open_link(
     api: str,
     compressor: Any,
@@ -467,9 +554,23 @@ def open_link(
                 f"{reasons[0]}."
             )
     stream = zlib.crc32(role.encode()) if role else 0
-    label = f"`{api}({compressor!r})`"
     delay = in_flight.check_delay(api, delay, compressor, start)
-    return Link(label, compressor.codec, way, axes, start, stream, delay)
+    label, workers = f"`{api}({compressor!r})`", axes
+    if way is not None and way.fast_axes:
+        axes, way = _levels(api, axes, way)
+    return Link(label, compressor.codec, way, axes, start, stream, delay, workers)
+
+
+def _levels(api: str, axes: Any, way: Any) -> tuple[Axes, Exchange | None]:
+    """The slow axes of an exchange of two levels, and the exchange over them."""
+    slow = tuple(name for name in axes.names if name not in way.fast_axes)
+    if len(slow) + len(way.fast_axes) != len(axes.names) or not slow:
+        raise ValueError(
+            f"`{api}(axis_name={axes.key!r}, exchange={way!r})` needs the fast axes "
+            "among those of the workers, and at least one that is slow, such as "
+            '`axis_name=("dcn", "fast")`.'
+        )
+    return Axes(slow), way.exchange
 
 
 def _wrapped_as(like: Any, state: Any) -> Any:

@@ -21,12 +21,15 @@ from efopt.workers.value_and_grad import mesh_of
 Around = Callable[[Callable[..., Any], Any, Any, bool], tuple[Any, Any]]
 
 
-def around(api: str, axes: Axes, updates: Any, state: Any) -> Around | None:
+def around(
+    api: str, workers: Axes, axes: Axes, updates: Any, state: Any
+) -> Around | None:
     """What runs a scheme on shards, or ``None`` where it runs on them already.
 
     Args:
       api: The transformation, for errors.
-      axes: The workers' axes.
+      workers: The workers' axes.
+      axes: Those of them over which they compress.
       updates: This worker's updates, or those of all, stacked in a ``PerWorker``.
       state: The state of the scheme, which holds a :class:`Home`.
 
@@ -35,22 +38,29 @@ def around(api: str, axes: Axes, updates: Any, state: Any) -> Around | None:
     """
     mapped = manual_axes()
     if isinstance(updates, PerWorker):
-        mesh = mesh_of(updates, axes)
-        _check_stacked(api, axes, updates, mesh)
-        return _region(_home(api, state, axes, mesh), axes, mesh, (), stacked=True)
-    if not axes.bound() or not set(axes.names) <= set(mapped):
+        mesh = mesh_of(updates, workers)
+        _check_stacked(api, workers, updates, mesh)
+        return _region(_home(api, state, axes, mesh), workers, mesh, (), stacked=True)
+    if not workers.bound() or not set(workers.names) <= set(mapped):
         return None  # `vmap`, `pmap`, or an error that is worded better further on
     mesh = jax.sharding.get_abstract_mesh()
     rest = [a for a in mesh.axis_names if a not in mapped and mesh.shape[a] > 1]
     if not rest:
         return None
-    return _region(_home(api, state, axes, mesh), axes, None, mapped, stacked=False)
+    home = _home(api, state, axes, mesh)
+    return _region(home, workers, None, mapped, stacked=False)
+
+
+def home_of(state: Any) -> Home | None:
+    """The home of a scheme's state; ``None``: it has none."""
+    is_home = lambda x: isinstance(x, Home)  # noqa: E731
+    homes = [x for x in jax.tree.leaves(state, is_leaf=is_home) if is_home(x)]
+    return homes[0] if homes else None
 
 
 def _home(api: str, state: Any, axes: Axes, mesh: Any) -> Home:
-    is_home = lambda x: isinstance(x, Home)  # noqa: E731
-    homes = [x for x in jax.tree.leaves(state, is_leaf=is_home) if is_home(x)]
-    if not homes or homes[0].specs is None:
+    home = home_of(state)
+    if home is None or home.specs is None:
         raise ValueError(
             f"{api} works on what each device holds of a leaf, and the state does not "
             "know how leaves are sharded over the mesh axes that are left to the "
@@ -58,14 +68,14 @@ def _home(api: str, state: Any, axes: Axes, mesh: Any) -> Home:
             " before the step, also if `params_specs` is None: nothing sharded."
         )
     inner = tuple((a, mesh.shape[a]) for a in mesh.axis_names if a not in axes.names)
-    if homes[0].inner != inner:
+    if home.inner != inner:
         raise ValueError(
-            f"{api} got a state that is placed for a mesh with {dict(homes[0].inner)} "
+            f"{api} got a state that is placed for a mesh with {dict(home.inner)} "
             f"behind each worker, and this step runs on one with {dict(inner)}. Place "
             "parameters and state together: `efopt.distribute(state, mesh, "
             "params_specs)`."
         )
-    return homes[0]
+    return home
 
 
 def _region(home: Home, axes: Axes, mesh: Any, mapped: Any, stacked: bool) -> Around:

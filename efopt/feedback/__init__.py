@@ -26,4 +26,6 @@ from efopt.feedback.frozen_variance import FrozenVarianceState as FrozenVariance
 from efopt.feedback.frozen_variance import (
     scale_by_one_bit_adam as scale_by_one_bit_adam,
 )
+from efopt.feedback.loco import LoCoState as LoCoState
+from efopt.feedback.loco import loco as loco
 from efopt.feedback.virtual import virtual_params as virtual_params

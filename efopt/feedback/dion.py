@@ -141,7 +141,7 @@ def scale_by_dion(
         own = dataclasses.replace(link, codec=PerLeaf(tuple(leaves), said))
         zeros = jax.tree.map(_zeros, params, marks)
         return ScaleByDionState(
-            jnp.zeros([], jnp.int32), own.wrap(zeros), own.init(params)
+            jnp.zeros([], jnp.int32), own.wrap(zeros, rule="mean"), own.init(params)
         )
 
     def update_fn(

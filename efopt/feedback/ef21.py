@@ -85,7 +85,8 @@ def ef21(
     the running mean of it; the mean of all ``h_i`` is ``h`` and the server residual, up
     to the rounding of sums; the average is bit-identical on all workers. Estimates are
     kept exact: the mean was moved by all that was sent, and an estimate that forgot a
-    part of it would part from the mean for good.
+    part of it would part from the mean for good. So do sums that are rounded on their
+    way: give linear compressors updates in float32.
     Placement: ``ema``, ``own`` and the link's ``server`` per worker, all else
     replicated: one tree like the parameters per worker, two with ``beta``, and one
     that is equal on all.

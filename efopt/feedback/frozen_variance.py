@@ -79,7 +79,7 @@ def frozen_variance(
             count=jnp.zeros([], jnp.int32),
             mu=zeros,
             nu=zeros,
-            residual=link.wrap(zeros),
+            residual=link.wrap(zeros, rule="mean"),
             link=link.init(params),
             last_rate=() if learning_rate is None else jnp.zeros([], jnp.float32),
         )
@@ -110,7 +110,10 @@ def frozen_variance(
             got = link.average(
                 sent, server, state.count, like=grads, ratio=ratio, wide=True
             )
-            new = _alive(got.mean, nu), _alive(got.lost, nu), got.state
+            lost = _alive(got.lost, nu)
+            if link.axes is not None:  # empty leaves are equal on all workers
+                lost = link.axes.vary(lost)
+            new = _alive(got.mean, nu), lost, got.state
             if rate is not None:  # nothing is paid at a rate of zero
                 _, new = hold(rate, (), new, old)
             return new[0], nu, *new[1:]
@@ -186,7 +189,8 @@ def scale_by_one_bit_adam(
       eps: Added to the variance's root, positive.
       compressor: Of the momentum; ``None``: ``efopt.scaled_sign(block_size=1024)``.
       axis_name: The mapped axis of the workers; ``None`` for one worker.
-      exchange: How they meet; ``None``: ``"two_phase"``. Of no effect over one worker.
+      exchange: How they meet; ``None``: ``"two_phase"`` for a compressor in blocks,
+        another's own way. Without effect over one worker.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.
@@ -224,10 +228,11 @@ def scale_by_one_bit_adam(
 
 
 def one_bit(compressor: Any, axis_name: Any, exchange: Any) -> tuple[Any, Any]:
-    """The compressor and the exchange, one bit each way unless told otherwise."""
+    """The compressor and the exchange: one bit each way unless told otherwise."""
     if compressor is None:
         compressor = scaled_sign(block_size=1024)
-    if axis_name is not None and exchange is None:
+    blocked = isinstance(compressor, Compressor) and compressor.block_size is not None
+    if axis_name is not None and exchange is None and blocked:
         exchange = "two_phase"
     return compressor, exchange
 

@@ -92,7 +92,7 @@ def placed(state: Any, mesh: Any, spec_of: Any) -> Any:
     if home.inner:
         require_fresh(home.link.api, residual)
         store, axes = residual.store, home.link.axes
-        made = home.treedef.flatten_up_to(store.init(home.shards()))
+        made = home.treedef.flatten_up_to(store.init(home.pieces()))
         marked = [
             PerWorker.wrap(payload, axes, None, home.axes_of(i), rule="stored")
             for i, payload in enumerate(made)

@@ -45,7 +45,7 @@ def rewritten(
         value = home.treedef.unflatten(payloads)
         return moves.laid_out(residual, value, sizes), _whole(home, [({}, lost)])
     nodes = home.treedef.flatten_up_to(residual)
-    layout, found = nodes[0].store.layout(home.shards()), []
+    layout, found = nodes[0].store.layout(home.pieces()), []
     new: list[Any] = [None] * len(nodes)
     for at in _devices(home):
         shards = [home.number(i, at) for i in range(len(nodes))]

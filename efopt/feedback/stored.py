@@ -85,7 +85,7 @@ class StoredResidual:
         marked = link.wrap(self.init(params), rule="stored")
         if link.axes is None:
             return marked
-        return dataclasses.replace(marked, store=self)
+        return dataclasses.replace(marked, store=self, home=None)
 
     def receive(self, link: Link, updates: Any, residual: Any) -> Any:
         """Updates on their way in, or an error if ``residual`` is not theirs."""
@@ -157,8 +157,8 @@ class StoredResidual:
             if _is_large(b):
                 recalled = recalled.reshape(-1)[: x.size]
             x = x + (recalled if factor is None else recalled * factor)
-            # Once, and not again in everything that reads it; but a GPU reads both sooner
-            # than it writes the sum and reads that.
+            # Once, and not again in everything that reads it; but a GPU reads the two
+            # sooner than it writes their sum and reads that.
             one = functools.partial(lax.platform_dependent, cpu=once, tpu=once)
             xs.append(one(x, default=lambda x: x) if _is_large(b) else x)
         structs = [
@@ -217,7 +217,8 @@ def stored_residual(
         )
     if damping is not None and checks.static_float(api, "damping", damping) > 1:
         raise ValueError(f"`{api}(damping=...)` must be in [0, 1], got {damping}.")
-    checks.choice(api, "form", form, (None, *FORMS))
+    if form is not None:
+        checks.choice(api, "form", form, FORMS)
     for member in memory.codec.members():
         reason = _refusal(member, form)
         if reason is not None:

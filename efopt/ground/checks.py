@@ -4,20 +4,28 @@ import dataclasses
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from efopt.ground import options as allowed
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def keyword_only(function: F) -> F:
-    """A factory that names the keyword where an option was passed by position."""
-    parameters = inspect.signature(function).parameters.values()
-    options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    """A factory whose options are checked by name.
+
+    It names the keyword where an option was passed by position, and refuses what an
+    option of this name cannot be anywhere (:mod:`efopt.ground.options`).
+    """
+    parameters = inspect.signature(function).parameters
+    options = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
     most = len(parameters) - len(options)
+    names = list(parameters)
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -28,6 +36,10 @@ def keyword_only(function: F) -> F:
                 f"`{api}` takes `{name}` by keyword, as all of its options: write "
                 f"`{api}({before}{name}={args[most]!r})`."
             )
+        given = dict(zip(names, args, strict=False)) | kwargs
+        for name in given.keys() & parameters.keys():
+            default = parameters[name].default
+            allowed.check(function.__name__, name, given[name], default)
         return function(*args, **kwargs)
 
     return checked  # type: ignore[return-value]
@@ -74,7 +86,7 @@ def static_float(api: str, name: str, value: Any) -> float:
             f"program; got {type(value).__name__}. With `optax.inject_hyperparams` "
             f"pass `static_args=('{name}',)`."
         )
-    if not 0 <= value < math.inf:
+    if not 0 <= value <= sys.float_info.max:
         raise ValueError(
             f"`{api}({name}=...)` must be finite and at least 0, got {value}."
         )
@@ -83,7 +95,7 @@ def static_float(api: str, name: str, value: Any) -> float:
 
 def choice(api: str, name: str, value: Any, choices: tuple[Any, ...]) -> str:
     """``value`` if it is one of ``choices``, or a reasoned error."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(
             f"`{api}({name}=...)` must be one of {', '.join(map(repr, choices))}, got "
             f"{value!r}."
@@ -132,15 +144,16 @@ def scalar(api: str, name: str, value: Any) -> Scalar:
             f"{value!r}."
         )
     if isinstance(value, int | float):
-        if not 0 <= value < math.inf:
+        if not 0 <= value <= sys.float_info.max:
             raise ValueError(
                 f"`{api}({name}=...)` must be finite and at least 0, got {value}."
             )
         return Scalar(float(value))
-    if not callable(value) and jnp.shape(value) != ():
+    array = hasattr(value, "dtype") and not jnp.iscomplexobj(value)
+    if not callable(value) and not (array and jnp.shape(value) == ()):
         raise TypeError(
-            f"`{api}({name}=...)` must be a scalar, got an array of shape "
-            f"{jnp.shape(value)}."
+            f"`{api}({name}=...)` must be a number, a schedule or a scalar array, got "
+            f"{value!r}."
         )
     return Scalar(value)
 

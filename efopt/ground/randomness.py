@@ -55,15 +55,17 @@ def stratified_sample(key: jax.Array, num: int, size: int) -> jax.Array:
     return jnp.where(index < size, index, index - np.uint32(size)).astype(jnp.int32)
 
 
-def normals(key: jax.Array, number: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+def normals(
+    key: jax.Array, number: int | jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array:
     """``number`` normal numbers for each key: ``(n, number)``.
 
     Args:
       key: uint32 ``(n,)``.
-      number: Numbers per key. Static.
+      number: Numbers per key, static; or which of the endless row they are, uint32.
       dtype: Theirs, at least float32.
     """
-    place = jnp.arange(number, dtype=jnp.uint32)
+    place = jnp.arange(number, dtype=jnp.uint32) if isinstance(number, int) else number
     word = hash_words(key[:, None], place[None, :]) >> np.uint32(8)
     uniform = (2 * word + 1).astype(jnp.int32) - np.int32(2**24)
     return lax.erf_inv(uniform.astype(dtype) * 2.0**-24) * math.sqrt(2)

@@ -1,5 +1,6 @@
 """Published optimizers, each a chain of the library's parts. One a file."""
 
+from efopt.optimizers.demo import demo as demo
 from efopt.optimizers.dion import dion as dion
 from efopt.optimizers.dist_ef_sgd import dist_ef_sgd as dist_ef_sgd
 from efopt.optimizers.distributed_lion import distributed_lion as distributed_lion

@@ -43,9 +43,8 @@ def dion(
     other leaves.
 
     *Rates.* A step has singular values of one, times the square root of outputs over
-    inputs, so that one rate serves matrices of every size: 0.01 in the paper's runs, as
-    for Muon. The same rate suits Lion or AdamW as ``fallback`` only by chance; give
-    that its own.
+    inputs, so that one rate serves matrices of every size: 0.01 in the authors' code,
+    as for Muon; ``fallback`` has its own.
 
     *The other leaves.* Biases, norms and whatever ``matrices`` leaves out is averaged
     uncompressed and given to ``fallback``, with its own rate and decay. Embeddings and

@@ -130,13 +130,13 @@ def distributed_lion(
                 " has nobody to average with."
             )
     votes = compressor is None
+    if votes and exchange is not None and not isinstance(exchange, Exchange):
+        ways = ("majority_vote", "all_gather")
+        checks.choice("distributed_lion", "exchange", exchange, ways)
     if axis_name is None:
         exchange = None
     elif votes and exchange is None:
         exchange = "majority_vote"
-    if votes and isinstance(exchange, str):
-        ways = ("majority_vote", "all_gather")
-        checks.choice("distributed_lion", "exchange", exchange, ways)
     link = open_link(
         "distributed_lion",
         sign() if compressor is None else compressor,
@@ -148,7 +148,8 @@ def distributed_lion(
     def init_fn(params: Any) -> Any:
         zeros = optax.tree.zeros_like(params, dtype=accumulator_dtype)
         count = jnp.zeros([], jnp.int32)
-        return DistributedLionState(count, link.wrap(zeros), link.init(params))
+        momentum = link.wrap(zeros, rule="mean")
+        return DistributedLionState(count, momentum, link.init(params))
 
     def averaged(count: jax.Array, momentum: Any) -> Any:
         if average_momentum is None:

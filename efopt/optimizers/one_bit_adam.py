@@ -42,8 +42,8 @@ def one_bit_adam(
 
     Known faults: the warm-up is to be guessed, and is the larger part of all bytes; a
     variance that is frozen while gradients still shrink makes later steps too small,
-    and too large where they grow. Dense Adam behind :func:`efopt.error_feedback` has
-    neither fault, and does not converge as surely: compare.
+    and too large where they grow. Adam behind :func:`efopt.error_feedback` is no way
+    around it: its variance sees the bursts in which a residual is paid.
 
     Shapes: any tree of floating-point leaves -> the same, dtypes kept.
     Cost: with the default compressor ``1 + 32 / 1024`` bits per coordinate each way;

@@ -86,7 +86,7 @@ def signs(
     api: str, axis_name: AxisName | None, exchange: Exchange | str | None
 ) -> optax.GradientTransformation:
     """The workers' signs as one update; of one worker, its own."""
-    if isinstance(exchange, str):
+    if exchange is not None and not isinstance(exchange, Exchange):
         checks.choice(api, "exchange", exchange, ("majority_vote", "all_gather"))
     if axis_name is None:
         return compress(sign())

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from efopt.ground.checks import keyword_only
+from efopt.ground.checks import keyword_only, static_int
 from efopt.ground.randomness import hash_words
 from efopt.workers.axes import Axes, AxisName, manual_axes, vary_alike, varying
 from efopt.workers.node import is_node
@@ -89,6 +89,7 @@ def require_agreement(tree: Any, *, stacked: int = 0) -> None:
 
     Raises:
       RuntimeError: If devices, or rows, differ. It names leaf and devices.
+      TypeError: If ``stacked`` is no int.
       ValueError: If no array is held by more than one, so that nothing can differ.
 
     Returns:
@@ -107,6 +108,7 @@ def require_agreement(tree: Any, *, stacked: int = 0) -> None:
       ...     print(str(error)[:46])
       other bits than most have worker 2 of ['w']. W
     """
+    static_int("require_agreement", "stacked", stacked, least=0)
     groups = list(_rows(tree, stacked) if stacked else _devices(tree))
     if not groups:
         raise ValueError(

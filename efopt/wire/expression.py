@@ -15,15 +15,25 @@ FACTORIES = {
 }
 
 
+LONGEST = 4096  # characters of an expression, far above any that is meant
+
+
 def compressor(text: str) -> Compressor:
     """Reads ``"scaled_sign(1024)"`` or ``"compose(top_k(k=64), qsgd(levels=7))"``.
 
     Only calls of efopt's compressors on Python literals and on one another are read.
     """
+    if len(text) > LONGEST:
+        raise ValueError(
+            f"cannot read a compressor of {len(text):,} characters; at most {LONGEST:,}"
+        )
     try:
         made = _read(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, TypeError) as error:
         raise ValueError(f"cannot read the compressor {text!r}: {error}") from error
+    except (RecursionError, MemoryError) as error:
+        shown = text[:40] + "..."
+        raise ValueError(f"the compressor {shown!r} is too deep to be read") from error
     if not isinstance(made, Compressor):
         raise ValueError(f"{text!r} is no compressor; write `name(options)`.")
     return made

@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 
 from efopt.exchanges.home import Home
 from efopt.exchanges.link import Link
-from efopt.exchanges.pieces import Cut
 from efopt.workers.axes import Axes
 
 
@@ -63,11 +62,7 @@ class Place:
         """What one device compresses of each leaf: the shape of its shard or piece."""
         specs = iter(self.specs)
         home = Home.of(link, tree).on(self.mesh, lambda *_: next(specs))
-        cuts = []
-        for i, codec in enumerate(link.codecs(tree)):
-            spare = home.spare(i) if codec.one_message else ()
-            cuts.append(Cut(home.shard(i), spare, home.extent(spare)))
-        return [cut.piece for cut in cuts]
+        return [cut.piece for cut in home.cuts()]
 
 
 def _mesh(mesh: Any) -> AbstractMesh:

@@ -14,6 +14,7 @@ from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.partition import partition
 from efopt.exchanges.exchange import Exchange
+from efopt.exchanges.hierarchical import hierarchical
 from efopt.exchanges.link import Link, open_link
 from efopt.ground.checks import keyword_only
 from efopt.ground.dtypes import check_float
@@ -229,9 +230,9 @@ def _check_flat(num_workers: Any, of_a_mesh: Mapping[str, Any]) -> None:
                 f"`plan({name}=...)` goes with `mesh`, such as "
                 '`mesh={"dcn": 4, "fsdp": 64}`.'
             )
-    if type(num_workers) is not int or num_workers < 1:
+    if type(num_workers) is not int or not 1 <= num_workers < 2**31:
         raise ValueError(
-            "`plan(num_workers=...)` must be an int of at least 1, "
+            "`plan(num_workers=...)` must be an int of at least 1 and below 2**31, "
             f"got {num_workers!r}"
             + ("; or give `mesh`." if num_workers is None else ".")
         )
@@ -356,7 +357,8 @@ def _leaves(
         sent = report
         if len(mine) < len(routes):
             alone, some = _alone(codecs, mine), [named[i][1] for i in mine]
-            sent = target.of(mine).report(alone, some, route)
+            way = hierarchical(link.fast, exchange=route) if link.fast else route
+            sent = target.of(mine).report(alone, some, way)
         totals[route] = max(1, sum(bits[i] for i in mine)), sent
     leaves = []
     for i, (path, x) in enumerate(named):

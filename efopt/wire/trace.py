@@ -81,7 +81,7 @@ def exchanged_on(
       sums: As for :func:`exchanged`.
     """
     link = open_link("plan", compressor, axis_name=axis_name, exchange=exchange)
-    assert link.axes is not None
+    assert link.axes is not None and link.workers is not None
     treedef = jax.tree.structure(tree)
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     known = {
@@ -92,10 +92,11 @@ def exchanged_on(
     def step(stacked):
         grads = jax.tree.map(lambda x: x.reshape(x.shape[1:]), stacked)
         state = link.init(tree).placed(mesh, lambda path, _: known[path])
+        grads = link.scatter(grads, state.home)
         link.average(link.receive(grads), state, jnp.int32(0))
         return ()
 
-    key, n = link.axes.key, link.axes.size_on(mesh)
+    key, n = link.workers.key, link.workers.size_on(mesh)
     around = jax.shard_map(
         step,
         mesh=mesh,

@@ -30,17 +30,17 @@ class Axes:
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, api: str, axis_name: Any) -> "Axes":
+    def of(cls, api: str, axis_name: Any, option: str = "axis_name") -> "Axes":
         """The axes of an ``axis_name=``: a string, or a tuple of them, or an error."""
         names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-        if not names or not all(isinstance(name, str) for name in names):
+        if not names or not all(isinstance(name, str) and name for name in names):
             raise TypeError(
-                f"`{api}(axis_name=...)` must be the name of a mapped axis, or a tuple "
+                f"`{api}({option}=...)` must be the name of a mapped axis, or a tuple "
                 f"of such names, got {axis_name!r}."
             )
         if len(set(names)) < len(names):
             raise ValueError(
-                f"`{api}(axis_name=...)` names an axis twice, got {axis_name!r}."
+                f"`{api}({option}=...)` names an axis twice, got {axis_name!r}."
             )
         return cls(names)
 
@@ -148,6 +148,22 @@ class Axes:
         for name in reversed(self.names):
             x = lax.all_gather(x, name)
         return x.reshape(-1, *x.shape[len(self.names) :])
+
+    def mean_scatter(self, x: jax.Array) -> jax.Array:
+        """The mean over workers of ``(workers, ...)``, of which each gets its row.
+
+        The sum is taken in at least float32: one of float16 may be infinite.
+        """
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return (self.sum_scatter(wide) / self.size()).astype(x.dtype)
+
+    def sum_scatter(self, x: jax.Array) -> jax.Array:
+        """The sum over workers of ``(workers, ...)``, of which each gets its row."""
+        return lax.psum_scatter(x, self.key, scatter_dimension=0, tiled=True)
+
+    def any(self, x: jax.Array) -> jax.Array:
+        """Whether something holds on any worker; equal on all."""
+        return lax.psum(self.vary(x.astype(jnp.float32)), self.key) > 0
 
     def all_to_all(self, x: jax.Array) -> jax.Array:
         """Row ``i`` of ``(workers, ...)`` goes to worker ``i``."""

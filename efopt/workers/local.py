@@ -70,6 +70,10 @@ def local_params(params: Any, axis_name: AxisName | None, state: Any = None) -> 
     to compress. Differentiate with respect to ``local_params(params, axis_name)``
     instead. Under ``pmap``, ``vmap`` and without checks this changes nothing.
 
+    Name every mapped axis along which batches differ. What is mapped and not named
+    here, JAX sums gradients over: right for parts of one batch whose loss is a sum over
+    them, and no average. Nothing in the types tells the two apart.
+
     Under :func:`efopt.local_steps` workers go their own ways between meetings: give the
     optimizer's state too, and what comes out are this worker's own parameters, the
     common ones plus its drift. In a plain jitted step over global arrays it is those of

@@ -56,6 +56,11 @@ class PerWorker:
         Static, and no part of the pytree's structure.
       store: Of what is stored by a codec: what writes and reads it. Static, and no part
         of the pytree's structure.
+      home: Of what may lie otherwise than the parameters: knows, once there is a mesh,
+        the spec of each array behind the worker axis (``home.on(mesh, spec_of)
+        .kept()``). Static, and no part of the pytree's structure.
+      specs: These specs, on a state that is placed; ``None``: those of the parameters.
+        Static, and no part of the pytree's structure.
       share: 0, or, of one worker's share, one more than the number of dimensions of its
         first array, with which it was cut out. Static.
       rule: What :func:`efopt.checkpoints.resize` makes of it on another number of
@@ -71,6 +76,8 @@ class PerWorker:
     share: int = 0
     store: Any = dataclasses.field(default=None, compare=False)
     rule: str | None = dataclasses.field(default=None, compare=False)
+    home: Any = dataclasses.field(default=None, compare=False)
+    specs: tuple[Any, ...] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def lead(self) -> int:
@@ -95,6 +102,12 @@ class PerWorker:
     def with_value(self, value: Any) -> "PerWorker":
         """The same node around other values, such as specs."""
         return dataclasses.replace(self, value=value)
+
+    def placed(self, mesh: Any, spec_of: Any) -> "PerWorker":
+        """The same node, which knows how its arrays lie on a mesh."""
+        if self.home is None:
+            return self
+        return dataclasses.replace(self, specs=self.home.on(mesh, spec_of).kept())
 
     def require_whole(self, api: str) -> None:
         """Raises if this is one worker's share of what several own."""
@@ -173,10 +186,13 @@ class _Static:
     sizes: tuple[int, ...] | None = dataclasses.field(compare=False)
     store: Any = dataclasses.field(compare=False)
     rule: str | None = dataclasses.field(compare=False)
+    home: Any = dataclasses.field(compare=False)
+    specs: tuple[Any, ...] | None = dataclasses.field(compare=False)
 
 
 def _flatten(node: PerWorker) -> tuple[tuple[Any], _Static]:
     about = node.split, node.shards, node.sizes, node.store, node.rule
+    about = *about, node.home, node.specs
     return (node.value,), _Static(node.axis_name, node.share, *about)
 
 
@@ -191,9 +207,17 @@ def _unflatten(static: _Static, children: Any) -> PerWorker:
     if static.sizes is not None and math.prod(static.sizes) > 1:
         share = _share(value, static)
     value = _behind_worker_axis(value, static)
-    axis_name, split, shards = static.axis_name, static.split, static.shards
     return PerWorker(
-        value, axis_name, split, shards, static.sizes, share, static.store, static.rule
+        value,
+        static.axis_name,
+        static.split,
+        static.shards,
+        static.sizes,
+        share,
+        static.store,
+        static.rule,
+        static.home,
+        static.specs,
     )
 
 
@@ -275,6 +299,17 @@ def laid_out(tree: Any) -> Any:
         return dataclasses.replace(x, sizes=axes.sizes())
 
     return jax.tree.map(mark, tree, is_leaf=is_node)
+
+
+def marked_as(tree: Any, before: Any) -> Any:
+    """A new state, whose nodes know what those of the old one did of their place."""
+
+    def one(old, new):
+        if not is_node(old) or not is_node(new):
+            return new
+        return dataclasses.replace(new, home=old.home, specs=old.specs)
+
+    return jax.tree.map(one, before, tree, is_leaf=is_node)
 
 
 def _register_with_flax(serialization: Any) -> None:

@@ -73,6 +73,12 @@ def _specs(tree: Any, rule: Rule) -> Any:
             spec = P(axes.key, x.shards) if x.shards else P(axes.key)
             return x.with_value(jax.tree.map(lambda _: spec, x.value))
 
+        if x.specs is not None:
+            own = iter(x.specs)
+            return x.with_value(
+                jax.tree.map(lambda _: P(axes.key, *next(own)), x.value)
+            )
+
         def inside(rest, y):
             spec = rule.of(path_of((*path, *rest)), jnp.shape(y)[1:], axes) or P()
             return P(axes.key, *spec)
@@ -126,6 +132,11 @@ def distribute(
       >>> state.residual.value.shape == (jax.device_count(), 3)
       True
     """
+    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+        raise TypeError(
+            "`distribute(tree, mesh)` takes a mesh, as `jax.make_mesh(...)` makes one, "
+            f"got {type(mesh).__name__}."
+        )
     require_common("`distribute`", tree)
     leaves = jax.tree.leaves(tree)
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)

@@ -35,7 +35,6 @@ import platform
 import signal
 import statistics
 import sys
-import tempfile
 from importlib import metadata, util
 from pathlib import Path
 
@@ -54,6 +53,7 @@ if TORCH:
     import cluster_torch
 
     SCRIPTS |= dict.fromkeys(cluster_torch.METHODS, "cluster_torch.py")
+STYLE = Path(__file__).parents[1] / "pictures.mplstyle"
 LOCALHOST = "localhost"  # in place of a rate
 MAX_WORKERS = 4
 ENDLESS = 10**6  # steps
@@ -171,27 +171,34 @@ def table(rows):
 
 def draw(results, title, path):
     """Saves the seconds of a step, measured and predicted, for each rate."""
-    size = 2 + 3.5 * len(results), 4.5
+    plt.style.use(STYLE)
+    size = 1.5 + 2.4 * len(results), 3.8
     figure, panels = plt.subplots(
-        1, len(results), figsize=size, sharey=True, squeeze=False, layout="constrained"
+        1, len(results), figsize=size, sharey=True, squeeze=False
     )
     for axes, (rate, rows) in zip(panels[0], results.items(), strict=True):
         seconds = [row["step_seconds"] for row in rows.values()]
-        colours = ["C1" if SCRIPTS[n] == "cluster_torch.py" else "C0" for n in rows]
-        bars = axes.barh(list(rows), seconds, color=colours)
-        axes.bar_label(bars, [f"{1e3 * s:,.0f} ms" for s in seconds], padding=8)
+        colours = ["C1" if name.startswith("torch") else "C0" for name in rows]
+        axes.barh(list(rows), seconds, color=colours)
         predicted = [row.get("predicted_seconds") for row in rows.values()]
         points = [(p, n) for p, n in zip(predicted, rows, strict=True) if p]
         if points:
             axes.plot(*zip(*points, strict=True), "kd", markersize=4, label="predicted")
-            axes.legend(loc="lower right")
+        ends = [max(s, p or 0) for s, p in zip(seconds, predicted, strict=True)]
+        for name, measured, end in zip(rows, seconds, ends, strict=True):
+            # Behind the mark as well, wherever that is.
+            axes.text(1.12 * end, name, f"{1e3 * measured:,.0f} ms", va="center")
         axes.set(title=rate, xscale="log", xlabel="median seconds of a step")
-        axes.set_xlim(min(seconds) / 2, 5 * max(seconds))
+        axes.set_xlim(min(seconds) / 2, 5 * max(ends))
+        axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter(EngFormatter(unit="s"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     panels[0, 0].invert_yaxis()
+    marks = panels[0, -1].get_legend_handles_labels()
+    if marks[0]:
+        figure.legend(*marks, loc="outside lower right")
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
     plt.close(figure)
 
 
@@ -279,7 +286,7 @@ def main():
         print("PyTorch is not installed (`pip install torch`), so it is left out.")
 
     try:
-        with tempfile.TemporaryDirectory() as cache:
+        with cluster_network.folder_of_its_own() as cache:
             if options.kill:
                 rate = options.rates[0] if options.rates else LOCALHOST
                 sys.exit(0 if outages(rate, options, cache) else 1)

@@ -7,11 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from cluster_network import ClusterError, cleaning_up
+from cluster_network import ClusterError, cleaning_up, folder_of_its_own
 from cluster_task import Task
 
 LIMIT = 1800  # seconds that all methods of a fleet may take
@@ -35,7 +34,7 @@ class Worker:
             self.process = subprocess.Popen(
                 [*host.command, sys.executable, script, orders],
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # which ends when this process does
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the parent, which cleans up
@@ -63,6 +62,7 @@ class Worker:
     def end(self):
         self.process.kill()
         self.process.wait()
+        self.process.stdin.close()
 
 
 # glibc hands large buffers back to the system after each step and gets them again, page
@@ -93,7 +93,10 @@ def fleet(script, network, methods, steps, batch, cache):
         **KEEP_MEMORY,
     }
     with cleaning_up() as cleanup:
-        folder = cleanup.enter_context(tempfile.TemporaryDirectory())
+        folder = cleanup.enter_context(folder_of_its_own())
+        if network.owner is not None:  # who the workers are
+            for name in (folder, cache):
+                os.chown(name, *network.owner)
         workers = []
         for rank, host in enumerate(network.hosts):
             task = Task(

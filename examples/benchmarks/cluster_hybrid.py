@@ -87,6 +87,7 @@ def main():
         task.rank,
         heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+        coordinator_bind_address=task.address,
     )
     shape, auto = (task.workers, DEVICES), (AxisType.Auto,) * 2
     mesh = jax.make_mesh(shape, ("dcn", "fsdp"), axis_types=auto)

@@ -137,6 +137,7 @@ def main():
         task.rank,
         heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+        coordinator_bind_address=task.address,  # else it listens on all interfaces
     )
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((task.workers,), ("data",), auto)

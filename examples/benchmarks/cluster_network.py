@@ -7,11 +7,14 @@ sent. Namespaces own the interfaces in them, and take them along when they go.
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +22,16 @@ RATES = {"100mbit": 100e6, "1gbit": 1e9, "10gbit": 10e9}  # name for tc -> bit/s
 QUEUE = 2**24  # bytes that wait at most: more than TCP sends at once, so none is lost
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 HOSTS_FILES = Path("/etc/netns")  # where `ip netns exec` looks for them
+NAMESPACES = Path("/run/netns")
 PORT = 47000
+# Whether all that a worker imports may be read, and its folders reached.
+LOOK = """
+import importlib.util, os, sys
+for name in "cluster_task", "efopt", "flax", "jax", "jaxlib", "optax", "sklearn":
+    open(importlib.util.find_spec(name).origin).close()
+assert os.access(sys.argv[1], os.X_OK)
+"""
+PREFIX = "efopt-"  # of all names; behind it stands the process
 
 
 class ClusterError(Exception):
@@ -38,6 +50,7 @@ class Network(NamedTuple):
 
     hosts: list[Host]
     address: str
+    owner: tuple[int, int] | None = None  # user and group of the workers, if not ours
 
 
 def obstacle():
@@ -78,7 +91,8 @@ def localhost(workers, port=0):
 @contextlib.contextmanager
 def limited(rate, workers):
     """A network of hosts that send and receive at `rate`, gone when it is left."""
-    prefix = f"efopt-{os.getpid()}-"
+    sweep()
+    prefix = f"{PREFIX}{os.getpid()}-"
     with cleaning_up() as cleanup:
         hub = _namespace(prefix + "hub", cleanup)
         _ip("-n", hub, "link", "add", "bridge", "type", "bridge")
@@ -95,8 +109,9 @@ def limited(rate, workers):
             _limit(hub, port, rate)
             _limit(name, "eth0", rate)
             _name_host(name, address, cleanup)
-        hosts = [Host(("ip", "netns", "exec", name), "eth0") for name in names]
-        yield Network(hosts, f"{_address(0)}:{PORT}")
+        drop, owner = unprivileged()
+        hosts = [Host(("ip", "netns", "exec", name, *drop), "eth0") for name in names]
+        yield Network(hosts, f"{_address(0)}:{PORT}", owner)
 
 
 @contextlib.contextmanager
@@ -111,6 +126,42 @@ def cleaning_up():
                 stack.close()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def folder_of_its_own():
+    """A temporary folder, gone when it is left, or swept up later."""
+    return tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-")
+
+
+def sweep():
+    """Removes what benchmarks left behind that were killed: names of dead processes."""
+    namespaces = [*NAMESPACES.glob(f"{PREFIX}*")] if NAMESPACES.is_dir() else []
+    folders = [*HOSTS_FILES.glob(f"{PREFIX}*")] if HOSTS_FILES.is_dir() else []
+    folders += Path(tempfile.gettempdir()).glob(f"{PREFIX}*")
+    for path in (*namespaces, *folders):
+        pid = path.name.removeprefix(PREFIX).partition("-")[0]
+        if not pid.isdigit() or Path("/proc", pid).exists():
+            continue
+        if path in namespaces:
+            subprocess.run(["ip", "netns", "del", path.name], capture_output=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@functools.cache
+def unprivileged():
+    """What makes a worker somebody who is not root, which it need not be, and whom.
+
+    Whoever called `sudo`, else nobody: if they may read this Python and these files.
+    """
+    if shutil.which("setpriv") is None:
+        return (), None
+    user, group = (os.environ.get(name, "65534") for name in ("SUDO_UID", "SUDO_GID"))
+    drop = "setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups"
+    look = [sys.executable, "-c", LOOK, tempfile.gettempdir()]
+    here = Path(__file__).parent
+    tried = subprocess.run([*drop, *look], cwd=here, capture_output=True)
+    return (drop, (int(user), int(group))) if tried.returncode == 0 else ((), None)
 
 
 def _address(i):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import statistics
+import threading
 import time
 from pathlib import Path
 
@@ -75,5 +77,13 @@ class Task:
 
 
 def task_of(argument):
-    """The task that a command line holds."""
+    """The task that a command line holds; from here on this ends with its parent."""
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     return Task(**json.loads(argument))
+
+
+def _end_with_the_parent():
+    """However that ends: its end of the pipe is closed then."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)

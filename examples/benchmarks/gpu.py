@@ -44,6 +44,7 @@ JAX = (
 )
 TORCH = ("torch dense", "torch bf16", "torch power_sgd 4")
 HERE = Path(__file__).parent
+STYLE = HERE.parent / "pictures.mplstyle"
 
 
 def child(script, settings, link, *arguments):
@@ -89,16 +90,16 @@ def draw(runs, title, path):
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+    plt.style.use(STYLE)
     links = list(dict.fromkeys(run["link"] for run in runs))
     counts = sorted({run["gpus"] for run in runs})
     figure, panels = plt.subplots(
         len(links),
         len(counts),
-        figsize=(2 + 3.5 * len(counts), 0.5 + 3.3 * len(links)),
+        figsize=(1.5 + 2.9 * len(counts), 0.8 + 2.9 * len(links)),
         sharex="row",
         sharey=True,
         squeeze=False,
-        layout="constrained",
     )
     for run in runs:
         axes = panels[links.index(run["link"]), counts.index(run["gpus"])]
@@ -112,15 +113,18 @@ def draw(runs, title, path):
         for name, measured, plan in zip(names, times, plans, strict=True):
             end = max(measured, 1e3 * plan)
             axes.text(1.15 * end, name, f"{measured:.1f}", va="center")
+        most = max(*times, *(1e3 * p for p in plans))
         axes.set(title=f"{run['gpus']} GPUs, {run['link']}", xscale="log")
         axes.set(xlabel="milliseconds of a step")
-        axes.set_xlim(min(times) / 2, 3 * max(*times, axes.get_xlim()[1] / 3))
+        axes.set_xlim(min(times) / 2, max(4 * most, axes.get_xlim()[1]))
+        axes.grid(axis="y", visible=False)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(ScalarFormatter())
     panels[0, 0].invert_yaxis()
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper right")
+    marks = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*marks, loc="outside lower right")
     figure.suptitle(title)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path)
 
 
 def main():

@@ -5,25 +5,37 @@ inside a half, and gradients are compressed over "dcn", between the halves. NCCL
 that each half is a host of its own, so that "fsdp" runs over the fast link and "dcn"
 over sockets. The model is a decoder-only transformer in Flax (369 M parameters by
 default) with float32 parameters, bfloat16 arithmetic and momentum, on random tokens;
-the step is a global one, through `efopt.value_and_grad`. Every method has processes of
-its own. Prints a table and writes gpu_hybrid.json, both as results come:
+the step is a global one, through `efopt.value_and_grad`. PyTorch's fully sharded data
+parallelism with hybrid sharding trains the same network in `gpu_hybrid_torch.py`, where
+it is installed. Prints a table and writes gpu_hybrid.json, both as results come, and a
+picture, gpu_hybrid.png, at the end:
 
-  step      median milliseconds of a step, and how many times faster than `dense f32`
+  step      median milliseconds of a step, and how many times faster than `dense f32`;
+            of local steps, which meet every 30, the mean of whole rounds
   plan      milliseconds by `efopt.wire.plan`, from the step without any exchange and
             the link that two all-reduces measured; compressing counts as free
   dcn       bytes that leave a device over the slow axis in a step: from the compiled
             program, as planned, and as the loopback interface counted them (all
-            traffic of the host, headers included)
+            traffic of the host, headers included); of local steps their 30th part
   fsdp      bytes that leave a device over the fast axis, from the compiled program
-  memory    peak of a device, in GB
+  memory    of a device, in GB: what lies there, and what the step needs besides; of
+            PyTorch the peak of its allocator
   same      whether parameters end bit-identical on both halves
+  pays      below how many Gbit/s a device, between the halves, a step is faster than
+            one of `dense f32`, from what the method costs beside sending
+
+`hierarchical` has all parameters on every device and averages over both axes:
+`axis_name=("dcn", "fsdp")`. With `--one-host` the halves are not told apart, and "dcn"
+is a fast link too.
 
     python examples/benchmarks/gpu_hybrid.py --gpus 4
+    python examples/benchmarks/gpu_hybrid.py --gpus 4 --one-host
     python examples/benchmarks/gpu_hybrid.py --cpu --gpus 4 --layers 2 --width 128 \
         --heads 2 --vocabulary 512 --length 32
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -32,7 +44,10 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
+import traceback
+from importlib import util
 from pathlib import Path
 
 METHODS = (
@@ -45,7 +60,13 @@ METHODS = (
     "dense bf16",
     "int8 two_phase",
     "power_sgd 4",
+    "hierarchical sign",
+    "local steps sign",
+    "local steps sign delay",
 )
+TORCH = ("torch f32", "torch bf16")
+TWO = "two_phase"
+EVERY = 30  # steps from one meeting to the next
 HALVES = {
     "NCCL_IB_DISABLE": "1",
     "NCCL_SOCKET_IFNAME": "lo",
@@ -59,6 +80,7 @@ CPU = {
     "NPROC": "32",
 }
 MOMENTUM, RATE = 0.9, 0.01
+TRAIN_TORCH = Path(__file__).with_name("gpu_hybrid_torch.py")
 SCRIPT = "examples/benchmarks/gpu_hybrid.py"
 COUNTER = Path("/sys/class/net/lo/statistics/tx_bytes")
 
@@ -69,40 +91,45 @@ def free_port():
         return s.getsockname()[1]
 
 
-def launch(method, args):
-    """Runs a method, one process a GPU; the first one's JSON, or None on failure."""
+def launch(script, methods, args):
+    """Runs methods, one process a GPU; yields each one's name and what was found."""
     settings = {k: v for k, v in vars(args).items() if k != "output"}
-    settings |= {"method": method, "port": free_port()}
+    settings |= {"methods": methods, "port": free_port()}
     processes = []
     for i in range(args.gpus):
         env = os.environ | (CPU if args.cpu else HALVES)
         if not args.cpu:
-            half = i // (args.gpus // 2)
+            half = 0 if args.one_host else i // (args.gpus // 2)
             env |= {"CUDA_VISIBLE_DEVICES": str(i), "NCCL_HOSTID": f"half{half}"}
-        command = [sys.executable, __file__, "--process", str(i)]
+        command = [sys.executable, str(script), "--process", str(i)]
         command.append(json.dumps(settings))
         pipe = subprocess.PIPE if i == 0 else subprocess.DEVNULL
-        errors = subprocess.PIPE if i == 0 else subprocess.DEVNULL
+        errors = None if i == 0 else subprocess.DEVNULL
         p = subprocess.Popen(command, env=env, stdout=pipe, stderr=errors, text=True)
         processes.append(p)
-    try:
-        out, errors = processes[0].communicate(timeout=args.limit)
-        if processes[0].returncode == 0:
-            return json.loads(out.splitlines()[-1])
-        print(f"{method} failed:\n{errors[-3000:]}", file=sys.stderr, flush=True)
-    except subprocess.TimeoutExpired:
-        print(f"{method}: not done in {args.limit} s", file=sys.stderr, flush=True)
-    finally:
+
+    def stop():
         for p in processes:
             p.kill()
+
+    late = threading.Timer(args.limit * len(methods), stop)
+    late.start()
+    try:
+        for line in processes[0].stdout:
+            if line.startswith("{"):
+                found = json.loads(line)
+                yield found.pop("method"), found
+    finally:
+        late.cancel()
+        stop()
+        for p in processes:
             p.wait()
-    return None
 
 
 def row(name, found, methods):
     """One method as a line of text."""
     ms = 1e3 * found["step_seconds"]
-    cells = [name, f"{ms:.2f}", "", "", "", "", "", "", "", ""]
+    cells = [name, f"{ms:.2f}", "", "", "", "", "", "", "", "", ""]
     if "dense f32" in methods:
         ratio = methods["dense f32"]["step_seconds"] / found["step_seconds"]
         cells[2] = f"{ratio:.2f}x"
@@ -111,18 +138,36 @@ def row(name, found, methods):
             plan = methods["no exchange"]["step_seconds"] + found["exchange_seconds"]
             cells[3] = f"{1e3 * plan:.2f}"
         cells[5] = f"{found['dcn_planned']:,.0f}"
-    cells[4] = f"{found['dcn_bytes']:,.0f}"
+    if found["dcn_bytes"] is not None:
+        cells[4] = f"{found['dcn_bytes']:,.0f}"
     if found["dcn_counted"] is not None:
         cells[6] = f"{found['dcn_counted']:,.0f}"
-    cells[7] = f"{found['fsdp_bytes']:,.0f}"
-    if found["peak_memory"]:
-        cells[8] = f"{found['peak_memory'] / 1e9:.2f}"
+    if found["fsdp_bytes"] is not None:
+        cells[7] = f"{found['fsdp_bytes']:,.0f}"
+    if found["memory"]:
+        cells[8] = f"{found['memory'] / 1e9:.2f}"
     if found["identical"] is not None:
         cells[9] = "yes" if found["identical"] else "NO"
+    if found.get("pays_below"):
+        cells[10] = f"{found['pays_below'] / 1e9:.0f}"
     return LINE(*cells)
 
 
-LINE = "{:17} {:>9} {:>7} {:>8} {:>14} {:>14} {:>14} {:>14} {:>7} {:>5}".format
+def pays_below(found, methods):
+    """Bits a second, a device, at which a step takes as long as one of `dense f32`.
+
+    What a method costs beside sending is measured: its step, less that without any
+    exchange and the time that its bytes take.
+    """
+    if not {"no exchange", "dense f32"} <= set(methods) or not found.get("dcn_planned"):
+        return None
+    alone = methods["no exchange"]["step_seconds"]
+    cost = found["step_seconds"] - alone - found["exchange_seconds"]
+    saved = methods["dense f32"]["dcn_bytes"] - found["dcn_bytes"]
+    return 8 * saved / cost if cost > 0 and saved > 0 else None
+
+
+LINE = "{:23} {:>9} {:>7} {:>8} {:>14} {:>14} {:>14} {:>14} {:>7} {:>5} {:>6}".format
 HEADS = LINE(
     "method",
     "step ms",
@@ -134,6 +179,7 @@ HEADS = LINE(
     "fsdp",
     "memory",
     "same",
+    "pays",
 )
 
 
@@ -143,7 +189,7 @@ class Process:
     def __init__(self, index, settings):
         import jax
 
-        self.index, self.settings = index, settings
+        self.index, self.settings, self.dcn_link = index, settings, (1e9, 0.0)
         n = settings["gpus"]
         # This process sees one GPU; without the list, all of the host are looked for.
         local = {} if settings["cpu"] else {"local_device_ids": [0]}
@@ -204,8 +250,8 @@ class Process:
         sent = 2 * (n - 1) / n * 4 * size
         return 8 * sent / (large - small), small / (2 * (n - 1))
 
-    def train(self):
-        """Trains by the method that is asked for, and describes it."""
+    def train(self, method):
+        """Trains by a method, and describes it."""
         import jax
         import jax.numpy as jnp
         import optax
@@ -213,7 +259,11 @@ class Process:
         import efopt
 
         settings, mesh = self.settings, self.mesh
-        model = transformer(settings, mesh)
+        every, axis = EVERY if method.startswith("local") else 1, "dcn"
+        replicated = method.startswith("hierarchical")
+        if replicated:
+            axis = ("dcn", "fsdp")
+        model = transformer(settings, None if replicated else mesh)
         shape = (settings["gpus"] * settings["batch"], settings["length"] + 1)
         over = self.placed(("dcn", "fsdp"))
         random_tokens = jax.jit(
@@ -224,8 +274,9 @@ class Process:
         example = jnp.zeros((mesh.shape["fsdp"], settings["length"]), jnp.int32)
         init = lambda key: model.init(key, example)["params"]  # noqa: E731
         shapes = jax.eval_shape(init, jax.random.key(0))
-        specs = jax.tree.map(lambda x: sharded(x, mesh.shape["fsdp"]), shapes)
-        tx, compressor, exchange = transformation(settings["method"])
+        m = 1 if replicated else mesh.shape["fsdp"]
+        specs = jax.tree.map(lambda x: sharded(x, m), shapes)
+        tx, compressor, exchange = transformation(method)
 
         def begin(key):
             params = init(key)
@@ -244,8 +295,9 @@ class Process:
             return losses(logits.astype(jnp.float32), tokens[:, 1:]).mean()
 
         def step(state, tokens):
-            grad = efopt.value_and_grad(loss_fn, axis_name="dcn")
-            loss, grads = grad(state["params"], tokens)
+            grad = efopt.value_and_grad(loss_fn, axis_name=axis)
+            params = efopt.local_params(state["params"], axis, state["opt"])
+            loss, grads = grad(params, tokens)
             updates, opt = tx.update(grads, state["opt"], state["params"])
             if compressor is None:
                 return state | {"opt": opt}, loss
@@ -264,28 +316,32 @@ class Process:
             cell[0], loss = step(cell[0], tokens)
             return loss
 
-        seconds, sent = self.seconds(once, settings["steps"])
+        steps = -(-settings["steps"] // every) * every
+        seconds, sent = self.seconds(once, steps)
         memory = jax.local_devices()[0].memory_stats() or {}
-        spread = lambda axis: wire.bytes_over(axis).link  # noqa: E731
+        in_use, needs = memory.get("bytes_in_use"), step.memory_analysis()
+        spread = lambda axis: wire.bytes_over(axis).link / every  # noqa: E731
+        middle = statistics.mean if every > 1 else statistics.median
         found = {
-            "step_seconds": statistics.median(seconds),
+            "step_seconds": middle(seconds),
             "seconds": seconds,
             "dcn_bytes": spread("dcn"),
             "dcn_counted": None if sent is None else sent / len(seconds) / mesh.size,
-            "fsdp_bytes": spread("fsdp") if mesh.shape["fsdp"] > 1 else 0,
-            "peak_memory": memory.get("peak_bytes_in_use"),
-            "memory_in_use": memory.get("bytes_in_use"),
-            "temporary_memory": step.memory_analysis().temp_size_in_bytes,
+            "fsdp_bytes": spread("fsdp") * every if mesh.shape["fsdp"] > 1 else 0,
+            "memory": in_use and in_use + needs.temp_size_in_bytes,
+            "memory_in_use": in_use,
+            "temporary_memory": needs.temp_size_in_bytes,
             "loss": float(once()),
             "identical": self.identical(cell[0]["params"]) if compressor else None,
             "compile_seconds": compile_seconds,
             "parameters": sum(x.size for x in jax.tree.leaves(shapes)),
             "device": jax.local_devices()[0].device_kind,
-            "jax": jax.__version__,
+            "version": f"jax {jax.__version__}",
         }
         if compressor is None:
+            self.dcn_link = self.link("dcn")
             return found | {
-                "dcn_link": self.link("dcn"),
+                "dcn_link": self.dcn_link,
                 "fsdp_link": self.link("fsdp"),
             }
         plan = efopt.wire.plan(
@@ -294,13 +350,13 @@ class Process:
             exchange=exchange,
             platform="cpu" if settings["cpu"] else "gpu",
             mesh=dict(mesh.shape),
-            axis_name="dcn",
+            axis_name=axis,
             params_specs=specs,
-            networks={"dcn": efopt.wire.Network(*settings["dcn_link"])},
+            networks={"dcn": efopt.wire.Network(*self.dcn_link)},
         )
         return found | {
-            "dcn_planned": plan.bytes_per_device,
-            "exchange_seconds": plan.step_seconds,
+            "dcn_planned": plan.bytes_per_device / every,
+            "exchange_seconds": plan.step_seconds / every,
         }
 
     def identical(self, params):
@@ -336,8 +392,9 @@ def sharded(x, m):
 def transformer(settings, mesh):
     """A decoder of blocks with pre-normalisation; the embedding is also the output.
 
-    Activations say that they are split by sequences: left to itself, the compiler cuts
-    some of them like the parameters and sends them from half to half.
+    On a mesh over which parameters are sharded, activations say that they are split by
+    sequences: left to itself, the compiler cuts some of them like the parameters and
+    sends them from half to half.
     """
     import flax.linen as nn
     import jax
@@ -345,9 +402,14 @@ def transformer(settings, mesh):
 
     width, heads = settings["width"], settings["heads"]
     half = jnp.bfloat16
-    by_sequence = jax.NamedSharding(mesh, jax.P("fsdp"))
-    whole = jax.NamedSharding(mesh, jax.P())
-    split = lambda x: jax.lax.with_sharding_constraint(x, by_sequence)  # noqa: E731
+
+    def lying(x, *names):
+        if mesh is None:
+            return x
+        there = jax.NamedSharding(mesh, jax.P(*names))
+        return jax.lax.with_sharding_constraint(x, there)
+
+    split = lambda x: lying(x, "fsdp")  # noqa: E731
 
     class Block(nn.Module):
         @nn.compact
@@ -369,7 +431,7 @@ def transformer(settings, mesh):
             init = nn.initializers.normal(0.02)
             embed = self.param("embed", init, (settings["vocabulary"], width))
             place = self.param("place", init, (settings["length"], width))
-            embed = jax.lax.with_sharding_constraint(embed.astype(half), whole)
+            embed = lying(embed.astype(half))
             x = split(embed[split(tokens)] + place.astype(half))
             for _ in range(settings["layers"]):
                 x = Block()(x)
@@ -393,10 +455,26 @@ def transformation(method):
         c = efopt.compressors.cast(jnp.bfloat16) if method == "dense bf16" else wide
         mean = efopt.compress(c, axis_name="dcn")
         return optax.chain(mean, optax.sgd(RATE, momentum=MOMENTUM)), c, None
+    sign = efopt.scaled_sign(1024)
+    if method.startswith("hierarchical"):
+        both, way = ("dcn", "fsdp"), efopt.exchanges.hierarchical("fsdp", exchange=TWO)
+        own = efopt.per_worker(optax.trace(MOMENTUM), axis_name=both)
+        feedback = efopt.error_feedback(sign, axis_name=both, exchange=way)
+        return optax.chain(own, feedback, optax.sgd(RATE)), sign, way
+    if method.startswith("local"):
+        feedback = efopt.error_feedback(sign, axis_name="dcn", exchange=TWO)
+        rounds = efopt.local_steps(
+            optax.sgd(RATE, momentum=MOMENTUM),
+            optax.chain(feedback, optax.sgd(1.0)),
+            every=EVERY,
+            axis_name="dcn",
+            delay=1 if method.endswith("delay") else 0,
+        )
+        return rounds, sign, TWO
     c, exchange = {
-        "sign all_gather": (efopt.scaled_sign(1024), "all_gather"),
-        "sign two_phase": (efopt.scaled_sign(1024), "two_phase"),
-        "int8 two_phase": (efopt.quantize(8), "two_phase"),
+        "sign all_gather": (sign, "all_gather"),
+        "sign two_phase": (sign, TWO),
+        "int8 two_phase": (efopt.quantize(8), TWO),
         "top_k 1 %": (efopt.top_k(fraction=0.01, block_size=1024), None),
         "random_block 1 %": (efopt.random_block(fraction=0.01), None),
         "power_sgd 4": (efopt.power_sgd(4), None),
@@ -405,20 +483,59 @@ def transformation(method):
     return optax.chain(own, feedback, optax.sgd(RATE)), c, exchange
 
 
+def serve(process):
+    """Prints what is found of each method, a line of JSON each."""
+    for method in process.settings["methods"]:
+        try:
+            print(json.dumps({"method": method, **process.train(method)}), flush=True)
+        except Exception:  # the others may work
+            print(f"{method} failed:", file=sys.stderr)
+            traceback.print_exc()
+        gc.collect()
+
+
+def draw(run, path):
+    """The time of a step by the bytes that leave a device for the other half."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, found in run["methods"].items():
+        sent = found["dcn_bytes"] or found["dcn_counted"]
+        if not sent or name == "no exchange":
+            continue
+        at, ms = sent / 1e6, 1e3 * found["step_seconds"]
+        (line,) = axes.loglog(at, ms, "s" if name in TORCH else "o")
+        axes.annotate(name, (at, ms), (5, 3), textcoords="offset points", fontsize=8)
+        if "exchange_seconds" in found and "no exchange" in run["methods"]:
+            alone = run["methods"]["no exchange"]["step_seconds"]
+            planned = 1e3 * (alone + found["exchange_seconds"])
+            axes.loglog([at, at], [ms, planned], ":", color=line.get_color())
+    axes.set(
+        xlabel="MB that leave a device for the other half, a step",
+        ylabel="milliseconds of a step; dotted, down to the plan",
+        title=f"{run['machine']}, {run['parameters'] / 1e6:.0f} M parameters",
+    )
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--gpus", type=int, default=4, help="an even number, default: 4")
     add("--cpu", action="store_true", help="processes of one CPU device each")
-    add("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    every = [*METHODS, *(TORCH if util.find_spec("torch") else ())]
+    add("--methods", nargs="+", choices=[*METHODS, *TORCH], default=every)
+    add("--one-host", action="store_true", help="halves that are not told apart")
     add("--layers", type=int, default=6)
     add("--width", type=int, default=2048)
     add("--heads", type=int, default=16)
     add("--vocabulary", type=int, default=32768)
     add("--length", type=int, default=512, help="of a sequence, default: 512")
     add("--batch", type=int, default=4, help="sequences of a device, default: 4")
-    add("--steps", type=int, default=10, help="that are timed, default: 10")
+    add("--steps", type=int, default=50, help="that are timed, default: 50")
     add("--limit", type=int, default=150, help="seconds for a method, default: 150")
     add("--output", type=Path, default=Path("gpu_hybrid.json"))
     args = parser.parse_args()
@@ -431,32 +548,41 @@ def main():
 
     # First what plans are made of, then what others are compared with.
     names = [m for m in METHODS if m in args.methods]
-    args.dcn_link = (1e9, 0.0)
+    others = [m for m in TORCH if m in args.methods]
     command = shlex.join(["python", SCRIPT, *sys.argv[1:]])
     run = {"command": command, "machine": None, "methods": {}}
     run |= {k: v for k, v in vars(args).items() if isinstance(v, int)}
-    for name in names:
-        found = launch(name, args)
-        if found is None:
-            continue
+    groups = [(__file__, names), (TRAIN_TORCH, others)]
+    for name, found in (
+        pair
+        for script, group in groups
+        if group
+        for pair in launch(script, group, args)
+    ):
+        device = found.pop("device"), found.pop("version"), found.pop("parameters")
         if not run["machine"]:
-            device = found.pop("device"), found.pop("jax"), found.pop("parameters")
-            run["machine"] = f"{args.gpus} x {device[0]}, jax {device[1]}"
+            run["machine"] = f"{args.gpus} x {device[0]}, {device[1]}"
             print(f"{run['machine']}; {device[2]:,} parameters")
             run["parameters"] = device[2]
             print(HEADS)
+        if name in TORCH:
+            run["torch"] = device[1]
+        assert device[2] == run["parameters"]
         if "dcn_link" in found:
-            args.dcn_link = run["dcn_link"] = found.pop("dcn_link")
+            run["dcn_link"] = found.pop("dcn_link")
             run["fsdp_link"] = found.pop("fsdp_link")
         run["methods"][name] = found
+        found["pays_below"] = pays_below(found, run["methods"])
         print(row(name, found, run["methods"]), flush=True)
         args.output.write_text(json.dumps({"runs": [run]}, indent=2))
     if not run["methods"]:
         sys.exit("gpu_hybrid.py: nothing could be measured")
+    if util.find_spec("matplotlib"):
+        draw(run, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--process"]:
-        print(json.dumps(Process(int(sys.argv[2]), json.loads(sys.argv[3])).train()))
+        serve(Process(int(sys.argv[2]), json.loads(sys.argv[3])))
     else:
         main()

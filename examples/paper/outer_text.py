@@ -12,7 +12,7 @@ nothing is exchanged:
   sign-diloco   the same before Nesterov's momentum
   sparse-6      SparseLoCo: 256 of 4096 coordinates, two bits each
   sparse        64 of 4096 (1.6 %)
-  sparse-grid   the same in the three values of `quantize(2)`
+  sparse-grid   the same in the three values of `quantize(2)`, the default
   sparse-f32    the same in float32
   sparse-none   the same in two bits, and nothing owed
   streaming     sign-diloco in four fragments, each taken one step late and blended

@@ -47,6 +47,16 @@ def joined(x, split):
     return x.reshape(-1, *x.shape[2:])[:split]
 
 
+def test_every_kind_of_state_says_what_becomes_of_it():
+    silent = {
+        row.name
+        for row in ROWS
+        for x in parts(jax.eval_shape(make(row).init, PARAMS))
+        if is_own(x) and x.rule not in efopt.workers.node.RULES
+    }
+    assert silent == set(), "mark it with a rule: `link.wrap(tree, rule=...)`"
+
+
 @each_move_of_each_row
 def test_means_stay_and_so_does_all_that_workers_share(row, n, m):
     state = of_workers(make(row), n)

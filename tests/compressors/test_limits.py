@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from workers_under_test import once
 
 import efopt
 
@@ -50,3 +52,35 @@ def test_only_what_loses_too_much_keeps_no_residual():
     for good in (efopt.quantize(4), efopt.quantize(8), efopt.top_k(k=8)):
         assert good.codec.keeps_no_residual() is None
     assert efopt.compressors.identity().codec.exact and not nearest.codec.exact
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_no_finite_number_becomes_infinite_in_eight_bits(dtype):
+    """Not even where rounding up leaves float32's range; the contraction holds too."""
+    tx = efopt.compressors.cast(dtype, block_size=4)
+    largest = float(np.finfo(np.float32).max)
+    x = np.float32([[3.1e38, -3.2e38, 3.3e38, largest], [-largest, 1, 0, 2.0**127]])
+    got, _ = once(tx, x)
+    got = np.asarray(got, np.float64)
+    assert np.isfinite(got).all()
+    lost = np.sum((got - x.astype(np.float64)) ** 2, axis=1)
+    square = np.sum(x.astype(np.float64) ** 2, axis=1)
+    assert (lost <= (1 - tx.delta((4,))) * square).all()
+    bad, _ = once(tx, np.float32([np.inf, 1, 2, 3]))
+    assert not np.isfinite(bad).any()
+
+
+def test_cold_low_rank_refuses_a_leaf_from_init():
+    tx = efopt.power_sgd(3, warm_start=False, min_compression=0)
+    for transformation in (tx, efopt.error_feedback(tx)):
+        with pytest.raises(ValueError, match="not exceed the smaller side"):
+            jax.eval_shape(transformation.init, np.zeros((2, 509), np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_kept_keeps_its_sign_under_any_mapping(dtype):
+    tx = efopt.top_k(k=3)
+    x = np.array([[-0.0, 0.0, -0.0, 1.0, 0.0]]).astype(jnp.dtype(dtype))
+    one = lambda x: tx.update(x, tx.init(x))[0]  # noqa: E731
+    for got in (jax.jit(jax.vmap(one))(x), jax.jit(one)(x[0])[None]):
+        assert np.signbit(np.asarray(got, np.float32)).tolist()[0][:4] == [1, 0, 0, 0]

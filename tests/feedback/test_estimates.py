@@ -70,11 +70,11 @@ def whole(feedback, decay=DECAY, rate=schedule):
     )
 
 
-def follows(got, path):
+def follows(got, path, atol=1e-5):
     """Every worker holds the oracle's iterate after every step."""
     for x, *want in zip(jax.tree.leaves(got), *path[1:], strict=True):
         for i in range(WORKERS):
-            np.testing.assert_allclose(x[:, i], np.stack(want), rtol=0, atol=1e-5)
+            np.testing.assert_allclose(x[:, i], np.stack(want), rtol=0, atol=atol)
 
 
 TOP, top = efopt.top_k(fraction=0.2), lambda x: oracle.top_k(x, fraction=0.2)
@@ -99,6 +99,43 @@ def test_ef21_is_its_oracle(beta, start):
             np.testing.assert_allclose(own, want, rtol=0, atol=1e-5)
             want = [means[t + 1][j] for t in range(STEPS)]
             np.testing.assert_allclose(state.mean[name][:, i], want, rtol=0, atol=1e-5)
+
+
+def test_ef21_both_ways_is_its_oracle():
+    """Owners move the mean of all estimates as workers move theirs."""
+    params, grads, x0, lists = problem(8)
+    blocked = efopt.top_k(fraction=0.25, block_size=16)
+    tx = whole(ef21(blocked, axis_name=AXIS, exchange="two_phase"))
+    speak = lambda x: oracle.top_k(x, fraction=0.25, block_size=16)  # noqa: E731
+    path, *_ = oracle_since.ef21(
+        x0, lists, schedule, speak, weight_decay=DECAY, both=True
+    )
+    follows(simulate(tx, params, grads)[0], path)
+
+
+@pytest.mark.parametrize("both", [False, slow(True)], ids=["one way", "both ways"])
+def test_muon_behind_ef21_is_its_oracle(both):
+    """EF21-Muon: the momentum stands in front, and Muon behind has none.
+
+    To 1e-4: the polynomial multiplies small singular values, and their rounding, by up
+    to 3.4445 ** 5, about 500, before the rate makes a tenth of it.
+    """
+    params, grads, x0, lists = (
+        x["w"] if isinstance(x, dict) else x for x in problem(9)
+    )
+    x0, lists = x0[1:], [[u[1:] for u in step] for step in lists]
+    compressor, speak, exchange = TOP, top, None
+    if both:
+        compressor, exchange = efopt.top_k(fraction=0.25, block_size=16), "two_phase"
+        speak = lambda x: oracle.top_k(x, fraction=0.25, block_size=16)  # noqa: E731
+    tx = optax.chain(
+        ef21(compressor, beta=0.9, start=1, axis_name=AXIS, exchange=exchange),
+        optax.contrib.muon(schedule, beta=0.0, nesterov=False, weight_decay=DECAY),
+    )
+    path, *_ = oracle_since.ef21(
+        x0, lists, schedule, speak, 0.1, True, DECAY, both, oracle_since.newton_schulz
+    )
+    follows(simulate(tx, params, grads)[0], path, atol=1e-4)
 
 
 @pytest.mark.parametrize("start", [0, slow(1)])
@@ -245,21 +282,22 @@ def test_estimates_send_what_the_plan_says(factory, way, n):
 # ----------------------------------------------------------------------- experiments
 
 
-def ends(feedback, apart, noise, rate, steps=2000, dim=50):
+def ends(feedback, apart, noise, rate, steps=2000, dim=(50,), behind=optax.sgd):
     """Mean loss over the last quarter, of three seeds: eight workers' quadratics.
 
     Their optima lie ``apart``; every gradient has noise of this deviation.
     """
-    curvature = np.linspace(0.1, 1, dim, dtype=np.float32)[None, :]
-    tx = optax.chain(feedback, optax.sgd(rate))
+    curvature = np.linspace(0.1, 1, np.prod(dim), dtype=np.float32).reshape(1, *dim)
+    tx = optax.chain(feedback, behind(rate))
 
     def run(seed):
         key, keys = jax.random.split(jax.random.key(seed))
-        optima = apart * jax.random.normal(key, (8, dim))
+        optima = apart * jax.random.normal(key, (8, *dim))
 
         def step(carry, key):
             x, state = carry
-            grads = curvature * (x - optima) + noise * jax.random.normal(key, (8, dim))
+            grads = curvature * (x - optima)
+            grads = grads + noise * jax.random.normal(key, optima.shape)
             updates, state = jax.vmap(tx.update, axis_name=AXIS)(grads, state, x)
             x = optax.apply_updates(x, updates)
             gap = x[0] - optima.mean(axis=0)
@@ -308,6 +346,21 @@ def test_noisy_gradients_of_unlike_workers_need_momentum_or_control():
         for tx in (CLASSIC, ef21(TENTH, axis_name=AXIS))
     )
     assert np.all(plain > 2 * alike)
+
+
+def muon(rate):
+    """Without a momentum of its own."""
+    return optax.contrib.muon(rate, beta=0.0, nesterov=False)
+
+
+@pytest.mark.slow
+def test_muon_bears_ef21_in_front_and_not_error_feedback():
+    """Measured: classic 52 to 65, EF21 1.7 to 2.3, dense 1.3 to 2.1."""
+    options = dict(apart=5, noise=0.5, rate=0.02, steps=800, dim=(16, 16), behind=muon)
+    classic, new = (
+        ends(tx, **options) for tx in (CLASSIC, ef21(TENTH, axis_name=AXIS))
+    )
+    assert np.all(new < classic / 5)
 
 
 @pytest.mark.slow

@@ -50,10 +50,11 @@ def test_dion_is_its_oracle():
         np.testing.assert_allclose(mean, momenta[1:], rtol=0, atol=2e-4)
 
 
-def test_averaging_the_factors_is_dion_on_averaged_gradients():
+@pytest.mark.parametrize("workers", [slow(2), slow(3), WORKERS])
+def test_averaging_the_factors_is_dion_on_averaged_gradients(workers):
     """To 1e-5 over 20 steps, with data that differ, dense where that is smaller."""
     shapes = {"long": (24, 10), "layers": (3, 10, 24), "small": (5, 4)}
-    params, grads = problem(shapes, 1, steps=20)
+    params, grads = problem(shapes, 1, steps=20, workers=workers)
     every = lambda tree: jax.tree.map(lambda _: True, tree)  # noqa: E731
     make = functools.partial(
         efopt.optimizers.dion, schedule, rank=3, weight_decay=DECAY, matrices=every
@@ -62,7 +63,7 @@ def test_averaging_the_factors_is_dion_on_averaged_gradients():
     mean = jax.tree.map(lambda g: g.mean(axis=1, keepdims=True), grads)
     want, alone = simulate(make(), params, mean)
     for name in params:
-        for i in range(WORKERS):
+        for i in range(workers):
             np.testing.assert_allclose(
                 got[name][:, i], want[name][:, 0], rtol=0, atol=1e-5, err_msg=name
             )

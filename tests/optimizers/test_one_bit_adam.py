@@ -165,7 +165,12 @@ def test_bytes_are_those_of_the_plans_of_both_branches(n):
         ("one_bit_adam", {"warmup": 9, "eps": 0.0}, ValueError, "must be positive"),
         (
             "one_bit_adam",
-            {"warmup": 9, "compressor": efopt.scaled_sign(), "axis_name": AXIS},
+            {
+                "warmup": 9,
+                "compressor": efopt.scaled_sign(),
+                "axis_name": AXIS,
+                "exchange": "two_phase",
+            },
             ValueError,
             "give it a `block_size`",
         ),

@@ -75,7 +75,7 @@ def _trained(make, rate, params, images, labels):
 def best(make, rates, given):
     """The lowest training loss at any of the rates."""
     losses = [float(_trained(make, np.float32(rate), *given)) for rate in rates]
-    print(make.__name__, losses)
+    print(make.__name__, [f"{x:.4f}" for x in losses])  # for `pytest -s`
     return min(x for x in losses if np.isfinite(x))
 
 
@@ -110,3 +110,83 @@ def test_dion_trains_faster_than_error_feedback_at_the_same_bytes(seed):
     mine = best(dion, (0.03, 0.1, 0.3), given)
     assert mine < 0.6 * best(power_sgd, (0.03, 0.1, 0.3), given)
     assert mine < 0.6 * best(dense_sgd, (0.03, 0.1, 0.3), given)
+
+
+def dense(optimizer):
+    identity = efopt.compressors.identity()
+    return optax.chain(efopt.compress(identity, axis_name=AXIS), optimizer)
+
+
+def lion(schedule):
+    return efopt.optimizers.distributed_lion(schedule, axis_name=AXIS)
+
+
+def lion_cub(schedule):
+    return efopt.optimizers.distributed_lion(
+        schedule, compressor=efopt.quantize(4), average_momentum=10, axis_name=AXIS
+    )
+
+
+def dense_lion(schedule):
+    return dense(optax.lion(schedule))
+
+
+def signs_with_feedback(schedule):
+    return efopt.dist_ef_sgd(schedule, axis_name=AXIS)
+
+
+SMALL, LARGE = (0.001, 0.003, 0.01, 0.03), (0.1, 0.3, 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_votes_of_lion_are_as_good_as_lion_where_workers_are_alike(seed):
+    """2404.00438's claim; and better than error feedback of as many bits."""
+    given = task(seed, steps=150)
+    mine = best(lion, SMALL, given)
+    assert mine < 1.6 * best(dense_lion, SMALL, given)
+    assert mine < 0.9 * best(signs_with_feedback, LARGE, given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_few_bits_of_lion_cub_hold_where_workers_differ_and_votes_do_not(seed):
+    """2411.16462's claim. Each worker sees some of the digits alone."""
+    given = task(seed, steps=150, alike=False)
+    cub = best(lion_cub, SMALL, given)
+    assert cub < 0.1 * best(lion, SMALL, given)
+    assert cub < 2.5 * best(dense_lion, SMALL, given)
+
+
+def one_bit_adam(schedule):
+    return efopt.optimizers.one_bit_adam(schedule, warmup=30, axis_name=AXIS)
+
+
+def zero_one_adam(schedule):
+    return efopt.optimizers.zero_one_adam(
+        schedule, freeze=75, refresh=8, axis_name=AXIS
+    )
+
+
+def dense_adam(schedule):
+    return dense(optax.adam(schedule))
+
+
+def adam_behind_feedback(schedule):
+    feedback = efopt.error_feedback(
+        efopt.scaled_sign(1024), axis_name=AXIS, exchange="two_phase"
+    )
+    return optax.chain(feedback, optax.adam(schedule))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_one_bit_momentum_trains_as_adam_and_one_bit_gradients_do_not(seed):
+    """2102.02888's claim and 2202.06009's: 30 dense steps of 150, and 26."""
+    given = task(seed, steps=150)
+    adam = best(dense_adam, SMALL, given)
+    behind = best(adam_behind_feedback, SMALL, given)
+    for method in (one_bit_adam, zero_one_adam):
+        mine = best(method, SMALL, given)
+        assert mine < 1.6 * adam
+        assert mine < 0.4 * behind

@@ -287,8 +287,8 @@ ERRORS = {
         TypeError,
         "got int32 at ['n']",
     ),
-    "no workers": ({"num_workers": 0}, ValueError, "at least 1, got 0"),
-    "half a worker": ({"num_workers": 1.5}, ValueError, "at least 1, got 1.5"),
+    "no workers": ({"num_workers": 0}, ValueError, "below 2**31, got 0"),
+    "half a worker": ({"num_workers": 1.5}, ValueError, "2**31, got 1.5"),
     "true workers": ({"num_workers": True}, ValueError, "got True"),
     "unknown exchange": (
         {"exchange": "ring"},

@@ -164,7 +164,7 @@ def test_network_leaves_nothing_behind(limited, network, monkeypatch, how):
     if how == "unfinished":
         monkeypatch.setattr(network, "_name_host", fail)
     try:
-        with limited("1gbit", 3) as (hosts, address):
+        with limited("1gbit", 3) as (hosts, address, _):
             assert address == "10.77.0.1:47000"
             assert len(namespaces(pid)) == 4 + 3  # with the bridge's; hosts files
             ping = [*hosts[2].command, "cat", "/etc/hosts"]
@@ -191,6 +191,62 @@ def test_interrupted_it_leaves_nothing_behind(limited, tmp_path, number):
     assert process.returncode == 128 + number, printed
     assert namespaces(process.pid) == [] and workers(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_hard_it_leaves_no_workers_and_the_next_one_sweeps(
+    limited, network, tmp_path, monkeypatch
+):
+    process = start(tmp_path, "--rates", "100mbit", "--kill", "--methods", "dense")
+    deadline = time.monotonic() + 120
+    while len(workers(tmp_path)) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 30
+    while workers(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert workers(tmp_path) == []
+    assert namespaces(process.pid) and list(tmp_path.iterdir())
+    monkeypatch.setattr(network.tempfile, "tempdir", str(tmp_path))
+    with limited("1gbit", 1):
+        assert namespaces(process.pid) == []
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_coordinator_listens_on_the_loopback_alone(cluster, network, tmp_path):
+    arguments = "cluster_jax.py", network.localhost(2), ["dense"], cluster.ENDLESS, 1
+    with cluster.cluster_fleet.fleet(*arguments, str(tmp_path)) as processes:
+        deadline = time.monotonic() + 120
+        while not all(w.warm for w in processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        port = int(arguments[1].address.rpartition(":")[2])
+        found = listening(port)
+    # 127.0.0.1 as the kernel writes it, of version 4 or in one of version 6
+    assert found and all(address.endswith("0100007F") for address in found), found
+
+
+def listening(port):
+    """The addresses, in hexadecimal, at which somebody listens on a port."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        path = Path(table)
+        for line in path.read_text().splitlines()[1:] if path.exists() else []:
+            _, local, _, state, *_ = line.split()
+            address, _, number = local.partition(":")
+            if state == "0A" and int(number, 16) == port:
+                found.add(address)
+    return found
+
+
+def test_a_worker_is_root_only_where_nobody_else_could_be(limited, network):
+    """Root makes the namespaces; whoever may read the files computes in them."""
+    drop, owner = network.unprivileged()
+    with limited("1gbit", 1) as made:
+        command = [*made.hosts[0].command, "id", "-u"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert made.owner == owner
+    assert int(found.stdout) == (owner[0] if drop else 0)
 
 
 def test_a_failing_worker_is_quoted(cluster, network, tmp_path):

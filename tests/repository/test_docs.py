@@ -8,6 +8,7 @@ caption, ``for comparison``, and is not run.
 import contextlib
 import dataclasses
 import doctest
+import importlib
 import io
 import re
 import shlex
@@ -173,6 +174,18 @@ def test_files_that_the_text_names_are_there(page):
     for code in re.findall(r"`([^`\n]+)`", prose(page.read_text())):
         for path in re.findall(r"(?:examples|tests|notebooks|docs)/[\w/.]+\.\w+", code):
             assert (REPOSITORY / path).exists(), path
+
+
+@pytest.mark.slow
+def test_drawings_are_made_by_their_script(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS / "pictures"))
+    make = importlib.import_module("make")
+    monkeypatch.setattr(make, "DOCS", tmp_path)
+    make.gradient()
+    make.two_level()
+    for drawing in tmp_path.iterdir():
+        assert (DOCS / drawing.name).exists()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_readme_is_of_two_screens():

@@ -230,3 +230,14 @@ def test_error_feedback_trains_through_wrong_labels_at_batch_eight(monkeypatch):
     feedback = mean("ef-signsgd", 0.3)
     assert feedback >= mean("scaled-sign", 0.3) + 1
     assert feedback >= mean("sgdm", 0.1) - 1
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(tmp_path):
+    """Every line of it holds: the others end, and the run goes on on 3, 2 and 4."""
+    done = run("killed_and_resumed.py", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 7 and all(line.startswith("ok") for line in lines), lines
+    assert sum("the bits of the undisturbed run" in line for line in lines) == 2
+    assert list(tmp_path.iterdir()) == []

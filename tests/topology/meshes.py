@@ -270,6 +270,43 @@ def parts(mesh, params, specs, compressor):
     }
 
 
+def whole(tx, mesh, params, grads):
+    """The same training without a mesh, for what takes shards for one array.
+
+    Its memory of each leaf begins as on a mesh, where the first step draws it.
+    """
+    path = jax.tree_util.tree_map_with_path
+
+    def start(params):
+        def fresh(where, x):
+            return x * 0 if ".codec" in jax.tree_util.keystr(where) else x
+
+        return params, path(fresh, tx.init(params))
+
+    def step(state, g):
+        updates, opt = tx.update(g, state[1], state[0])
+        return optax.apply_updates(state[0], updates), opt
+
+    state = efopt.stack_workers(jax.jit(start)(params), mesh.workers)
+    step = jax.jit(jax.vmap(step, axis_name=mesh.slow))
+    for g in grads:
+        state = step(state, g)
+    return jax.tree.map(lambda x: np.asarray(x[0]), state[0])
+
+
+def per_shard(codec):
+    """A codec in which what would take shards for one array takes each by itself."""
+    if isinstance(codec, tuple):
+        return tuple(map(per_shard, codec))
+    if not dataclasses.is_dataclass(codec):
+        return codec
+    fields = [f.name for f in dataclasses.fields(codec)]
+    inside = {name: per_shard(getattr(codec, name)) for name in fields}
+    if "per_shard" in inside:
+        inside["per_shard"] = True
+    return dataclasses.replace(codec, **inside)
+
+
 def flat(tx, mesh, params, grads, cuts):
     """The same training, device by device: global parameters and the flat states."""
 

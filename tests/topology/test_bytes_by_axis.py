@@ -6,6 +6,7 @@ import jax
 import meshes
 import optax
 import pytest
+from workers_under_test import slow
 
 import efopt
 from efopt import wire
@@ -23,8 +24,11 @@ LEAST = {
     "sign-two_phase": (efopt.scaled_sign(1024), "two_phase", 30),
     "top_k-gather": (efopt.top_k(fraction=0.01, block_size=1024), "all_gather", 60),
     "bits-two_phase": (efopt.quantize(8, block_size=1024), "two_phase", 3.9),
-    "power_sgd": (efopt.power_sgd(4), "all_reduce", 14),  # 64 x 512 / (4 (64 + 512))
+    "power_sgd": (efopt.power_sgd(4, per_shard=True), "all_reduce", 14),  # of 64 x 512
+    # 128 rows of 256: a sketch of 4 x 128, and two of the rows
+    "arc_top_k": (efopt.compressors.arc_top_k(fraction=0.01), "all_reduce", 31),
 }
+VARIANTS = {"arc_top_k"}
 
 
 def step_of(entrance, compressor, exchange, shapes):
@@ -49,7 +53,7 @@ def dense(entrance, bias=False):
 cases = pytest.mark.parametrize(
     "case, entrance",
     [
-        pytest.param(c, e, marks=[] if e == "global" else [pytest.mark.slow])
+        slow(c, e, when=e != "global" or c in VARIANTS)
         for c in LEAST
         for e in meshes.ENTRANCES
     ],
@@ -83,7 +87,7 @@ def test_what_is_equal_behind_a_worker_is_sent_once(entrance):
         *case,
         axis="fsdp",
         beyond=dense(entrance, bias=True),
-        carriers=["all-gather:f32"],
+        carriers=["all-gather:u32"],
         at_most=2 * bias * 3 / 4,  # its average and what was lost of it
     )
     sent = report.bytes_over("dcn").link

@@ -10,6 +10,7 @@ import pytest
 from registry import COMPRESSORS
 
 import efopt
+from efopt.codecs.compressor import make
 
 MESH = meshes.TWO_BY_FOUR
 CASES = {
@@ -46,6 +47,7 @@ def made(case):
     row, exchange = CASES[case]
     # Labels by name: pieces that are cut by hand have other sizes than their leaf.
     compressor = row.make(**({"labels": by_name} if "labels" in row.options else {}))
+    compressor = make(meshes.per_shard(compressor.codec))
     tx = optax.chain(
         efopt.error_feedback(compressor, axis_name="dcn", exchange=exchange),
         optax.sgd(meshes.RATE),

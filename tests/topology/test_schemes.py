@@ -80,6 +80,20 @@ SCHEMES = {
             axis_name=AXIS,
         )
     ),
+    "loco_memory": lambda: chained(
+        efopt.feedback.loco(
+            SIGN,
+            reset=2,
+            memory=efopt.quantize(8, stochastic=True),
+            axis_name=AXIS,
+        )
+    ),
+    "demo": lambda: efopt.optimizers.demo(
+        0.1, decay=0.9, k=2, tile=4, weight_decay=0.01, axis_name=AXIS
+    ),
+    "arc_top_k": lambda: chained(
+        efopt.feedback.ef21(efopt.compressors.arc_top_k(k=1, rank=1), axis_name=AXIS)
+    ),
     "momentum": lambda: chained(
         efopt.per_worker(optax.trace(0.9), axis_name=AXIS), feedback()
     ),
@@ -119,9 +133,25 @@ SCHEMES = {
     "ecq_sgd": lambda: efopt.optimizers.ecq_sgd(
         0.1, compressor=ROUND, alpha=0.5, beta=0.9, axis_name=AXIS
     ),
+    "distributed_lion": lambda: efopt.optimizers.distributed_lion(
+        0.1, weight_decay=0.01, axis_name=AXIS
+    ),
+    "lion_cub": lambda: efopt.optimizers.distributed_lion(
+        0.1, compressor=SIGN, average_momentum=2, axis_name=AXIS
+    ),
+    "one_bit_adam": lambda: efopt.optimizers.one_bit_adam(
+        0.1, warmup=2, compressor=SIGN, weight_decay=0.01, axis_name=AXIS
+    ),
+    "zero_one_adam": lambda: efopt.optimizers.zero_one_adam(
+        RATES, freeze=4, refresh=1, compressor=SIGN, axis_name=AXIS
+    ),
     "diana": lambda: chained(
         efopt.convex.diana(ROUND, alpha=0.1, axis_name=AXIS), feedback()
     ),
+}
+CODECS = {
+    "arc_top_k": efopt.compressors.arc_top_k(k=1, rank=1),
+    "demo": efopt.compressors.dct_top_k(k=2, tile=4),
 }
 # Whole scheme families through the entrance that is farthest from the flat case; the
 # others for those whose state is laid out in a way of its own.
@@ -132,7 +162,7 @@ DEFAULT = {
         "local_steps_streamed dist_ef_sgd ef_sgd signsgd ef21"
     ).split()
 } | {("memory", "nested"), ("start", "nested"), ("dist_ef_sgd", "nested")}
-DEFAULT |= {("local_steps", "nested")}
+DEFAULT |= {("local_steps", "nested"), ("local_steps_streamed", "manual")}
 
 
 def given(scheme):
@@ -143,7 +173,9 @@ def given(scheme):
 @functools.cache
 def by_hand(scheme):
     params, specs, grads = given(scheme)
-    codec = efopt.power_sgd(1) if "power" in scheme else SIGN
+    if "power" in scheme:
+        return meshes.whole(SCHEMES[scheme](), MESH, params, grads)
+    codec = CODECS.get(scheme, SIGN)
     cuts = meshes.parts(MESH, params, specs, codec)
     return meshes.flat(SCHEMES[scheme](), MESH, params, grads, cuts)[0]
 

@@ -90,3 +90,20 @@ def test_shards_train_as_the_whole_matrix_does(name, entrance):
     state = meshes.run(entrance, make("dcn"), mesh, params, specs, grads)
     meshes.close(state["params"], alone(name), atol=1e-5)
     meshes.copies_equal(state)
+
+
+def test_over_the_slow_axis_each_device_sends_its_part_of_the_factors():
+    """And no more: what is equal on several devices is cut in pieces."""
+    mesh = meshes.TWO_BY_FOUR
+    params, specs, grads = task(mesh)
+    step, state, place = meshes.make("global", make("dcn"), mesh, params, specs)
+    report = efopt.wire.measure(step, state, place(grads[0]))
+    numbers = 0
+    for shape, _ in SHAPES.values():
+        if len(shape) == 1:
+            numbers += -(-shape[0] // 4)  # the bias
+        elif len(shape) == 3:
+            numbers += 3 * (shape[1] + shape[2])  # each device has a layer of its own
+        else:
+            numbers += sum(-(-3 * side // 4) for side in shape)
+    assert report.bytes_over("dcn").operand == 4 * numbers

@@ -195,6 +195,22 @@ def test_gradients_that_are_reduced_already(entrance):
         mapped(entrance, own, placed(), task()[2])
 
 
+@pytest.mark.parametrize("scheme", [efopt.error_feedback, efopt.compress])
+def test_a_state_placed_by_other_specs_than_those_of_the_step(scheme):
+    tx = scheme(efopt.scaled_sign(8), axis_name="dcn")
+    params, specs, grads = task()
+    state = efopt.distribute(tx.init(params), MESH.make())
+    placed = efopt.partition_specs(state)
+    step = jax.shard_map(
+        lambda state, g: tx.update(jax.tree.map(lambda x: x[0], g), state),
+        mesh=MESH.make(),
+        in_specs=(placed, jax.tree.map(lambda s: P("dcn", *s), specs)),
+        out_specs=(specs, placed),
+    )
+    with pytest.raises(ValueError, match=r"\(4, 6\) at \['w'\].*shards of shape \(16,"):
+        jax.eval_shape(jax.jit(step), state, grads)
+
+
 def test_stacked_gradients_in_a_mapped_step():
     def own(state, batch):
         efopt.value_and_grad(meshes.loss, axis_name="dcn")(state["params"], batch)

@@ -21,6 +21,9 @@ CASES = {
     "vote": (efopt.sign(), "majority_vote"),
     "top_k": (efopt.top_k(fraction=0.01, block_size=1024), "all_gather"),
     "low rank": (efopt.power_sgd(rank=2), "all_reduce"),
+    "four bits": (efopt.quantize(4), "two_phase"),
+    "cosines": (efopt.compressors.dct_top_k(k=4, tile=16), "all_gather"),
+    "arc": (efopt.compressors.arc_top_k(fraction=0.1), "all_reduce"),
 }
 
 
