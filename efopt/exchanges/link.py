@@ -26,7 +26,7 @@ from efopt.codecs.states import (
     is_placeholder,
     open_states,
 )
-from efopt.exchanges import in_flight, owners, regions, table
+from efopt.exchanges import in_flight, owners, regions, table, watched
 from efopt.exchanges.all_reduce import mean_in_range
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.home import Home, LinkState
@@ -93,19 +93,22 @@ class Link:
     def init(self, params: Any) -> LinkState:
         """The state for a tree of parameters, arrays or structs."""
         states = init_states(self.codec, params, self.api)
+        keeps = self.axes is not None and self.keeps()
+        seen = watched.fresh(len(jax.tree.leaves(params)), keeps)
         home = () if self.axes is None else Home.of(self, params)
         if is_placeholder(params):
-            alone = jnp.zeros([])
-            mark = PerWorker.wrap(alone, self.axes) if self.axes is not None else alone
-            server = mark if self.axes is not None and self.keeps() else ()
-            flight = in_flight.InFlight(mark, alone) if self.delay else ()
-            return LinkState(states, server, home, flight)
+            mark = jnp.zeros([])
+            if self.axes is not None:
+                mark = PerWorker.wrap(mark, self.axes)
+            flight = in_flight.InFlight(mark, jnp.zeros([])) if self.delay else ()
+            return LinkState(states, mark if keeps else (), home, seen, flight)
         server, flight = (), ()
-        if self.axes is not None and self.keeps():
+        if keeps:
+            assert self.axes is not None
             server = owners.fresh(self.kept(self._layout(params)), self.axes)
         if self.delay:
             flight = self.flight(self._layout(params))
-        return LinkState(states, server, home, flight)
+        return LinkState(states, server, home, seen, flight)
 
     def flight(self, layout: Layout, shards: tuple[str, ...] = ()) -> Any:
         """Nothing in flight, for what one device holds.
@@ -207,11 +210,7 @@ class Link:
     def _require_bound(self) -> None:
         axes = self.workers
         assert axes is not None
-        cure = (
-            "; in a plain jitted step over global arrays take the gradients of "
-            f"`efopt.value_and_grad(..., axis_name={axes.key!r})` as they are; or pass "
-            "`axis_name=None` for a single worker"
-        )
+        cure = "; or pass `axis_name=None` for a single worker"
         axes.require_bound(self.api, cure)
 
     def turn(self, count: jax.Array) -> Turn:
@@ -304,6 +303,12 @@ class Link:
             )
         if not wide:
             rests = [_and_rounding(m, r) for m, r in zip(means, rests, strict=True)]
+        seen = state.watched
+        if seen != ():
+            came = [cut.take(x) for cut, x in zip(cuts, given, strict=True)]
+            owed = state.server.local(self.api) if state.server else ()
+            about = layout, came, xs, rests, (owed, self.kept(layout))
+            seen = watched.seen(seen, self.axes, *about)
         wides = [
             jax.ShapeDtypeStruct(shape, compute_dtype(x.dtype))
             for shape, x in zip(shapes, given, strict=True)
@@ -325,7 +330,8 @@ class Link:
         mean = treedef.unflatten(gather(cuts, layout.part(decoded, wides)))
         states = close_states(layout, treedef, states, codec_state)
         states = jax.tree.map(_wrapped_as, state.codec, states, is_leaf=node.is_node)
-        return Averaged(mean, lost, LinkState(states, server, state.home, flight))
+        new = LinkState(states, server, state.home, seen, flight)
+        return Averaged(mean, lost, new)
 
     def entrance(
         self, update: Callable[..., Any], own: bool = False
