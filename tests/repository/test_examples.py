@@ -136,6 +136,16 @@ def test_train_digits_refuses(train_digits, monkeypatch, capsys, options, reason
     assert reason in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_unlike_workers_prints_one_row_a_method(tmp_path):
+    done = run("unlike_workers.py", "--steps", "200", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [re.split(r"\s{2,}", x) for x in done.stdout.splitlines()]
+    exact = {cells[0]: float(cells[1]) for cells in lines[1:-1]}
+    assert exact["EF21"] < exact["error feedback"] / 5
+    assert (tmp_path / "unlike_workers.png").stat().st_size > 10_000
+
+
 def test_compressors_help():
     done = run("compressors.py", "--help", folder=EXAMPLES)
     assert done.returncode == 0 and "--output" in done.stdout
