@@ -498,7 +498,7 @@ class Scheme:
     def make(self, axis_name: Any = None, **changes: Any) -> Any:
         """The transformation over an axis, or of a single worker."""
         options = {**self.options(axis_name), **changes}
-        if self.over_workers:
+        if self.over_workers and "axis_name" in self.parameters:
             options["axis_name"] = axis_name
         return self.factory(**options)
 
@@ -554,6 +554,18 @@ SCHEMES = (
         own=True,
         owes=True,
         kind=True,
+    ),
+    Scheme(
+        "error_feedback_delayed",
+        efopt.error_feedback,
+        lambda axis: {
+            "compressor": BLOCKED,
+            "exchange": None if axis is None else "two_phase",
+            "delay": 1,
+        },
+        own=True,
+        owes=True,
+        slow=True,
     ),
     Scheme(
         "error_feedback_low_rank",
@@ -725,6 +737,19 @@ SCHEMES = (
         "skip_not_finite",
         efopt.watch.skip_not_finite,
         lambda axis: {"inner": efopt.error_feedback(TOP, axis_name=axis)},
+        own=True,
+        owes=True,
+    ),
+    Scheme(
+        "observe",
+        efopt.watch.observe,
+        lambda axis: {
+            "inner": efopt.error_feedback(
+                BLOCKED,
+                axis_name=axis,
+                exchange=None if axis is None else "two_phase",
+            )
+        },
         own=True,
         owes=True,
     ),

@@ -55,6 +55,7 @@ GIVEN = {
     "freeze": 2,
 }
 COMPANY = {
+    "hierarchical": {"fast": "fast"},
     "accumulate": {"axis_name": "data"},
     "per_worker": {"axis_name": "data"},
     "diana": {"compressor": efopt.random_k(fraction=0.5, unbiased=True)},
@@ -120,6 +121,7 @@ def call(function, option, value):
 TAKEN = {
     "api": {"text"},
     "axis_name": {"text"},
+    "fast": {"text"},
     "block_size": {"nothing"},
     "fragments": {"text", "list", "complex", "strange", "vector", "nan"},
     "exchange": {"nothing"},

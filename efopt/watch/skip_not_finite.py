@@ -92,15 +92,15 @@ def skip_not_finite(
         time, if the axis is not bound.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
+      >>> import jax, jax.numpy as jnp, optax
       >>> import efopt
       >>> chain = optax.chain(efopt.error_feedback(efopt.top_k(k=1)), optax.sgd(1.0))
       >>> tx = efopt.watch.skip_not_finite(chain)
-      >>> state = tx.init(jnp.zeros(3))
-      >>> _, state = tx.update(jnp.array([1.0, -3.0, 2.0]), state)
-      >>> updates, state = tx.update(jnp.array([1.0, jnp.nan, 2.0]), state)
-      >>> print(abs(updates), state.inner[0].residual, state.skipped)
-      [0. 0. 0.] [1. 0. 2.] 1
+      >>> state, update = jax.jit(tx.init)(jnp.zeros(3)), jax.jit(tx.update)
+      >>> _, state = update(jnp.array([1.0, -3.0, 2.0]), state)
+      >>> updates, state = update(jnp.array([1.0, jnp.nan, 2.0]), state)
+      >>> print(updates, state.inner[0].residual, state.skipped)
+      [-0. -0. -0.] [1. 0. 2.] 1
 
     References:
       Micikevicius et al, `Mixed Precision Training
@@ -179,11 +179,11 @@ def require_finite(state: Any, params: Any = None) -> None:
       Nothing.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
+      >>> import jax, jax.numpy as jnp, optax
       >>> import efopt
       >>> tx = efopt.watch.skip_not_finite(optax.sgd(1.0), max_consecutive=1)
-      >>> params = {"w": jnp.zeros(2)}
-      >>> _, state = tx.update({"w": jnp.array([jnp.inf, 0.0])}, tx.init(params))
+      >>> params, grads = {"w": jnp.zeros(2)}, {"w": jnp.array([jnp.inf, 0.0])}
+      >>> _, state = jax.jit(tx.update)(grads, jax.jit(tx.init)(params))
       >>> try:
       ...     efopt.watch.require_finite(state, params)
       ... except FloatingPointError as error:
@@ -191,10 +191,8 @@ def require_finite(state: Any, params: Any = None) -> None:
       1 steps were not finite and were skipped, the last 1 of them in a row; i
     """
     for guard in _guards(state):
-        exceeded, skipped, streak, worker, leaf = map(
-            _read,
-            (guard.exceeded, guard.skipped, guard.streak, guard.worker, guard.leaf),
-        )
+        counts = guard.exceeded, guard.skipped, guard.streak, guard.worker, guard.leaf
+        exceeded, skipped, streak, worker, leaf = (int(read(x)) for x in counts)
         if not exceeded:
             continue
         whose = f"the gradient of worker {worker}" if worker >= 0 else ""
@@ -220,10 +218,15 @@ def _guards(state: Any) -> list[SkipNotFiniteState]:
     return found
 
 
-def _read(x: Any) -> int:
-    """The number in an array that is equal everywhere, also across processes."""
-    x = x.addressable_data(0) if isinstance(x, jax.Array) else x
-    return int(np.asarray(x).reshape(-1)[0])
+def read(x: Any, ndim: int = 0) -> np.ndarray:
+    """An array that is equal everywhere, also across processes or in a stack.
+
+    Args:
+      x: The array, placed or stacked.
+      ndim: How many axes it has for one worker.
+    """
+    x = np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) else x)
+    return x.reshape(-1, *x.shape[x.ndim - ndim :])[0]
 
 
 def _name(leaf: int, params: Any) -> str:

@@ -90,7 +90,9 @@ class Axes:
                 raise ValueError(
                     f"{api} works over the mapped axis {name!r}, and none of that name "
                     "is bound here. Call it inside `jax.shard_map`, `jax.pmap` or "
-                    f"`jax.vmap(..., axis_name={name!r})`{cure}."
+                    f"`jax.vmap(..., axis_name={name!r})`; in a plain jitted step over "
+                    "global arrays take the gradients of `efopt.value_and_grad(..., "
+                    f"axis_name={self.key!r})` as they are{cure}."
                 )
 
     def require_local(self, api: str, updates: Any) -> None:

@@ -98,6 +98,13 @@ def per_worker(
     def _stacked(updates: Any, state: Any, params: Any, extra_args: Any) -> Any:
         state.require_whole(f"`per_worker(axis_name={axis_name!r})`")
         leaves = jax.tree.leaves((updates, state))
+        rows = {x.shape[0] for x in leaves}
+        if len(rows) > 1:
+            raise ValueError(
+                f"`per_worker(axis_name={axis_name!r})` got the gradients of "
+                f"{leaves[0].shape[0]} workers, and a state that is not theirs. Place "
+                "it before the step: `efopt.distribute(state, mesh, params_specs)`."
+            )
         workers = jnp.arange(leaves[0].shape[0] if leaves else 1)
         name = spmd_name(axes, leaves)
         if leaves and name is None:

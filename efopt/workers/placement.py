@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from efopt.workers import branches
 from efopt.workers.axes import Axes, AxisName
-from efopt.workers.branches import require_common
 from efopt.workers.node import PerWorker, is_node
 from efopt.workers.ranges import range_size
 from efopt.workers.specs import Rule, path_of
@@ -60,7 +60,9 @@ def partition_specs(tree: Any, params_specs: Any = None, *, params: Any = None) 
       >>> specs.residual.value == jax.sharding.PartitionSpec("data")
       True
     """
-    require_common("`partition_specs`", tree)
+    branches.require_common("`partition_specs`", tree)
+    branches.require_marked("`partition_specs`", tree)
+    branches.require_one_structure("`partition_specs`", tree)
     return _specs(tree, Rule(tree, params_specs, params))
 
 
@@ -137,7 +139,8 @@ def distribute(
             "`distribute(tree, mesh)` takes a mesh, as `jax.make_mesh(...)` makes one, "
             f"got {type(mesh).__name__}."
         )
-    require_common("`distribute`", tree)
+    branches.require_common("`distribute`", tree)
+    branches.require_marked("`distribute`", tree)
     leaves = jax.tree.leaves(tree)
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
     if is_stacked(tree):
@@ -275,7 +278,7 @@ def stack_workers(
                 f"{num_workers!r}."
             )
 
-    require_common("`stack_workers`", tree)
+    branches.require_common("`stack_workers`", tree)
     placing = None
     if devices is not None:
         if len(devices) != math.prod(sizes):

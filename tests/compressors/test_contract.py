@@ -54,6 +54,11 @@ each_factory = each({r.factory: r for r in COMPRESSORS if not r.slow}.values())
 each_kind = each([r for r in COMPRESSORS if r.kind])
 each_random_row = each([r for r in COMPRESSORS if r.random])
 each_message_row = each([r for r in COMPRESSORS if r.one_message])
+# All of them in the slow lane, one of each kind in every run: for long tests.
+each_row_kinds_first = each(COMPRESSORS, lambda row: row.kind)
+each_message_row_kinds_first = each(
+    [r for r in COMPRESSORS if r.one_message], lambda row: row.kind
+)
 each_rounding_row = each([r for r in COMPRESSORS if r.neighbours is not None])
 
 
@@ -106,7 +111,7 @@ def at_step(step, compressor=None, grads=None):
 # ------------------------------------------------------------- shapes and zeros
 
 
-@each_row
+@each_row_kinds_first
 def test_update_keeps_structure_shapes_and_dtypes(row):
     for tx, grads in both(row):
         updates, state = jitted(tx)(grads, tx.init(grads))
@@ -323,7 +328,7 @@ WIRE_SHAPES = ((), (1,), (2,), (7,), (3, 5), (16,), (17,), (33, 5), (1024,), (10
 WIRE_SHAPES += ((2, 1031), (65537,))
 
 
-@each_message_row
+@each_message_row_kinds_first
 def test_decompress_of_compress_is_the_update(row):
     """What decodes knows the payload, the step, shape and dtype, and nothing else."""
     compressor = row.make()
@@ -348,7 +353,7 @@ def test_decompress_of_compress_is_the_update(row):
     assert bits(decoded) == bits(updates)
 
 
-@each_message_row
+@each_message_row_kinds_first
 def test_payload_is_unsigned_or_float_by_blocks_and_as_large_as_declared(row):
     compressor = row.make()
     cases = [(shape, jnp.float32) for shape in WIRE_SHAPES]
@@ -459,7 +464,7 @@ def adversaries(shape, largest):
     return {k: x.astype(np.float32).reshape(shape) for k, x in clipped.items()}
 
 
-@each_row
+@each_row_kinds_first
 def test_declared_factors_hold_on_adversarial_inputs(row):
     """Random compressors: 200 draws, bounds of 6 standard errors.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
+from workers_under_test import slow
 
 import efopt
 from efopt import compressors
@@ -60,7 +61,12 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("compressor", CASES, ids=repr)
+BY_DEFAULT = {CASES[0], *(c for c in CASES if "count_sketch" in repr(c))}
+
+
+@pytest.mark.parametrize(
+    "compressor", [slow(c, when=c not in BY_DEFAULT, id=repr(c)) for c in CASES]
+)
 def test_index_checks_find_nothing(compressor):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(40, 50)), jnp.float32)
     checked = checkify.checkify(compressor.update, errors=checkify.all_checks)

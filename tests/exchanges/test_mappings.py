@@ -45,7 +45,7 @@ def chain(name):
     )
 
 
-BY_DEFAULT = ("identity", "scaled_two_phase", "sign_vote", "power_sgd")
+BY_DEFAULT = ("scaled_two_phase", "power_sgd")
 
 
 @pytest.mark.parametrize("name", [slow(n, when=n not in BY_DEFAULT) for n in CASES])

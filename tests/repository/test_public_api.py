@@ -343,7 +343,7 @@ BY_KEYWORD = {n: f for n, f in FUNCTIONS.items() if hasattr(f, "__wrapped__")}
 
 
 def test_all_that_have_many_options_take_them_by_keyword():
-    few = {"compose", "identity", "partition", "scaled_sign", "frozen"}
+    few = {"compose", "identity", "partition", "scaled_sign", "frozen", "observe"}
     few |= set(factories(efopt.exchanges))
     made = set(MADE) | set(COMPOSED) | {"accumulate", "per_worker"}
     by_keyword = {f.__name__ for f in BY_KEYWORD.values()}

@@ -44,14 +44,8 @@ COMPRESSORS = {
 DEFAULT = {
     ("dcn4xfsdp2-dcn-explicit", "sign-two_phase", "global"),
     ("fsdp2xdcn2xtensor2-dcn-auto", "sign-two_phase", "manual"),
-    ("fsdp2xdcn2xtensor2-dcn-auto", "sign-two_phase", "nested"),
-    ("fsdp2xdcn2xtensor2-dcn-auto", "sign-two_phase", "global"),
-    ("fsdp2xdcn2xtensor2-dcn-explicit", "power_sgd-all_reduce", "nested"),
-    ("fsdp2xdcn4-dcn-explicit", "top_k-all_gather", "nested"),
-    ("pod2xdcn2xfsdp2-pod+dcn-auto", "random_block-two_phase", "global"),
     ("pod2xdcn2xfsdp2-pod+dcn-auto", "random_block-two_phase", "nested"),
     ("fsdp2xtensor2xdcn2-dcn-auto", "power_sgd-all_reduce", "global"),
-    ("dcn2xfsdp2xpod2-pod+dcn-explicit", "sign-two_phase", "global"),
 }
 PRODUCT = [
     (mesh, compressor, entrance)

@@ -94,6 +94,14 @@ def test_a_state_that_is_not_placed():
         stepped(state, grads)
 
 
+def test_a_state_in_front_of_the_exchange_that_is_not_placed():
+    params, specs, grads = task()
+    tx = efopt.per_worker(optax.trace(0.9), axis_name="dcn")
+    stacked = efopt.PerWorker({k: np.asarray(g) for k, g in grads.items()}, "dcn")
+    with pytest.raises(ValueError, match=r"of 2 workers.*efopt.distribute\(state,"):
+        jax.eval_shape(tx.update, stacked, jax.eval_shape(tx.init, params))
+
+
 def test_a_state_of_another_mesh():
     params, specs, grads = task()
     other = meshes.Mesh((2, 2, 2), ("dcn", "fsdp", "tensor"))

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from registry import AXIS, WORKERS
+from registry import AXIS, OPTIMIZERS, WORKERS
 from test_schemes_and_optimizers import (
     PARAMS,
     ROWS,
@@ -117,9 +117,10 @@ def check_that_it_never_was(row, how):
             updates, expected = guard.step(turned(what)), plain.step(turned(what))
             got = updates, guard.params, guard.state.inner
             expected = expected, plain.params, plain.state
-            if row.exact:
+            # What an optimizer adds is fused otherwise by every program.
+            if row.exact and (row not in OPTIMIZERS or how == "auto"):
                 assert bits(got) == bits(expected)
-            else:  # as it is compiled: another program fuses otherwise
+            else:
                 for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
                     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
             streak = 0
@@ -229,9 +230,10 @@ def test_values_that_were_never_finite_are_nobodys_fault():
     plateau = optax.contrib.reduce_on_plateau(patience=1)
     tx = guarded(optax.chain(plateau, optax.sgd(0.1)), None)
     params = {"w": np.ones(3, np.float32)}
-    assert np.isinf(tx.init(params).inner[0].best_value)
+    start = jax.jit(tx.init)(params)
+    assert np.isinf(start.inner[0].best_value)
     update = jax.jit(lambda g, s: tx.update(g, s, params, value=jnp.inf))
-    _, state = update(params, tx.init(params))
+    _, state = update(params, start)
     assert state.skipped == 0
 
 
@@ -346,7 +348,7 @@ def test_several_workers_are_not_blamed_for_one():
 
 def test_a_state_without_a_guard_is_refused():
     with pytest.raises(ValueError, match="there is none in it"):
-        efopt.watch.require_finite(optax.sgd(0.1).init({"w": np.zeros(2)}))
+        efopt.watch.require_finite({"w": np.zeros(2)})
 
 
 # ------------------------------------------------------------------ what is refused
