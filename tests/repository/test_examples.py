@@ -223,6 +223,24 @@ def test_conef_text_tells_its_options_and_writes_what_it_found(tmp_path):
 
 
 @pytest.mark.slow
+def test_outer_text_tells_what_meetings_send_and_writes_what_it_found(tmp_path):
+    script, text = "paper/outer_text.py", tmp_path / "text.txt"
+    done = run(script, "--steps", "7", "--every", "2", folder=tmp_path)
+    assert done.returncode == 2 and "multiple of --every" in done.stderr
+    text.write_text("to be or not to be, that is the question; " * 50)
+    options = "--steps 4 --every 2 --round 4 --width 32 --layers 1 --context 8"
+    options += " --workers 2 --batch 2 --methods dense average sparse streaming"
+    done = run(script, "--data", text, *options.split(), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "outer_text.json").read_text())["results"]
+    assert list(found) == ["dense", "average", "sparse", "streaming"]
+    assert all(np.isfinite(r["losses"][-1][1]).all() for r in found.values())
+    assert found["average"]["bytes"] == found["dense"]["bytes"] / 4
+    assert found["sparse"]["bytes"] < found["average"]["bytes"] / 50
+    assert (tmp_path / "outer_text.png").is_file()
+
+
+@pytest.mark.slow
 def test_error_feedback_trains_through_wrong_labels_at_batch_eight(monkeypatch):
     """Mean of five seeds, at the rates that `noisy_labels.py` chooses by itself."""
     monkeypatch.syspath_prepend(str(EXAMPLES / "paper"))
