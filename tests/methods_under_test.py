@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
@@ -17,13 +18,19 @@ def schedule(t):
     return 0.1 / (1.0 + 0.1 * t)
 
 
-def problem(shapes, seed=0, steps=STEPS, workers=WORKERS):
-    """Parameters and gradients `[t, worker, ...]`, other ones for every worker."""
+def problem(shapes, seed=0, steps=STEPS, workers=WORKERS, apart=0):
+    """Parameters and gradients `[t, worker, ...]`, other ones for every worker.
+
+    They lie about a mean of each worker's own, this far from that of others.
+    """
     rng = np.random.default_rng(seed)
     draw = lambda *lead: {  # noqa: E731
         k: rng.standard_normal((*lead, *s), np.float32) for k, s in shapes.items()
     }
-    return draw(), draw(steps, workers)
+    params, grads = draw(), draw(steps, workers)
+    if apart:
+        grads = jax.tree.map(lambda m, g: apart * m + g, draw(1, workers), grads)
+    return params, grads
 
 
 def listed(params, grads):
@@ -85,3 +92,32 @@ def stepped(tx, mesh, state, params, **jit):
     fn = jax.shard_map(step, mesh=mesh, in_specs=(specs, P(AXIS)), out_specs=specs)
     jit = jit or {"compiler_options": FAST}
     return jax.jit(fn, donate_argnums=0, **jit), state, grads
+
+
+def ends(feedback, apart, noise, rate, steps=2000, dim=(50,), behind=optax.sgd):
+    """Mean loss over the last quarter, of three seeds: eight workers' quadratics.
+
+    Their optima lie ``apart``; every gradient has noise of this deviation.
+    """
+    curvature = np.linspace(0.1, 1, np.prod(dim), dtype=np.float32).reshape(1, *dim)
+    tx = optax.chain(feedback, behind(rate))
+
+    def run(seed):
+        key, keys = jax.random.split(jax.random.key(seed))
+        optima = apart * jax.random.normal(key, (8, *dim))
+
+        def step(carry, key):
+            x, state = carry
+            grads = curvature * (x - optima)
+            grads = grads + noise * jax.random.normal(key, optima.shape)
+            updates, state = jax.vmap(tx.update, axis_name=AXIS)(grads, state, x)
+            x = optax.apply_updates(x, updates)
+            gap = x[0] - optima.mean(axis=0)
+            return (x, state), jnp.sum(curvature[0] * gap**2) / 2
+
+        x = jnp.zeros(dim)
+        start = efopt.stack_workers((x, tx.init(x)), 8)
+        losses = jax.lax.scan(step, start, jax.random.split(keys, steps))[1]
+        return jnp.mean(losses[-steps // 4 :])
+
+    return np.asarray(jax.jit(jax.vmap(run))(np.arange(3)))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from efopt.checkpoints.arrays import by_columns, on_host
+from efopt.feedback.landed import landed
 from efopt.feedback.rewritten import rewritten
 from efopt.ground.checks import keyword_only
 from efopt.workers import moves
@@ -50,6 +51,7 @@ def resize(
     residuals stored compressed   mixed as they are where payloads may be summed; else
                                   read, mixed and written again, and what that loses is
                                   paid into ``params`` at once
+    payloads in flight            read and owed instead: the next update is zero
     integers                      refused, unless all workers hold the same
     ============================  ======================================================
 
@@ -96,7 +98,7 @@ def resize(
       [[1. 2.]
        [5. 6.]]
     """
-    state = unstacked(state, stacked)
+    state = landed("`resize`", unstacked(state, stacked))
     sizes_of = _Sizes(num_workers, state)
     losses: list[tuple[Any, Any]] = []
 

@@ -67,6 +67,7 @@ def error_feedback(
     damping: float | None = None,
     form: str | None = None,
     start: int = 0,
+    delay: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages updates over workers, compressed, and owes what compression lost.
 
@@ -130,6 +131,14 @@ def error_feedback(
     what is owed of them is soon wrong. The program then holds both exchanges, each in a
     branch that all workers take together.
 
+    *An exchange that hides.* With ``delay=1`` a step exchanges the payloads of the step
+    before, which wait in the state, encoded; what it applies is one step old. The
+    exchange then depends on nothing of the step, and a compiler may carry it while the
+    gradients are computed: on a slow network a step need not wait for it. The first
+    update is zero. Parameters minus rate times the mean of (residual + what is in
+    flight) follow SGD as before; with the identity this is SGD on gradients that are
+    one step old. For compressors that send one message.
+
     *Exchanges*, for ``n`` workers and a payload of ``b`` bytes over all leaves, in
     bytes that leave each worker: ``all_reduce`` (linear compressors) ``2 b (n-1)/n``,
     one collective per dtype; ``all_gather`` ``b (n-1)``, one collective; ``two_phase``
@@ -161,6 +170,7 @@ def error_feedback(
       damping: As there.
       form: As there.
       start: Steps that are averaged uncompressed first, at least 0. Static.
+      delay: Steps that a payload waits before it is exchanged: 0 or 1. Static.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.
@@ -169,9 +179,10 @@ def error_feedback(
       TypeError: If ``compressor`` or ``memory`` is none, ``residual_dtype`` or a leaf
         is not floating-point, or an option is of another type.
       ValueError: If the exchange is unknown or cannot carry the compressor, or the
-        memory cannot keep a residual; at trace
-        time, if the axis is not bound, updates are already averaged or differ from what
-        ``init`` saw, or the state was not placed.
+        memory cannot keep a residual; if ``delay`` is neither 0 nor 1, or meets a
+        compressor that speaks in rounds or a ``start``; at trace time, if the axis is
+        not bound, updates are already averaged or differ from what ``init`` saw, or the
+        state was not placed.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -200,6 +211,7 @@ def error_feedback(
         damping=damping,
         form=form,
         start=start,
+        delay=delay,
     )
 
 
@@ -215,10 +227,16 @@ def feedback_through(
     damping: Any,
     form: Any,
     start: Any,
+    delay: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """:func:`error_feedback`, under the name by which it was called."""
     link = open_link(
-        api, compressor, axis_name=axis_name, exchange=exchange, start=start
+        api,
+        compressor,
+        axis_name=axis_name,
+        exchange=exchange,
+        start=start,
+        delay=delay,
     )
     store = open_residual(api, residual_dtype, memory, damping, form)
     state_of = ErrorFeedbackState if memory is None else ContractiveErrorFeedbackState

@@ -21,6 +21,11 @@ is left out where it is not installed (`pip install torch`).
     python examples/benchmarks/cluster.py --rates 100mbit 1gbit
     python examples/benchmarks/cluster.py --kill  # and what becomes of the others
     python examples/benchmarks/cluster.py --hybrid --rates 100mbit 1gbit
+    python examples/benchmarks/cluster.py --outer --rates 100mbit --steps 93
+
+With `--outer` workers meet at every thirtieth step, beside those that do at every one
+and those that never do; seconds of a step are then means over whole rounds, HLO bytes
+those of a meeting, and the file is cluster_outer.json.
 
 With `--hybrid` a host has four virtual devices and parameters are sharded over them:
 two hosts are a mesh of `dcn` 2 x `fsdp` 4, compressed over `dcn` alone. HLO bytes are
@@ -42,6 +47,7 @@ import cluster_fleet
 import cluster_hybrid
 import cluster_jax
 import cluster_network
+import cluster_outer
 import matplotlib.pyplot as plt
 from cluster_network import RATES, ClusterError
 from cluster_task import WARM_UP
@@ -233,9 +239,15 @@ def parse_args(arguments=None):
     add("--batch", type=int, default=8, help="images of a worker, default: 8")
     add("--port", type=int, default=0, help="on localhost, default: one that is free")
     add("--hybrid", action="store_true", help="hosts of four devices, sharded inside")
+    add("--outer", action="store_true", help="local steps, and meetings")
     add("--kill", action="store_true", help="take a worker away instead of timing")
     add("--output", type=Path, default=Path("."), help="folder, default: this one")
     args = parser.parse_args(arguments)
+    if args.outer:
+        SCRIPTS.clear()
+        SCRIPTS.update(dict.fromkeys(cluster_outer.METHODS, "cluster_outer.py"))
+        if args.kill or args.hybrid:
+            parser.error("argument --outer: with neither --kill nor --hybrid")
     if args.hybrid:
         SCRIPTS.clear()
         SCRIPTS.update(dict.fromkeys(cluster_hybrid.METHODS, "cluster_hybrid.py"))
@@ -293,7 +305,7 @@ def main():
             results = {}
             for rate in (LOCALHOST, *options.rates):
                 rows = benchmark(rate, options, cache)
-                if rate != LOCALHOST and not options.hybrid:
+                if rate != LOCALHOST and not (options.hybrid or options.outer):
                     add_predictions(rate, rows, results[LOCALHOST], options.workers)
                 results[rate] = rows
                 print(f"\n{rate}\n{table(rows)}", flush=True)
@@ -303,6 +315,7 @@ def main():
     settings = {name: getattr(options, name) for name in names}
     everything = {"machine": title, **settings, "results": results}
     stem = "cluster_hybrid" if options.hybrid else "cluster"
+    stem = "cluster_outer" if options.outer else stem
     data, picture = options.output / f"{stem}.json", options.output / f"{stem}.png"
     data.write_text(json.dumps(everything, indent=2) + "\n")
     draw(results, title, picture)

@@ -78,7 +78,7 @@ def train_step(state, batch):
         logits = state.apply_fn({"params": params}, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    local = efopt.local_params(state.params, "data")
+    local = efopt.local_params(state.params, "data", state.opt_state)
     loss, grads = jax.value_and_grad(loss_fn)(local)
     return state.apply_gradients(grads=grads), loss[None]
 
@@ -128,8 +128,8 @@ def latency(mesh):
     return statistics.median(seconds) / (2 * (mesh.size - 1))
 
 
-def main():
-    task = task_of(sys.argv[1])
+def joined(task):
+    """The mesh of all workers, once they have found one another."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         task.address,
@@ -140,7 +140,12 @@ def main():
         coordinator_bind_address=task.address,  # else it listens on all interfaces
     )
     auto = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((task.workers,), ("data",), auto)
+    return jax.make_mesh((task.workers,), ("data",), auto)
+
+
+def main():
+    task = task_of(sys.argv[1])
+    mesh = joined(task)
     message, results = latency(mesh), {}
     for name in task.methods:
         training = Training(optimizer(name), mesh)

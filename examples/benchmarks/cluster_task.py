@@ -63,6 +63,7 @@ class Task:
         sent = (self._sent() - sent) / (self.steps - WARM_UP)
         return {
             "step_seconds": statistics.median(seconds[WARM_UP:]),
+            "mean_seconds": statistics.mean(seconds[WARM_UP:]),
             "losses": losses,
             # The loopback interface carries the bytes of all workers, and others'.
             "interface_bytes": None if self.interface == "lo" else sent,

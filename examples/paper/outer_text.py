@@ -190,15 +190,15 @@ def loss_at(params, starts, text, args):
     return losses.mean()
 
 
-def axes_of(state):
-    """Where `vmap` finds the workers: everywhere but in the count of steps.
+def axes_of(state, axis):
+    """Where `vmap` finds workers, or seeds: on an axis of all but the count of steps.
 
     What is not mapped over is known to be one: the branch of a meeting stays a branch,
     where one condition a worker would have both sides computed at every step.
     """
     if not isinstance(state, efopt.outer.LocalStepsState):
-        return 0
-    return state._replace(count=None, local=0, outer=0)
+        return axis
+    return state._replace(count=None, local=axis, outer=axis)
 
 
 def run(name, args, data):
@@ -209,7 +209,8 @@ def run(name, args, data):
     rate = optax.warmup_cosine_decay_schedule(0.0, args.lr, warm, args.steps)
     tx = make(optax.adamw(rate, b2=0.99, weight_decay=0.01), args.round)
     described = jax.eval_shape(lambda: init(jax.random.key(0), characters, args))
-    one = axes_of(jax.eval_shape(tx.init, described))
+    described = jax.eval_shape(tx.init, described)
+    one, seed = (axes_of(described, axis) for axis in (0, 1))
 
     def start(seed):
         params = init(jax.random.fold_in(jax.random.key(7), seed), characters, args)
@@ -247,10 +248,10 @@ def run(name, args, data):
         return parts.mean()
 
     seeds = jnp.arange(args.seeds)
-    carries = jax.jit(jax.vmap(start, out_axes=(0, one)))(seeds)
-    axes = ((0, one), 0, None)
-    train_some = jax.jit(jax.vmap(steps, axes, (0, one)), donate_argnums=0)
-    test_all = jax.jit(jax.vmap(tested, ((0, one),)))
+    carries = jax.jit(jax.vmap(start, out_axes=(1, seed)))(seeds)
+    axes = ((1, seed), 0, None)
+    train_some = jax.jit(jax.vmap(steps, axes, (1, seed)), donate_argnums=0)
+    test_all = jax.jit(jax.vmap(tested, ((1, seed),)))
     losses, times = [], []
     for begin in range(0, args.steps, args.every):
         clock = time.perf_counter()

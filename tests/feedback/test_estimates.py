@@ -8,58 +8,32 @@ import optax
 import oracle
 import oracle_since
 import pytest
+from methods_under_test import (
+    DECAY,
+    STEPS,
+    WORKERS,
+    compiled,
+    ends,
+    follows,
+    listed,
+    problem,
+    schedule,
+    simulate,
+)
 from proofs.changes import changes
-from workers_under_test import AXIS, FAST, make_mesh, slow
+from workers_under_test import AXIS, slow
 
 import efopt
 from efopt import wire
 from efopt.feedback import econtrol, ef21
 
-WORKERS, STEPS, DECAY = 4, 50, 0.01
 SHAPES = {"b": (11,), "w": (12, 10)}
 
 
-def schedule(t):
-    return 0.1 / (1.0 + 0.1 * t)
-
-
-def tree(rng, *lead):
-    return {k: rng.standard_normal((*lead, *s), np.float32) for k, s in SHAPES.items()}
-
-
-def leaves(t):
-    return [np.asarray(x, np.float64) for x in jax.tree.leaves(t)]
-
-
-def problem(seed, steps=STEPS):
-    """Parameters, gradients `[t, worker, ...]`, and both as the oracle takes them.
-
-    Gradients lie about a mean of each worker's own, as of data that differ.
-    """
-    rng = np.random.default_rng(seed)
-    params, means, noise = tree(rng), tree(rng, 1, WORKERS), tree(rng, steps, WORKERS)
-    grads = jax.tree.map(lambda m, x: m + x, means, noise)
-    lists = [
-        [[x[t, i] for x in leaves(grads)] for i in range(WORKERS)] for t in range(steps)
-    ]
-    return params, grads, leaves(params), lists
-
-
-def simulate(tx, params, grads):
-    """Parameters and states after each step, `[t, worker, ...]`."""
-
-    def run(params, grads):
-        def step(carry, g):
-            params, state = carry
-            updates, state = jax.vmap(tx.update, axis_name=AXIS)(g, state, params)
-            carry = optax.apply_updates(params, updates), state
-            return carry, carry
-
-        state = efopt.stack_workers((params, tx.init(params)), WORKERS)
-        return jax.lax.scan(step, state, grads)[1]
-
-    out = jax.jit(run, compiler_options=FAST)(params, grads)
-    return jax.tree.map(np.asarray, out)
+def unlike(seed, steps=STEPS):
+    """Parameters, gradients of workers whose data differ, and both for the oracle."""
+    params, grads = problem(SHAPES, seed, steps, apart=1)
+    return params, grads, *listed(params, grads)
 
 
 def whole(feedback, decay=DECAY, rate=schedule):
@@ -70,13 +44,6 @@ def whole(feedback, decay=DECAY, rate=schedule):
     )
 
 
-def follows(got, path, atol=1e-5):
-    """Every worker holds the oracle's iterate after every step."""
-    for x, *want in zip(jax.tree.leaves(got), *path[1:], strict=True):
-        for i in range(WORKERS):
-            np.testing.assert_allclose(x[:, i], np.stack(want), rtol=0, atol=atol)
-
-
 TOP, top = efopt.top_k(fraction=0.2), lambda x: oracle.top_k(x, fraction=0.2)
 
 
@@ -84,7 +51,7 @@ TOP, top = efopt.top_k(fraction=0.2), lambda x: oracle.top_k(x, fraction=0.2)
     ("beta", "start"), [(None, 0), (0.9, 1), slow(None, 1), slow(0.9, 0)]
 )
 def test_ef21_is_its_oracle(beta, start):
-    params, grads, x0, lists = problem(0)
+    params, grads, x0, lists = unlike(0)
     tx = whole(ef21(TOP, beta=beta, start=start, axis_name=AXIS))
     eta = 1 - (beta or 0)
     path, owns, means = oracle_since.ef21(
@@ -103,7 +70,7 @@ def test_ef21_is_its_oracle(beta, start):
 
 def test_ef21_both_ways_is_its_oracle():
     """Owners move the mean of all estimates as workers move theirs."""
-    params, grads, x0, lists = problem(8)
+    params, grads, x0, lists = unlike(8)
     blocked = efopt.top_k(fraction=0.25, block_size=16)
     tx = whole(ef21(blocked, axis_name=AXIS, exchange="two_phase"))
     speak = lambda x: oracle.top_k(x, fraction=0.25, block_size=16)  # noqa: E731
@@ -120,9 +87,7 @@ def test_muon_behind_ef21_is_its_oracle(both):
     To 1e-4: the polynomial multiplies small singular values, and their rounding, by up
     to 3.4445 ** 5, about 500, before the rate makes a tenth of it.
     """
-    params, grads, x0, lists = (
-        x["w"] if isinstance(x, dict) else x for x in problem(9)
-    )
+    params, grads, x0, lists = (x["w"] if isinstance(x, dict) else x for x in unlike(9))
     x0, lists = x0[1:], [[u[1:] for u in step] for step in lists]
     compressor, speak, exchange = TOP, top, None
     if both:
@@ -140,7 +105,7 @@ def test_muon_behind_ef21_is_its_oracle(both):
 
 @pytest.mark.parametrize("start", [0, slow(1)])
 def test_econtrol_is_its_oracle(start):
-    params, grads, x0, lists = problem(1)
+    params, grads, x0, lists = unlike(1)
     options = dict(gain=0.2, start=start, learning_rate=schedule, axis_name=AXIS)
     path, errors = oracle_since.econtrol(
         x0, lists, schedule, top, 0.2, bool(start), DECAY
@@ -151,7 +116,8 @@ def test_econtrol_is_its_oracle(start):
         for i in range(WORKERS):
             want = np.stack([errors[t + 1][i][j] for t in range(STEPS)])
             got = state.residual.value[name][:, i, 0]
-            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+            atol = 1e-5 * np.abs(want).max()  # they grow as the rate falls
+            np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 
 
 # ------------------------------------------------------------------------- its laws
@@ -163,7 +129,7 @@ RATES = np.array([0.0, 0.1, 0.0, 0.05, 0.1, 0.0, 0.0, 0.2, 0.1, 0.05], np.float3
 def test_behind_econtrol_stands_sgd_under_any_schedule(estimate):
     """Parameters less the rate times the mean error: the path without compression."""
     rates = lambda t: jnp.asarray(RATES)[t]  # noqa: E731
-    params, grads, x0, lists = problem(2, len(RATES))
+    params, grads, x0, lists = unlike(2, len(RATES))
     tx = econtrol(TOP, gain=0.3, estimate=estimate, learning_rate=rates, axis_name=AXIS)
     got, state = simulate(whole(tx, 0.0, rates), params, grads)
     path = oracle.sgd(x0, lists, lambda t: RATES[t])
@@ -177,7 +143,7 @@ def test_behind_econtrol_stands_sgd_under_any_schedule(estimate):
 
 def test_what_is_compressed_both_ways_has_no_iterate_behind_it():
     tx = econtrol(efopt.scaled_sign(8), axis_name=AXIS, exchange="two_phase")
-    params = tree(np.random.default_rng(0))
+    params, *_ = unlike(0)
     state = efopt.stack_workers(jax.jit(tx.init)(params), 2)
     params = efopt.stack_workers(params, 2)
     with pytest.raises(ValueError, match="the mean again.*`error_feedback`"):
@@ -186,7 +152,7 @@ def test_what_is_compressed_both_ways_has_no_iterate_behind_it():
 
 def test_the_mean_is_that_of_all_estimates_and_what_owners_owe():
     """One way and both ways, to float32's rounding of as many sums."""
-    params, grads, _, _ = problem(3)
+    params, grads, _, _ = unlike(3)
     for exchange in (None, "two_phase"):
         tx = ef21(efopt.scaled_sign(8), axis_name=AXIS, exchange=exchange)
         _, state = simulate(whole(tx), params, grads)
@@ -210,7 +176,7 @@ def test_the_mean_is_that_of_all_estimates_and_what_owners_owe():
 
 
 def test_with_full_gain_and_no_estimate_it_is_error_feedback():
-    params, grads, _, _ = problem(4, 10)
+    params, grads, _, _ = unlike(4, 10)
     for options in ({}, {"memory": efopt.quantize(8)}, {"start": 2}):
         tx = econtrol(TOP, gain=1, estimate=False, axis_name=AXIS, **options)
         old = efopt.error_feedback(TOP, axis_name=AXIS, **options)
@@ -219,7 +185,7 @@ def test_with_full_gain_and_no_estimate_it_is_error_feedback():
 
 
 def test_with_hardly_any_gain_it_is_ef21():
-    params, grads, _, _ = problem(5, 10)
+    params, grads, _, _ = unlike(5, 10)
     pair = econtrol(TOP, gain=1e-12, axis_name=AXIS), ef21(TOP, axis_name=AXIS)
     got, want = (simulate(whole(t), params, grads)[0] for t in pair)
     chex.assert_trees_all_close(got, want, rtol=0, atol=1e-6)
@@ -227,13 +193,13 @@ def test_with_hardly_any_gain_it_is_ef21():
 
 @pytest.mark.parametrize("tx", [ef21, econtrol])
 def test_with_the_identity_it_is_the_mean(tx):
-    params, grads, x0, lists = problem(6, 10)
+    params, grads, x0, lists = unlike(6, 10)
     tx = tx(efopt.compressors.identity(), axis_name=AXIS)
     follows(simulate(whole(tx, 0.0), params, grads)[0], oracle.sgd(x0, lists, schedule))
 
 
 def test_a_third_party_writes_the_same():
-    params, grads, _, _ = problem(7, 10)
+    params, grads, _, _ = unlike(7, 10)
     ours, theirs = ef21(TOP, axis_name=AXIS), changes(TOP, axis_name=AXIS)
     got, want = (simulate(whole(t), params, grads)[0] for t in (ours, theirs))
     chex.assert_trees_all_close(got, want, rtol=0, atol=1e-6)
@@ -259,20 +225,8 @@ WAYS = {
 def test_estimates_send_what_the_plan_says(factory, way, n):
     """Changes travel in the dtype of their leaf, estimates not at all."""
     compressor, exchange = WAYS[way]
-    tx, mesh = factory(compressor, axis_name=AXIS, exchange=exchange), make_mesh("", n)
-    state = efopt.distribute(jax.eval_shape(tx.init, STRUCTS), mesh)
-    specs = efopt.partition_specs(state)
-    over = jax.NamedSharding(mesh, jax.P(AXIS))
-    grads = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype, sharding=over), STRUCTS
-    )
-    step = jax.shard_map(
-        lambda g, s: tx.update(jax.tree.map(lambda x: x[0], g), s),
-        mesh=mesh,
-        in_specs=(jax.P(AXIS), specs),
-        out_specs=(jax.P(), specs),
-    )
-    measured = wire.measure(jax.jit(step, compiler_options=FAST), grads, state)
+    tx = factory(compressor, axis_name=AXIS, exchange=exchange)
+    measured = wire.measure(*compiled(tx, STRUCTS, n))
     planned = wire.plan(
         compressor, STRUCTS, num_workers=n, exchange=exchange, platform="cpu"
     )
@@ -280,35 +234,6 @@ def test_estimates_send_what_the_plan_says(factory, way, n):
 
 
 # ----------------------------------------------------------------------- experiments
-
-
-def ends(feedback, apart, noise, rate, steps=2000, dim=(50,), behind=optax.sgd):
-    """Mean loss over the last quarter, of three seeds: eight workers' quadratics.
-
-    Their optima lie ``apart``; every gradient has noise of this deviation.
-    """
-    curvature = np.linspace(0.1, 1, np.prod(dim), dtype=np.float32).reshape(1, *dim)
-    tx = optax.chain(feedback, behind(rate))
-
-    def run(seed):
-        key, keys = jax.random.split(jax.random.key(seed))
-        optima = apart * jax.random.normal(key, (8, *dim))
-
-        def step(carry, key):
-            x, state = carry
-            grads = curvature * (x - optima)
-            grads = grads + noise * jax.random.normal(key, optima.shape)
-            updates, state = jax.vmap(tx.update, axis_name=AXIS)(grads, state, x)
-            x = optax.apply_updates(x, updates)
-            gap = x[0] - optima.mean(axis=0)
-            return (x, state), jnp.sum(curvature[0] * gap**2) / 2
-
-        x = jnp.zeros(dim)
-        start = efopt.stack_workers((x, tx.init(x)), 8)
-        losses = jax.lax.scan(step, start, jax.random.split(keys, steps))[1]
-        return jnp.mean(losses[-steps // 4 :])
-
-    return np.asarray(jax.jit(jax.vmap(run))(np.arange(3)))
 
 
 TENTH = efopt.top_k(fraction=0.1)

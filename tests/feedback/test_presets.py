@@ -7,9 +7,20 @@ import optax
 import oracle
 import oracle_since
 import pytest
-from test_estimates import AXIS, DECAY, ends, follows, problem, schedule, simulate
+from methods_under_test import (
+    DECAY,
+    compiled,
+    ends,
+    follows,
+    listed,
+    problem,
+    schedule,
+    simulate,
+)
+from workers_under_test import AXIS, slow
 
 import efopt
+from efopt import wire
 from efopt.compressors import dct_top_k
 
 TOP, top = efopt.top_k(fraction=0.5), lambda x: oracle.top_k(x, fraction=0.5)
@@ -17,7 +28,8 @@ TOP, top = efopt.top_k(fraction=0.5), lambda x: oracle.top_k(x, fraction=0.5)
 
 def test_demo_is_its_oracle():
     """Leaves of 11, a prime: tiles of one; and of 12 x 10, tiles of 4 x 2."""
-    params, grads, x0, lists = problem(0)
+    params, grads = problem({"b": (11,), "w": (12, 10)}, 0, apart=1)
+    x0, lists = listed(params, grads)
     tx = efopt.optimizers.demo(
         schedule, decay=0.9, k=3, tile=4, weight_decay=DECAY, axis_name=AXIS
     )
@@ -31,12 +43,9 @@ def test_demo_is_its_oracle():
 
 def test_loco_is_its_oracle():
     """Eight-bit errors as the library writes them: 127 steps to the nearest a block."""
-    params, grads, x0, lists = problem(1)
     # Errors of long leaves alone are stored in eight bits.
-    grads["w"] = np.tile(grads["w"], (1, 1, 1, 3))
-    params["w"] = np.tile(params["w"], (1, 3))
-    x0[1] = np.tile(x0[1], (1, 3))
-    lists = [[[b, np.tile(w, (1, 3))] for b, w in step] for step in lists]
+    params, grads = problem({"b": (11,), "w": (12, 30)}, 1, apart=1)
+    x0, lists = listed(params, grads)
     memory = efopt.quantize(8, block_size=16)
     tx = optax.chain(
         efopt.feedback.loco(
@@ -62,7 +71,7 @@ def test_loco_is_its_oracle():
 
 
 def test_without_mean_and_reset_loco_is_contractive_error_feedback():
-    params, grads, _, _ = problem(2, 10)
+    params, grads = problem({"b": (11,), "w": (12, 30)}, 2, 10)
     options = dict(memory=efopt.quantize(8), axis_name=AXIS)
     ours = efopt.feedback.loco(TOP, beta=0.0, reset=None, exchange=None, **options)
     theirs = efopt.contractive_error_feedback(TOP, **options)
@@ -84,6 +93,22 @@ def test_what_is_lost_is_said_again_in_part_and_dropped_at_a_reset():
         out.append(np.asarray(updates)[0])
     # e = 1/2; said, and e = 1/2 e = 1/4; said, and forgotten; nothing
     np.testing.assert_array_equal(out, [0, 0.5, 0.25, 0])
+
+
+@pytest.mark.parametrize("n", [slow(2), 8])
+def test_presets_send_what_the_plan_says(n):
+    params = {"w": jax.ShapeDtypeStruct((96, 64), jnp.float32)}
+    loco = efopt.feedback.loco(axis_name=AXIS)
+    demo = efopt.optimizers.demo(0.1, k=8, tile=16, axis_name=AXIS)
+    for tx, compressor, exchange in (
+        (loco, efopt.quantize(4), "two_phase"),
+        (demo, dct_top_k(k=8, tile=16), None),
+    ):
+        measured = wire.measure(*compiled(tx, params, n))
+        planned = wire.plan(
+            compressor, params, num_workers=n, exchange=exchange, platform="cpu"
+        )
+        assert measured.bytes_sent_per_worker == planned.bytes_sent_per_worker
 
 
 def test_resizing_loco_asks_what_its_error_is_worth():

@@ -136,6 +136,16 @@ def test_train_digits_refuses(train_digits, monkeypatch, capsys, options, reason
     assert reason in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_unlike_workers_prints_one_row_a_method(tmp_path):
+    done = run("unlike_workers.py", "--steps", "200", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [re.split(r"\s{2,}", x) for x in done.stdout.splitlines()]
+    exact = {cells[0]: float(cells[1]) for cells in lines[1:-1]}
+    assert exact["EF21"] < exact["error feedback"] / 5
+    assert (tmp_path / "unlike_workers.png").stat().st_size > 10_000
+
+
 def test_compressors_help():
     done = run("compressors.py", "--help", folder=EXAMPLES)
     assert done.returncode == 0 and "--output" in done.stdout
@@ -210,6 +220,24 @@ def test_conef_text_tells_its_options_and_writes_what_it_found(tmp_path):
     assert all(float(loss) > 0 for _, loss, _ in rows)
     assert (tmp_path / "conef_text.png").is_file()
     assert "conef-int8" in (tmp_path / "conef_text.json").read_text()
+
+
+@pytest.mark.slow
+def test_outer_text_tells_what_meetings_send_and_writes_what_it_found(tmp_path):
+    script, text = "paper/outer_text.py", tmp_path / "text.txt"
+    done = run(script, "--steps", "7", "--every", "2", folder=tmp_path)
+    assert done.returncode == 2 and "multiple of --every" in done.stderr
+    text.write_text("to be or not to be, that is the question; " * 50)
+    options = "--steps 4 --every 2 --round 4 --width 32 --layers 1 --context 8"
+    options += " --workers 2 --batch 2 --methods dense average sparse streaming"
+    done = run(script, "--data", text, *options.split(), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "outer_text.json").read_text())["results"]
+    assert list(found) == ["dense", "average", "sparse", "streaming"]
+    assert all(np.isfinite(r["losses"][-1][1]).all() for r in found.values())
+    assert found["average"]["bytes"] == found["dense"]["bytes"] / 4
+    assert found["sparse"]["bytes"] < found["average"]["bytes"] / 50
+    assert (tmp_path / "outer_text.png").is_file()
 
 
 @pytest.mark.slow

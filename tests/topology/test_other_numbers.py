@@ -19,7 +19,7 @@ def chained(memory=None):
         efopt.error_feedback(
             efopt.compressors.partition(
                 {"low": efopt.power_sgd(1, min_compression=0), "sign": SIGN},
-                lambda tree: {k: "low" if k == "a_rows" else "sign" for k in tree},
+                lambda tree: {k: "low" if k in LOW else "sign" for k in tree},
             ),
             axis_name=AXIS,
             exchange="two_phase",
@@ -29,7 +29,7 @@ def chained(memory=None):
     )
 
 
-SIGN = efopt.scaled_sign(8)
+SIGN, LOW = efopt.scaled_sign(8), ("a_rows", "b_columns")
 MEMORY = efopt.quantize(8, block_size=4)
 BIG = {  # shards of which are worth to be stored
     "a_rows": ((64, 32), jax.P("fsdp", None)),

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import optax
+import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from methods_under_test import stepped
@@ -11,6 +12,9 @@ import efopt
 from efopt import wire
 
 TOPOLOGY = "v5e:8x8"
+TOP, SIGNS = efopt.top_k(fraction=0.01, block_size=1024), efopt.scaled_sign(1024)
+ARC = efopt.compressors.arc_top_k(fraction=0.01)
+DCT = efopt.compressors.dct_top_k(k=32)
 SHAPES = {"a": (1024, 512), "b": (512, 512), "c": (4096,)}
 PARAMS = {k: jax.ShapeDtypeStruct(s, "float32") for k, s in SHAPES.items()}
 
@@ -54,3 +58,25 @@ def test_one_bit_adam_holds_both_branches():
     whole = planned(efopt.compressors.identity())
     assert sum(c.operand_bytes for c in dense) == whole.operand_bytes
     assert sum(c.operand_bytes for c in one_bit) == signs.operand_bytes
+
+
+@pytest.mark.parametrize(
+    ("tx", "compressor", "exchange"),
+    [
+        (efopt.feedback.ef21(TOP, beta=0.9, axis_name="data"), TOP, None),
+        (
+            efopt.feedback.ef21(SIGNS, axis_name="data", exchange="two_phase"),
+            SIGNS,
+            "two_phase",
+        ),
+        (efopt.feedback.econtrol(ARC, axis_name="data"), ARC, None),
+        (efopt.feedback.loco(axis_name="data"), efopt.quantize(4), "two_phase"),
+        (efopt.optimizers.demo(0.1, axis_name="data"), DCT, None),
+    ],
+    ids=["ef21", "ef21 both ways", "econtrol", "loco", "demo"],
+)
+def test_estimates_and_presets_send_payloads_alone(tx, compressor, exchange):
+    report = measured(tx)
+    plan = planned(compressor, exchange=exchange)
+    assert report.operand_bytes == plan.operand_bytes
+    assert report.bytes_sent_per_worker == plan.bytes_sent_per_worker
