@@ -10,7 +10,7 @@ import optax
 
 from efopt.compressors import Compressor
 from efopt.exchanges.exchange import Exchange
-from efopt.exchanges.link import open_link
+from efopt.exchanges.opening import open_link
 from efopt.ground import checks
 from efopt.workers.axes import AxisName
 

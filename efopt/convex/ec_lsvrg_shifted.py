@@ -9,7 +9,7 @@ from efopt.compressors import Compressor
 from efopt.convex.ec_sgd import check_contractive
 from efopt.convex.lsvrg import lsvrg
 from efopt.exchanges.exchange import Exchange
-from efopt.exchanges.link import open_link
+from efopt.exchanges.opening import open_link
 from efopt.feedback import error_feedback
 from efopt.ground import checks
 from efopt.workers.axes import AxisName

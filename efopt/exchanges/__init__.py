@@ -11,6 +11,6 @@ from efopt.exchanges.hierarchical import hierarchical as hierarchical
 from efopt.exchanges.home import LinkState as LinkState
 from efopt.exchanges.link import Averaged as Averaged
 from efopt.exchanges.link import Link as Link
-from efopt.exchanges.link import open_link as open_link
 from efopt.exchanges.majority_vote import majority_vote as majority_vote
+from efopt.exchanges.opening import open_link as open_link
 from efopt.exchanges.two_phase import two_phase as two_phase

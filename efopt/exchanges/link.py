@@ -6,18 +6,14 @@ and the owners' residuals stay behind it.
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax import lax
 
 from efopt.codecs.blocks import Turn
 from efopt.codecs.codec import Codec, Message
-from efopt.codecs.compressor import Compressor
 from efopt.codecs.conversation import alone, converse
 from efopt.codecs.layout import Bucket, Layout, lay_out
 from efopt.codecs.states import (
@@ -26,13 +22,12 @@ from efopt.codecs.states import (
     is_placeholder,
     open_states,
 )
-from efopt.exchanges import in_flight, owners, regions, table, watched
-from efopt.exchanges.all_reduce import mean_in_range
+from efopt.exchanges import entrances, in_flight, incoming, owners, table, watched
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.home import Home, LinkState
 from efopt.exchanges.meeting import meet_all
 from efopt.exchanges.pieces import Cut, gather, scatter, spare_axes
-from efopt.ground import bits, checks
+from efopt.ground import bits
 from efopt.ground.barriers import zeros_after
 from efopt.ground.dtypes import check_float, compute_dtype, wide_zeros
 from efopt.workers import node
@@ -171,43 +166,20 @@ class Link:
             have.
         """
         if self.axes is not None:
-            self._require_bound()
+            self.require_bound()
         paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
         if like is not None:
-            _check_like(self.api, paths, treedef, like)
+            incoming.check_like(self.api, paths, treedef, like)
         for path, x in paths:
             check_float(path, x, self.api)
         if self.axes is not None:
             self.axes.require_local(self.api, updates)
             if like is not None:
-                self.require_kept(paths, jax.tree.leaves(like))
+                incoming.require_kept(self.api, self.axes, paths, like)
         return treedef.unflatten([jnp.asarray(x) for _, x in paths])
 
-    def require_kept(self, paths: Any, kept: Sequence[Any]) -> None:
-        """Raises if types say that updates differ where what is kept of them does not.
-
-        Args:
-          paths: The updates, with their paths.
-          kept: An array of this worker's state for each.
-        """
-        for (path, x), e in zip(paths, kept, strict=True):
-            more = varying(x) - varying(e)
-            if not more or self.axes is None:
-                continue
-            names = ", ".join(map(repr, sorted(more)))
-            raise ValueError(
-                f"{self.api} got updates that differ along the mesh axes {names} too, "
-                f"at {jax.tree_util.keystr(path) or 'the root'}, where what it keeps "
-                f"of them is one for each worker along {self.axes.key!r}. If all of "
-                "these are axes of workers, name them all, `axis_name=(..., ...)`, or "
-                "average over the others first, uncompressed: "
-                "`optax.chain(efopt.compress(efopt.compressors.identity(), "
-                "axis_name=...), ...)`; two feedbacks in one chain would need a state "
-                "that differs along both. If parameters are sharded along it, pass "
-                "their specs to `efopt.distribute` and `efopt.partition_specs`."
-            )
-
-    def _require_bound(self) -> None:
+    def require_bound(self) -> None:
+        """Raises unless the axes are mapped here."""
         axes = self.workers
         assert axes is not None
         cure = "; or pass `axis_name=None` for a single worker"
@@ -338,79 +310,11 @@ class Link:
     ) -> Callable[..., Any]:
         """``update_fn`` of a scheme, from wherever it is called.
 
-        It runs on what each device holds. Called on stacked gradients in a plain jitted
-        step, or inside a function mapped over the workers alone, it opens a region that
-        is mapped over the other mesh axes too. With ``start`` the first updates are
-        averaged uncompressed: until then nothing is owed and nothing learned, and of
-        the state, which has a field ``count``, that alone moves on.
-
         Args:
           update: The function, of updates, state, parameters and extra arguments.
           own: Whether what comes out is each worker's own still.
         """
-        if own and self.fast:
-            raise ValueError(
-                f"{self.api} hands on what is each worker's own, and cannot average "
-                f"over the fast axes {self.fast!r} before. Give it the inner exchange."
-            )
-        inside = self._in_pieces(self._dense_first(update))
-
-        def update_fn(updates, state, params=None, **extra_args):
-            if self.axes is None or self.workers is None:
-                _check_single(self.api, updates)
-                return inside(updates, state, params, **extra_args)
-            if not node.is_node(updates):
-                self._require_bound()
-            around = regions.around(self.api, self.workers, self.axes, updates, state)
-            if around is None:
-                home = regions.home_of(state)
-                if home is not None and home.inner:
-                    home.require_shards(updates)
-                return inside(updates, state, params, **extra_args)
-            return around(inside, updates, state, own)
-
-        return update_fn
-
-    def _in_pieces(self, update: Callable[..., Any]) -> Callable[..., Any]:
-        """The update on this device's pieces of the mean over the fast axes."""
-        if not self.fast:
-            return update
-
-        def update_fn(updates, state, params=None, **extra_args):
-            home = regions.home_of(state)
-            if home is None or home.specs is None:
-                raise ValueError(
-                    f"{self.api} averages over {self.fast!r} by parts, and the state "
-                    "does not know which: place it with `efopt.distribute(state, mesh, "
-                    "params_specs)` before the step, also if `params_specs` is None. "
-                    "`pmap` and `vmap` have no mesh."
-                )
-            updates = self.scatter(updates, home)
-            out, new = update(updates, state, params, **extra_args)
-            return out, node.marked_as(new, state)
-
-        return update_fn
-
-    def _dense_first(self, update: Callable[..., Any]) -> Callable[..., Any]:
-        if not self.start:
-            return update
-
-        def update_fn(updates, state, params=None, **extra_args):
-            state = node.laid_out(state)
-
-            def dense(updates, state):
-                out = updates
-                if self.axes is not None:
-                    out = self._whole(mean_in_range(updates, self.axes), state)
-                return out, state._replace(count=optax.safe_increment(state.count))
-
-            def compressed(updates, state):
-                return update(updates, state, params, **extra_args)
-
-            updates = self.receive(updates)
-            return lax.cond(state.count < self.start, dense, compressed, updates, state)
-
-        return update_fn
+        return entrances.entrance(self, update, own)
 
     def owed_by_owners(self, params: Any, server: Any) -> Any:
         """What the owners still owe of each leaf, whole: a tree like ``params``.
@@ -456,16 +360,6 @@ class Link:
         """The buckets whose owners keep a server residual."""
         return [b for b in layout.buckets if self._route(b.codec).keeps]
 
-    def _whole(self, tree: Any, state: Any) -> Any:
-        """Leaves from what the state keeps in pieces."""
-        if not self.fast:
-            return tree
-        arrays, treedef = jax.tree.flatten(tree)
-        home = regions.home_of(state)
-        assert home is not None
-        cuts = [c if c.kept else Cut(c.shape) for c in home.cuts()]
-        return treedef.unflatten(gather(cuts, arrays))
-
     def _codecs(self, tree: Any, home: Any) -> list[Codec]:
         """The codec of each leaf: on a mesh as its home knows them."""
         if home == () or not home.inner:
@@ -498,87 +392,6 @@ class Link:
         return lay_out(self.codec.assign(tree), shapes, dtypes)
 
 
-@checks.keyword_only
-def open_link(
-    api: str,
-    compressor: Any,
-    *,
-    axis_name: Any = None,
-    exchange: Any = None,
-    start: int = 0,
-    delay: int = 0,
-    role: str = "",
-) -> Link:
-    """Checks the options that every scheme around a compressor shares.
-
-    Args:
-      api: The name of the scheme, for errors.
-      compressor: An :class:`efopt.Compressor`.
-      axis_name: The mapped axis of the workers, a tuple of axes, or ``None``.
-      exchange: An :class:`efopt.exchanges.Exchange`, the name of one, or ``None``.
-      start: Steps that are averaged uncompressed first.
-      delay: Steps that a payload waits before it is exchanged, 0 or 1.
-      role: Names what it is used for where a chain may hold several: two roles never
-        draw the same random numbers.
-
-    Returns:
-      A :class:`Link`.
-
-    Raises:
-      TypeError: If ``compressor``, ``axis_name``, ``exchange`` or ``start`` is not what
-        it must be.
-      ValueError: If the exchange is unknown, needs an axis or cannot carry the
-        compressor.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import efopt
-      >>> link = efopt.exchanges.open_link("mine", efopt.top_k(k=1))
-      >>> x = jnp.array([3.0, 1.0])
-      >>> mean, lost, _ = link.average(x, link.init(x), jnp.int32(0))
-      >>> print(mean, lost)
-      [3. 0.] [0. 1.]
-    """
-    if not isinstance(compressor, Compressor):
-        raise TypeError(
-            f"`{api}(compressor)` takes an `efopt.Compressor`, such as "
-            f"`efopt.scaled_sign()`; got {compressor!r}."
-        )
-    axes = Axes.maybe(api, axis_name)
-    checks.static_int(api, "start", start, least=0)
-    way = table.read(api, exchange)
-    if axes is None and way is not None:
-        raise ValueError(
-            f"`{api}(exchange={exchange!r})` needs `axis_name`: with "
-            "`axis_name=None` there is one worker and nobody to meet."
-        )
-    if way is not None:
-        reasons = [way.refusal(member) for member in compressor.codec.members()]
-        if None not in reasons:
-            raise ValueError(
-                f"`{api}({compressor!r}, exchange={exchange!r})` cannot work: "
-                f"{reasons[0]}."
-            )
-    stream = zlib.crc32(role.encode()) if role else 0
-    delay = in_flight.check_delay(api, delay, compressor, start)
-    label, workers = f"`{api}({compressor!r})`", axes
-    if way is not None and way.fast_axes:
-        axes, way = _levels(api, axes, way)
-    return Link(label, compressor.codec, way, axes, start, stream, delay, workers)
-
-
-def _levels(api: str, axes: Any, way: Any) -> tuple[Axes, Exchange | None]:
-    """The slow axes of an exchange of two levels, and the exchange over them."""
-    slow = tuple(name for name in axes.names if name not in way.fast_axes)
-    if len(slow) + len(way.fast_axes) != len(axes.names) or not slow:
-        raise ValueError(
-            f"`{api}(axis_name={axes.key!r}, exchange={way!r})` needs the fast axes "
-            "among those of the workers, and at least one that is slow, such as "
-            '`axis_name=("dcn", "fast")`.'
-        )
-    return Axes(slow), way.exchange
-
-
 def _wrapped_as(like: Any, state: Any) -> Any:
     """One leaf's state, wrapped as it came."""
     return like.rewrap(state) if node.is_node(like) else state
@@ -605,28 +418,3 @@ def _decoded_last(
         zeros = vary(zeros, *varying(jax.tree.leaves(mean.payload)[0]))
         averages.append(mean.decode_in(zeros))
     return averages
-
-
-def _check_single(api: str, updates: Any) -> None:
-    if node.is_node(updates):
-        raise ValueError(
-            f"{api} has `axis_name=None`, a single worker, and the gradients are "
-            f"stacked over {updates.axis_name!r}: pass "
-            f"`axis_name={updates.axis_name!r}`."
-        )
-
-
-def _check_like(api, paths, treedef, like):
-    expected = jax.tree.structure(like)
-    if treedef != expected:
-        raise ValueError(
-            f"{api} got updates of another structure than the parameters given to "
-            f"`init`:\n  got      {treedef}\n  expected {expected}"
-        )
-    for (path, x), e in zip(paths, jax.tree.leaves(like), strict=True):
-        if jnp.shape(x) != e.shape:
-            raise ValueError(
-                f"{api} got updates of shape {jnp.shape(x)} at "
-                f"{jax.tree_util.keystr(path) or 'the root'}, where `init` saw "
-                f"{e.shape}."
-            )

@@ -11,7 +11,7 @@ import optax
 from efopt.codecs.compressor import make
 from efopt.compressors.identity import Identity
 from efopt.exchanges.home import Home
-from efopt.exchanges.link import open_link
+from efopt.exchanges.opening import open_link
 from efopt.feedback.low_rank import LowRank, PerLeaf
 from efopt.feedback.orthonormal import Side
 from efopt.ground import bits, checks

@@ -8,7 +8,7 @@ import optax
 
 from efopt.codecs.compressor import Compressor
 from efopt.exchanges.exchange import Exchange
-from efopt.exchanges.link import open_link
+from efopt.exchanges.opening import open_link
 from efopt.feedback.estimate import Estimate, recalled, tell
 from efopt.ground import checks
 from efopt.ground.dtypes import wide

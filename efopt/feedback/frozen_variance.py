@@ -11,7 +11,7 @@ from jax import lax
 from efopt.compressors import Compressor, scaled_sign
 from efopt.exchanges.all_reduce import mean_in_range
 from efopt.exchanges.exchange import Exchange
-from efopt.exchanges.link import open_link
+from efopt.exchanges.opening import open_link
 from efopt.feedback.rates import hold, rates
 from efopt.ground import bits, checks
 from efopt.workers.axes import AxisName

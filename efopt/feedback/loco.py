@@ -10,7 +10,7 @@ from efopt.codecs.compressor import Compressor
 from efopt.compressors.quantize import quantize
 from efopt.exchanges import table
 from efopt.exchanges.exchange import Exchange
-from efopt.exchanges.link import open_link
+from efopt.exchanges.opening import open_link
 from efopt.feedback.residual import open_residual, placed
 from efopt.ground import checks
 from efopt.ground.dtypes import wide, wide_zeros

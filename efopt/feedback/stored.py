@@ -17,6 +17,7 @@ from efopt.codecs.compressor import Compressor, make
 from efopt.codecs.layout import BUCKET_SIZE, Bucket, Layout, lay_out
 from efopt.codecs.states import is_placeholder
 from efopt.compressors.identity import Identity
+from efopt.exchanges.incoming import require_kept
 from efopt.exchanges.link import Link
 from efopt.ground import bits, checks, randomness
 from efopt.ground.barriers import once
@@ -109,7 +110,8 @@ class StoredResidual:
             payloads = map(jax.tree.leaves, treedef.flatten_up_to(residual))
             # An empty leaf has no payload.
             kept = [(p, x) for p, x in zip(paths, payloads, strict=True) if x]
-            link.require_kept([p for p, _ in kept], [x[0] for _, x in kept])
+            paths, arrays = [p for p, _ in kept], [x[0] for _, x in kept]
+            require_kept(link.api, link.axes, paths, arrays)
         return updates
 
     def damping_of(self, layout: Layout, b: Bucket) -> float:

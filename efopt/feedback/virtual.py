@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from efopt.codecs.compressor import Compressor
-from efopt.exchanges.link import open_link
+from efopt.exchanges.opening import open_link
 from efopt.feedback.econtrol import EControlState
 from efopt.feedback.error_feedback import ErrorFeedbackState
 from efopt.feedback.landed import in_flight

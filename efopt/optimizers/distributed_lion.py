@@ -10,7 +10,7 @@ from jax import lax
 from efopt.compressors import Compressor, sign
 from efopt.exchanges.all_reduce import mean_in_range
 from efopt.exchanges.exchange import Exchange
-from efopt.exchanges.link import open_link
+from efopt.exchanges.opening import open_link
 from efopt.ground import bits, checks
 from efopt.optimizers.momentum import check_decay
 from efopt.optimizers.weight_decay import Mask, add_decay

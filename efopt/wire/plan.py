@@ -15,7 +15,8 @@ from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.partition import partition
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.hierarchical import hierarchical
-from efopt.exchanges.link import Link, open_link
+from efopt.exchanges.link import Link
+from efopt.exchanges.opening import open_link
 from efopt.ground.checks import keyword_only
 from efopt.ground.dtypes import check_float
 from efopt.hlo.networks import MeshNetworks, Network

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from efopt.codecs.compressor import Compressor
-from efopt.exchanges.link import open_link
+from efopt.exchanges.opening import open_link
 from efopt.hlo import algorithms
 from efopt.hlo.report import Collective
 
