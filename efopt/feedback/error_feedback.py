@@ -109,6 +109,8 @@ def error_feedback(
                                         masked(frozen(), m))``, at no bytes
     ``chain(optax.freeze(m), tx)``      works, and sends the zeros
     gradients of several mini-batches   :func:`efopt.accumulate`
+    steps that are not finite           :func:`efopt.watch.skip_not_finite` around the
+                                        whole chain
     two levels of axes                  one feedback, over the slow axis, behind
                                         ``compress(identity(), axis_name=fast)``
     ``optax.MultiSteps``,               do not: their branch may differ between workers
