@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +94,7 @@ class DCTTopK(Codec):
         return None if values is None else values * k * tiles / math.prod(block)
 
 
-def cosines(size: int, dtype: np.dtype) -> np.ndarray:
+def cosines(size: int, dtype: Any) -> Any:
     """The orthonormal cosine transform of type II, a row a frequency."""
     place, frequency = np.arange(size)[None, :], np.arange(size)[:, None]
     rows = np.cos(np.pi * (2 * place + 1) * frequency / (2 * size))
