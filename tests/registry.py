@@ -556,6 +556,18 @@ SCHEMES = (
         kind=True,
     ),
     Scheme(
+        "error_feedback_delayed",
+        efopt.error_feedback,
+        lambda axis: {
+            "compressor": BLOCKED,
+            "exchange": None if axis is None else "two_phase",
+            "delay": 1,
+        },
+        own=True,
+        owes=True,
+        slow=True,
+    ),
+    Scheme(
         "error_feedback_low_rank",
         efopt.error_feedback,
         lambda axis: {"compressor": efopt.power_sgd(1, min_compression=0)},

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from efopt.checkpoints.arrays import by_columns, on_host
+from efopt.feedback.landed import landed
 from efopt.feedback.rewritten import rewritten
 from efopt.ground.checks import keyword_only
 from efopt.workers import moves
@@ -50,6 +51,7 @@ def resize(
     residuals stored compressed   mixed as they are where payloads may be summed; else
                                   read, mixed and written again, and what that loses is
                                   paid into ``params`` at once
+    payloads in flight            read and owed instead: the next update is zero
     integers                      refused, unless all workers hold the same
     ============================  ======================================================
 
@@ -98,6 +100,9 @@ def resize(
     """
     state = unstacked(state, stacked)
     sizes_of = _Sizes(num_workers, state)
+    if _has_as_many(state, sizes_of):
+        return state if params is None else (params, state)
+    state = landed("`resize`", state)
     losses: list[tuple[Any, Any]] = []
 
     def one(path, x):
@@ -134,6 +139,18 @@ def resize(
     for feedback, lost in losses:
         params = _paid(params, lost, _worth(feedback, learning_rate))
     return params, new
+
+
+def _has_as_many(state: Any, sizes_of: "_Sizes") -> bool:
+    """Whether the state is of that many workers already: nothing of it changes."""
+    same = []
+    for path, x in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_node)[0]:
+        if is_node(x):
+            x.require_whole("`resize`")
+            m = math.prod(sizes_of(jax.tree_util.keystr(path), x.axis_name))
+            same += [y.shape[:1] == (m,) for y in jax.tree.leaves(x.value)]
+            same.append(math.prod(x.sizes or (m,)) == m)
+    return all(same)
 
 
 def _is_stored(x: Any) -> bool:

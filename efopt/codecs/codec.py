@@ -7,7 +7,7 @@ averaged and is *sent* the average.
 
 import dataclasses
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, ClassVar
 
 import jax
@@ -22,7 +22,7 @@ from efopt.ground.barriers import once
 LARGE = 1 << 16
 
 Payload = Any
-Rounds = Generator["Message", "Message", tuple["Message", jax.Array, Any]]
+Rounds = Generator["Message | Batch", Any, tuple["Message", jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,6 +66,19 @@ class Message:
         return self.blocks.mask(rest)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """A computation that many conversations ask for at once, done once for all alike.
+
+    Attributes:
+      function: Works on each block on its own; equal if it is the same one.
+      x: Blocks ``(n, ...)``.
+    """
+
+    function: Callable[[jax.Array], jax.Array]
+    x: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Codec:
     """Base of all codecs: the declared contract, and the one-message conversation.
@@ -90,6 +103,7 @@ class Codec:
     stateful: ClassVar[bool] = False
     one_message: ClassVar[bool] = True  # has a single payload: no dialogue
     one_bit: ClassVar[bool] = False  # one sign a coordinate; a tied vote is a zero
+    pointwise: ClassVar[bool] = False  # a coordinate is read without its neighbours
     exact: ClassVar[bool] = False  # loses nothing: joining leaves would only copy
     spans: ClassVar[bool] = False  # takes the shards behind a worker for one array
     block_size: ClassVar[int | None] = None  # None: whole leaves
@@ -220,7 +234,8 @@ class Codec:
         """The conversation about ``x``, blocks ``(n, *block)``.
 
         Yields messages; is sent a message of the mean over workers of each; returns
-        (that of ``x``, what this worker's own do not say of ``x``, new state).
+        (that of ``x``, what this worker's own do not say of ``x``, new state). May
+        yield a :class:`Batch` in between; is sent its result.
         """
         message = self.write(x, blocks, turn)
         mean = yield message

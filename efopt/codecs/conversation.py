@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from efopt.codecs.blocks import Turn
-from efopt.codecs.codec import Message
+from efopt.codecs.codec import Batch, Message
 from efopt.codecs.layout import Layout
 
 Meet = Callable[[dict[int, Message]], dict[int, Message]]
@@ -46,13 +48,21 @@ def converse(
     results: dict[int, Any] = {}
     replies: dict[int, Any] = dict.fromkeys(range(len(talks)))
     while replies:
-        asked = {}
-        for i, reply in replies.items():
-            try:
-                asked[i] = talks[i].send(reply)
-            except StopIteration as end:
-                results[i] = end.value
-        replies = meet(asked) if asked else {}
+        asked: dict[int, Message] = {}
+        while replies:
+            batches: dict[int, Batch] = {}
+            for i, reply in replies.items():
+                try:
+                    said = talks[i].send(reply)
+                except StopIteration as end:
+                    results[i] = end.value
+                    continue
+                if isinstance(said, Batch):
+                    batches[i] = said
+                else:
+                    asked[i] = said
+            replies = _computed(layout, batches)
+        replies = meet(dict(sorted(asked.items()))) if asked else {}
     averages, rests, after = [], [], []
     for i in range(len(talks)):
         average, rest, state = results[i]
@@ -60,6 +70,22 @@ def converse(
         rests.append(rest)
         after.append(state)
     return averages, rests, after
+
+
+def _computed(layout: Layout, batches: Mapping[int, Batch]) -> dict[int, jax.Array]:
+    """The results of batches, those alike in one: a few programs for many leaves."""
+    alike: dict[Any, list[int]] = {}
+    for i, batch in batches.items():
+        x, kind = batch.x, layout.buckets[i].kind
+        alike.setdefault((batch.function, x.shape[1:], x.dtype, kind), []).append(i)
+    out: dict[int, jax.Array] = {}
+    for (function, *_), members in alike.items():
+        xs = [batches[i].x for i in members]
+        joined = xs[0] if len(xs) == 1 else jnp.concatenate(xs)
+        ends = np.cumsum([len(x) for x in xs])
+        parts = jnp.split(function(joined), ends[:-1])
+        out.update(zip(members, parts, strict=True))
+    return out
 
 
 def alone(messages: dict[int, Message]) -> dict[int, Message]:

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ class Uniform(Codec, abc.ABC):
     every backend, with and without ``jit``.
     """
 
+    pointwise: ClassVar[bool] = True
+
     block_size: int | None = None  # type: ignore[misc]
     stochastic: bool = True
     scale: str = "absmax"
@@ -40,6 +43,13 @@ class Uniform(Codec, abc.ABC):
         return self.stochastic
 
     def encode(self, x, blocks, turn):
+        whole, step = self._rounded(x, blocks, turn)
+        symbols = (whole + np.int32(self.steps())).astype(jnp.uint8)
+        step = step.astype(jnp.bfloat16 if step.dtype == jnp.float32 else step.dtype)
+        return {"values": _pack(symbols, self.steps()), "step": step[:, None]}
+
+    def _rounded(self, x, blocks, turn):
+        """The multiples of each block's step, int32 ``(n, size)``, and the steps."""
         levels, most = self.steps(), jnp.max(jnp.abs(x), axis=1)
         # In units of a power of two near the largest, nothing overflows or vanishes.
         unit = power_of_two(most)
@@ -53,14 +63,10 @@ class Uniform(Codec, abc.ABC):
         else:
             fixed = fixed + np.int32(2 ** (FRACTION - 1))
         whole = jnp.clip(fixed >> np.int32(FRACTION), -levels, levels)
-        symbols = (whole + np.int32(levels)).astype(jnp.uint8)
         narrow = jnp.bfloat16 if step.dtype == jnp.float32 else step.dtype
         largest = jnp.where(jnp.isfinite(most), float(jnp.finfo(narrow).max), jnp.inf)
         step = jnp.where(most < bits.TINY, 0, jnp.minimum(step * unit, largest))
-        return {
-            "values": _pack(symbols, levels),
-            "step": step.astype(narrow)[:, None],
-        }
+        return whole, step
 
     def decode(self, payload, blocks, turn):
         del turn
@@ -68,6 +74,24 @@ class Uniform(Codec, abc.ABC):
         whole = symbols.astype(jnp.int32) - np.int32(self.steps())
         dtype = blocks.compute_dtype
         return whole.astype(dtype) * payload["step"].astype(dtype)
+
+    def rest(self, x, payload, blocks, turn):
+        """A whole byte as computed, not as packed: an accelerator reads it once less.
+
+        What shares a byte would have to be kept unpacked for it.
+        """
+        if self.steps() < 64:
+            return super().rest(x, payload, blocks, turn)
+
+        def computed(x, payload):
+            del payload
+            whole, step = self._rounded(x, blocks, turn)
+            return x - whole.astype(x.dtype) * step[:, None]
+
+        def packed(x, payload):
+            return x - self.decode(payload, blocks, turn)
+
+        return lax.platform_dependent(x, payload, cpu=packed, default=computed)
 
     def omega(self, shape):
         if not self.stochastic:

@@ -1,7 +1,7 @@
 """Casts: every coordinate in a shorter floating-point format."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ class Cast(Codec):
 
     dtype: str
     block_size: int | None = 256  # type: ignore[misc]
+
+    pointwise: ClassVar[bool] = True
 
     def __repr__(self):
         return f"cast({self.dtype!r}, block_size={self.block_size})"

@@ -17,6 +17,7 @@ class Identity(Codec):
 
     linear: ClassVar[bool] = True
     unbiased: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True
     exact: ClassVar[bool] = True
 
     def __repr__(self):

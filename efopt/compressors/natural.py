@@ -21,6 +21,7 @@ class Natural(Codec):
     seed: int = 0
 
     unbiased: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True
     block_size: ClassVar[int | None] = 1024
 
     def __repr__(self):

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from efopt.codecs import nested
-from efopt.codecs.codec import Codec
+from efopt.codecs.codec import Batch, Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.identity import Identity, plain
 from efopt.compressors.shards import Shards
@@ -19,6 +19,8 @@ from efopt.ground import checks
 from efopt.ground.checks import keyword_only
 from efopt.ground.dtypes import compute_dtype
 from efopt.ground.randomness import hash_words, normals
+
+UNROLLED = 8  # columns that are orthonormalised without a loop
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,10 +151,11 @@ class PowerSGD(Codec):
         shards = self.shards
         if shards is None:
             mean, _ = yield from ask(product, number=0)
-            return orthonormalise(mean)
+            return (yield Batch(orthonormalise, mean))
         shape = product.shape[1:]
         mean, _ = yield from ask(shards.part(product, shards.columns), number=0)
-        p = orthonormalise(shards.all_rows(mean, shards.columns, shape))
+        mean = shards.all_rows(mean, shards.columns, shape)
+        p = yield Batch(orthonormalise, mean)
         return shards.own_rows(p, shape[0])
 
     def _right(self, product, ask):
@@ -202,7 +205,11 @@ def orthonormalise(p: jax.Array) -> jax.Array:
         v = jnp.where(left > dependent, unit(v), 0)
         return lax.dynamic_update_index_in_dim(p, v, j, 2)
 
-    return lax.fori_loop(0, rank, column, p)
+    if rank > UNROLLED:
+        return lax.fori_loop(0, rank, column, p)
+    for j in range(rank):
+        p = column(j, p)
+    return p
 
 
 @keyword_only

@@ -29,7 +29,8 @@ class RandomBlock(SharedCoordinates):
     def add(self, x, values, payload, blocks, turn):
         """A single block takes them as two slices: from the start, and from zero on.
 
-        In a loop, whose array the compiler changes in its place.
+        In a loop, whose array the compiler changes in its place. A GPU reads for every
+        coordinate what is added to it: that joins the pass that computes ``x``.
         """
         if len(x) > 1:
             return super().add(x, values, payload, blocks, turn)
@@ -47,7 +48,21 @@ class RandomBlock(SharedCoordinates):
             old = lax.dynamic_slice(x, (first,), (k,))
             return lax.dynamic_update_slice(x, old + new, (first,))
 
-        return lax.fori_loop(0, 2, add, x.reshape(-1)).reshape(x.shape)
+        def looped(x):
+            return lax.fori_loop(0, 2, add, x)
+
+        def in_one_pass(x):
+            place = jnp.arange(size, dtype=jnp.int32)
+            which = place - start
+            which = jnp.where(which < 0, which + size, which)
+            near = jnp.minimum(which, k - 1)
+            new = values.at[near].get(mode="promise_in_bounds")
+            return jnp.where(which < k, x + new, x)
+
+        x = lax.platform_dependent(
+            x.reshape(-1), cuda=in_one_pass, rocm=in_one_pass, default=looped
+        )
+        return x[None]
 
     def places(self, payload, blocks, turn):
         del payload

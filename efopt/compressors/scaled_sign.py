@@ -1,6 +1,7 @@
 """Scaled sign compression: one bit a coordinate, one mean magnitude a block."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ class ScaledSign(Codec):
     """One bit a coordinate and one scale a block, the mean magnitude."""
 
     block_size: int | None = None  # type: ignore[misc]
+
+    pointwise: ClassVar[bool] = True
 
     def __repr__(self):
         return f"scaled_sign(block_size={self.block_size})"

@@ -21,6 +21,7 @@ class Sign(Codec):
     zero: str = "fair"
 
     one_bit: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True
     block_size: ClassVar[int | None] = 1024
 
     def __repr__(self):

@@ -15,6 +15,10 @@ from efopt.compressors.identity import Identity
 from efopt.ground import bits, checks
 from efopt.ground.checks import keyword_only
 
+# Integers a row that are sorted by counting: to sort the eleven chunks that are kept of
+# every block took an H100 3.9 ms of a step's 9.9 (355 M coordinates, blocks of 1024).
+FEW = 64
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopK(Sparse):
@@ -73,7 +77,7 @@ class TopK(Sparse):
         k = self.kept(blocks.size)
         if k == blocks.size:
             return x, {}
-        _, index = lax.top_k(jnp.abs(x), k)
+        index = largest(x, k)
         values = jnp.take_along_axis(x, index, axis=1)
         width = _width(blocks.size)
         return values, {"indices": bits.pack_uints(index.astype(jnp.uint32), width)}
@@ -97,6 +101,47 @@ def _tiled(shape: tuple[int, ...], sides: tuple[int, ...]) -> tuple[int, ...]:
 def _swapped(x: jax.Array) -> jax.Array:
     """Rows of tiles to rows of a matrix, or back."""
     return x.transpose(0, 1, 3, 2, 4)
+
+
+def largest(x: jax.Array, k: int) -> jax.Array:
+    """Where the ``k`` largest magnitudes of each row of ``(n, size)`` stand.
+
+    In falling order, ties by index: int32 ``(n, k)``. Exact in two levels: the ``k``
+    largest lie in those ``k`` chunks of neighbours whose maxima are the largest, and of
+    equal maxima in the first ones, so that two short rows are ranked instead of a long
+    one: the maxima, and the members of the chunks that are kept.
+    """
+    n, size = x.shape
+    length = _chunk(size, k)
+    if length == 1:
+        return lax.top_k(jnp.abs(x), k)[1]
+    chunks = -(-size // length)
+    x = jnp.pad(x, ((0, 0), (0, chunks * length - size))).reshape(n, chunks, length)
+    maxima = jnp.abs(x)
+    while maxima.shape[2] > 1:  # on a CPU ten times faster than a reduction
+        maxima = jnp.maximum(maxima[:, :, ::2], maxima[:, :, 1::2])
+    _, kept = lax.top_k(maxima[:, :, 0], k)
+    kept = _sorted(kept)  # of equal members the first is to win
+    members = jnp.take_along_axis(x, kept[:, :, None], 1, mode="promise_in_bounds")
+    place = kept[:, :, None] * length + jnp.arange(length)[None, None, :]
+    members = jnp.where(place < size, jnp.abs(members), -1).reshape(n, k * length)
+    place = place.reshape(n, k * length)
+    _, which = lax.top_k(members, k)
+    return jnp.take_along_axis(place, which, axis=1, mode="promise_in_bounds")
+
+
+def _sorted(x: jax.Array) -> jax.Array:
+    """Different integers ``(n, k)`` in rising order; a few by counting those below."""
+    if x.shape[1] > FEW:
+        return jnp.sort(x, axis=1)
+    rank = jnp.sum(x[:, :, None] > x[:, None, :], axis=2, dtype=x.dtype)
+    here = rank[:, None, :] == jnp.arange(x.shape[1], dtype=x.dtype)[None, :, None]
+    return jnp.sum(jnp.where(here, x[:, None, :], 0), axis=2, dtype=x.dtype)
+
+
+def _chunk(size: int, k: int) -> int:
+    """The length of a chunk, a power of two: what makes the two short rows equal."""
+    return 1 << max(0, round(math.log2(size / k) / 2))
 
 
 @keyword_only

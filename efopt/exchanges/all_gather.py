@@ -17,13 +17,7 @@ class AllGather(Exchange):
     def meet(self, messages, axes, server):
         payloads = [m.payload for m in messages]
         carriers = axes.all_gather(carrier.pack(payloads, 1)[0])
-
-        def decode(payloads):
-            pairs = zip(messages, payloads, strict=True)
-            return [m.with_payload(payload).once().decode() for m, payload in pairs]
-
-        means = decode_mean(carriers, payloads, decode)
-        pairs = zip(messages, means, strict=True)
+        pairs = zip(messages, decode_mean(carriers, messages), strict=True)
         return [plain(mean, m.blocks, m.turn) for m, mean in pairs], server
 
 

@@ -2,16 +2,21 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from efopt.codecs.codec import Codec, Message
+from efopt.codecs.codec import LARGE, Codec, Message
 from efopt.exchanges import carrier
 from efopt.workers.axes import Axes, zeros_like
+
+# Payloads that are read in one pass. Of 268 M coordinates in signs an H100 averaged two
+# in 0.6 ms instead of 2.6, eight in 1.2 instead of 7.3.
+AT_ONCE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,33 +86,52 @@ class Exchange(abc.ABC):
         """
 
 
-def decode_mean(
-    carriers: jax.Array,
-    like: Any,
-    decode: Callable[[Any], list[jax.Array]],
-) -> list[jax.Array]:
-    """The mean of what ``n`` carriers decode to, one carrier at a time.
+def decode_mean(carriers: jax.Array, messages: Sequence[Message]) -> list[jax.Array]:
+    """The mean of what the workers' carriers decode to.
+
+    Large messages whose coordinates are read one by one are read of several workers in
+    one pass; all others of one worker at a time, lest several stand decoded beside each
+    other.
 
     Args:
       carriers: uint32 ``(n, words)``, one row a worker.
-      like: The tree that each row packs.
-      decode: Maps such a tree to blocks.
+      messages: What each row packs: their payloads, arrays or structs, say its types.
 
     Returns:
       The means, summed in the order of the workers.
     """
-    n = carriers.shape[0]
+    n, like = carriers.shape[0], [m.payload for m in messages]
 
-    def share(i):
+    def share(i, numbers, wall):
         row = lax.dynamic_index_in_dim(carriers, i, keepdims=True)
-        return decode(carrier.unpack(row, like, 1))
-
-    def add(i, total):
-        return [t + s for t, s in zip(total, share(i), strict=True)]
+        payloads = carrier.unpack(row, like, 1)
+        told = [messages[j].with_payload(payloads[j]) for j in numbers]
+        return [(m.once() if wall else m).decode() for m in told]
 
     if n == 1:
-        return share(0)
-    # The types of the start must be those of the sum, over every mapped axis.
-    start = jax.eval_shape(share, jnp.int32(0))
-    total = lax.fori_loop(0, n, add, [zeros_like(s) for s in start])
-    return [t / n for t in total]
+        return share(0, range(len(messages)), True)
+    out: dict[int, jax.Array] = {}
+    passes: dict[int, list[int]] = {}
+    for j, m in enumerate(messages):
+        large = m.blocks.index.size * m.blocks.size >= LARGE
+        passes.setdefault(AT_ONCE if large and m.codec.pointwise else 1, []).append(j)
+    for width, numbers in passes.items():
+        width = min(width, n)
+
+        def add(k, total, width=width, numbers=numbers):
+            for i in range(width):
+                more = share(k * width + i, numbers, width == 1)
+                total = [t + s for t, s in zip(total, more, strict=True)]
+            return total
+
+        # The types of the start must be those of the sum, over every mapped axis.
+        first = functools.partial(share, numbers=numbers, wall=True)
+        start = jax.eval_shape(first, jnp.int32(0))
+        total = [zeros_like(s) for s in start]
+        rounds = n // width
+        total = add(0, total) if rounds == 1 else lax.fori_loop(0, rounds, add, total)
+        for i in range(rounds * width, n):
+            more = share(i, numbers, False)
+            total = [t + s for t, s in zip(total, more, strict=True)]
+        out.update(zip(numbers, [t / n for t in total], strict=True))
+    return [out[j] for j in range(len(messages))]

@@ -281,12 +281,15 @@ class LinkState(NamedTuple):
       home: Where the trees live, a :class:`Home`; static. ``()`` without an axis.
       watched: What the link sees of its own work, if :func:`efopt.watch.observe` asked
         for it: an :class:`efopt.watch.Watched`, equal on all workers. Else ``()``.
+      flight: What the last step has written and the next will exchange, an
+        :class:`InFlight`; ``()`` if every step exchanges its own.
     """
 
     codec: Any
     server: Any
     home: Any = ()
     watched: Any = ()
+    flight: Any = ()
 
     def placed(self, mesh: Any, spec_of: SpecOf) -> "LinkState":
         """The state laid out for a mesh on which parameters have these specs."""
@@ -319,7 +322,11 @@ def by_shard(state: LinkState, mesh: Any, spec_of: SpecOf) -> LinkState:
     server = ()
     if link.keeps():
         server = owners.fresh(link.kept(layout), link.axes, home.inner_names)
-    return LinkState(states, server, home, state.watched)
+    flight = ()
+    if state.flight:
+        require_fresh(link.api, state.flight.payloads)
+        flight = link.flight(layout, home.inner_names)
+    return LinkState(states, server, home, state.watched, flight)
 
 
 def require_fresh(api: str, marked: Any) -> None:

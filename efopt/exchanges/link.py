@@ -26,7 +26,7 @@ from efopt.codecs.states import (
     is_placeholder,
     open_states,
 )
-from efopt.exchanges import owners, regions, table, watched
+from efopt.exchanges import in_flight, owners, regions, table, watched
 from efopt.exchanges.all_reduce import mean_in_range
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.home import Home, LinkState
@@ -67,6 +67,7 @@ class Link:
       axes: The axes of the workers; ``None`` for a single one.
       start: Steps that are averaged uncompressed first.
       stream: Tells its random numbers from those of other roles in the same chain.
+      delay: Steps that a payload waits before it is exchanged, 0 or 1.
       workers: All axes along which updates differ; ``axes`` are those of them over
         which they are compressed.
     """
@@ -77,6 +78,7 @@ class Link:
     axes: Axes | None
     start: int = 0
     stream: int = 0
+    delay: int = 0
     workers: Axes | None = None
 
     @property
@@ -93,14 +95,29 @@ class Link:
         states = init_states(self.codec, params, self.api)
         keeps = self.axes is not None and self.keeps()
         seen = watched.fresh(len(jax.tree.leaves(params)), keeps)
-        if self.axes is None:
-            return LinkState(states, (), (), seen)
-        home, server = Home.of(self, params), ()
-        if keeps and is_placeholder(params):
-            server = PerWorker.wrap(jnp.zeros([]), self.axes)
-        elif keeps:
+        home = () if self.axes is None else Home.of(self, params)
+        if is_placeholder(params):
+            mark = jnp.zeros([])
+            if self.axes is not None:
+                mark = PerWorker.wrap(mark, self.axes)
+            flight = in_flight.InFlight(mark, jnp.zeros([])) if self.delay else ()
+            return LinkState(states, mark if keeps else (), home, seen, flight)
+        server, flight = (), ()
+        if keeps:
+            assert self.axes is not None
             server = owners.fresh(self.kept(self._layout(params)), self.axes)
-        return LinkState(states, server, home, seen)
+        if self.delay:
+            flight = self.flight(self._layout(params))
+        return LinkState(states, server, home, seen, flight)
+
+    def flight(self, layout: Layout, shards: tuple[str, ...] = ()) -> Any:
+        """Nothing in flight, for what one device holds.
+
+        Args:
+          layout: What its buckets are.
+          shards: The mesh axes behind each worker, if every shard has its own.
+        """
+        return in_flight.fresh(layout, self.axes, shards)
 
     def zeros(self, params: Any) -> Any:
         """A residual of zero, one worker's, in the compute dtypes."""
@@ -250,15 +267,28 @@ class Link:
         layout = lay_out(codecs, shapes, [x.dtype for x in given], kinds)
         codec_state = self.unwrap(state.codec)
         states = open_states(layout, treedef, codec_state)
-        xs, turn = layout.join(arrays), self.turn(count)
-        if self.axes is None:
+        xs, turn, flight = layout.join(arrays), self.turn(count), state.flight
+        ends = {i: cut.valid() for i, cut in enumerate(cuts)}
+        valid = {i: end for i, end in ends.items() if end is not None}
+        ways = [self._route(b.codec) for b in layout.buckets]
+        if self.delay:
+            means, rests, server, flight = in_flight.meet_later(
+                self.api,
+                layout,
+                ways,
+                self.axes,
+                xs,
+                flight,
+                state.server,
+                turn,
+                ratio,
+                valid,
+            )
+        elif self.axes is None:
             turns = [turn] * len(xs)
             means, rests, states = converse(layout, xs, states, turns, alone)
             server = ()
         else:
-            ends = {i: cut.valid() for i, cut in enumerate(cuts)}
-            valid = {i: end for i, end in ends.items() if end is not None}
-            ways = [self._route(b.codec) for b in layout.buckets]
             means, rests, states, server = meet_all(
                 self.api,
                 layout,
@@ -300,7 +330,8 @@ class Link:
         mean = treedef.unflatten(gather(cuts, layout.part(decoded, wides)))
         states = close_states(layout, treedef, states, codec_state)
         states = jax.tree.map(_wrapped_as, state.codec, states, is_leaf=node.is_node)
-        return Averaged(mean, lost, LinkState(states, server, state.home, seen))
+        new = LinkState(states, server, state.home, seen, flight)
+        return Averaged(mean, lost, new)
 
     def entrance(
         self, update: Callable[..., Any], own: bool = False
@@ -395,6 +426,26 @@ class Link:
         zeros = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in leaves]
         return treedef.unflatten(layout.part(xs, zeros))
 
+    def owed_in_flight(self, params: Any, payloads: Any, made: Any) -> Any:
+        """What one worker has in flight of each leaf: a tree like ``params``.
+
+        Args:
+          params: The parameters given to :meth:`init`, or their structs.
+          payloads: Its payloads, without a worker axis.
+          made: The step in which they were written.
+        """
+        leaves, treedef = jax.tree.flatten(params)
+        layout = self._layout(params)
+        xs = in_flight.decoded(layout, payloads, made)
+        if self.axes is not None:  # under a vote it is among the residual still
+            late = [self._route(b.codec).pays_average for b in layout.buckets]
+            pairs = zip(late, xs, strict=True)
+            xs = [jnp.zeros_like(x) if owes else x for owes, x in pairs]
+        wides = [
+            jax.ShapeDtypeStruct(jnp.shape(x), compute_dtype(x.dtype)) for x in leaves
+        ]
+        return treedef.unflatten(layout.part(xs, wides))
+
     # ------------------------------------------------------------------------ inside
 
     def keeps(self) -> bool:
@@ -455,6 +506,7 @@ def open_link(
     axis_name: Any = None,
     exchange: Any = None,
     start: int = 0,
+    delay: int = 0,
     role: str = "",
 ) -> Link:
     """Checks the options that every scheme around a compressor shares.
@@ -465,6 +517,7 @@ def open_link(
       axis_name: The mapped axis of the workers, a tuple of axes, or ``None``.
       exchange: An :class:`efopt.exchanges.Exchange`, the name of one, or ``None``.
       start: Steps that are averaged uncompressed first.
+      delay: Steps that a payload waits before it is exchanged, 0 or 1.
       role: Names what it is used for where a chain may hold several: two roles never
         draw the same random numbers.
 
@@ -507,10 +560,11 @@ def open_link(
                 f"{reasons[0]}."
             )
     stream = zlib.crc32(role.encode()) if role else 0
+    delay = in_flight.check_delay(api, delay, compressor, start)
     label, workers = f"`{api}({compressor!r})`", axes
     if way is not None and way.fast_axes:
         axes, way = _levels(api, axes, way)
-    return Link(label, compressor.codec, way, axes, start, stream, workers)
+    return Link(label, compressor.codec, way, axes, start, stream, delay, workers)
 
 
 def _levels(api: str, axes: Any, way: Any) -> tuple[Axes, Exchange | None]:

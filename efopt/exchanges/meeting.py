@@ -1,5 +1,6 @@
 """A meeting: the conversations about all buckets, each by the exchange of its codec."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,49 @@ from efopt.codecs.layout import Layout
 from efopt.exchanges import owners
 from efopt.exchanges.exchange import Exchange
 from efopt.workers.axes import Axes
+
+
+@dataclasses.dataclass
+class Meeting:
+    """Carries the messages of one round, each by its exchange.
+
+    Attributes:
+      layout: What the buckets are.
+      ways: The exchange that carries each, settled.
+      axes: The workers' axes.
+      owed: What this worker owes as an owner; changes as messages are carried.
+    """
+
+    layout: Layout
+    ways: Sequence[Exchange]
+    axes: Axes
+    owed: Sequence[jax.Array]
+
+    def __call__(self, messages: dict[int, Message]) -> dict[int, Message]:
+        """Messages of the means over workers, by number of the bucket."""
+        means: dict[int, Message] = {}
+        pairs = zip(self.ways, self.layout.buckets, strict=True)
+        kinds = [(way, b.kind) for way, b in pairs]
+        for way, kind in dict.fromkeys(kinds):
+            # Leaves that differ along different axes do not travel together.
+            numbers = [i for i in messages if kinds[i] == (way, kind)]
+            if not numbers:
+                continue
+            asked = [messages[i] for i in numbers]
+            given = self.owed if way.keeps else ()
+            got, left = way.meet(asked, way.level(self.axes), given)
+            means.update(zip(numbers, got, strict=True))
+            self.owed = left if way.keeps else self.owed
+        return means
+
+
+def settled(
+    layout: Layout, ways: Sequence[Exchange], axes: Axes, turn: Turn
+) -> tuple[list[Exchange], list[Turn]]:
+    """The exchanges of a tree's buckets as they are there, and the turn of each."""
+    ways = [way.settled([b.codec for b in layout.buckets]) for way in ways]
+    # Where messages are equal, so must be what they draw.
+    return ways, [_at(turn, way.level(axes), axes) for way in ways]
 
 
 def meet_all(
@@ -45,35 +89,17 @@ def meet_all(
       Messages of the averages, what this worker has not yet paid of its arrays, and the
       new states and residuals.
     """
-    ways = [way.settled([b.codec for b in layout.buckets]) for way in ways]
-    # Where messages are equal, so must be what they draw.
-    turns = [_at(turn, way.level(axes), axes) for way in ways]
+    ways, turns = settled(layout, ways, axes, turn)
     xs = [way.enter(x, axes) for way, x in zip(ways, xs, strict=True)]
     kept = [b for b, way in zip(layout.buckets, ways, strict=True) if way.keeps]
     owed = owners.opened(api, kept, axes, server, ratio)
-
-    def meet(messages: dict[int, Message]) -> dict[int, Message]:
-        nonlocal owed
-        means: dict[int, Message] = {}
-        kinds = [(way, b.kind) for way, b in zip(ways, layout.buckets, strict=True)]
-        for way, kind in dict.fromkeys(kinds):
-            # Leaves that differ along different axes do not travel together.
-            numbers = [i for i in messages if kinds[i] == (way, kind)]
-            if not numbers:
-                continue
-            asked = [messages[i] for i in numbers]
-            given = owed if way.keeps else ()
-            got, left = way.meet(asked, way.level(axes), given)
-            means.update(zip(numbers, got, strict=True))
-            owed = left if way.keeps else owed
-        return means
-
+    meet = Meeting(layout, ways, axes, owed)
     means, rests, states = converse(layout, xs, states, turns, meet, valid)
     rests = [
         x - mean.decode() if way.pays_average else rest
         for way, x, mean, rest in zip(ways, xs, means, rests, strict=True)
     ]
-    return means, rests, states, owners.closed(owed, axes, server)
+    return means, rests, states, owners.closed(meet.owed, axes, server)
 
 
 def _at(turn: Turn, level: Axes, axes: Axes) -> Turn:

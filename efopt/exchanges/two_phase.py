@@ -34,16 +34,12 @@ class TwoPhase(Exchange):
 
         owned = [g.owned(my) for g in groups]
         mine = [_structs(p, n) for p in payloads]
-
-        def decode(payloads):
-            triples = zip(groups, payloads, owned, strict=True)
-            return [
-                Message(g.whole.codec, p, blocks, g.whole.turn).once().decode()
-                for g, p, blocks in triples
-            ]
-
+        parts = [
+            Message(g.whole.codec, p, blocks, g.whole.turn)
+            for g, p, blocks in zip(groups, mine, owned, strict=True)
+        ]
         # 1905.10936 Algorithm 2, the server: s = mean of C(p_i) + ratio e, then C(s)
-        means = decode_mean(arrived, mine, decode)
+        means = decode_mean(arrived, parts)
         if self.keeps:
             means = [m + e for m, e in zip(means, server, strict=True)]
         replies = []

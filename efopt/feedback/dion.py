@@ -11,7 +11,7 @@ import optax
 from efopt.codecs.compressor import make
 from efopt.compressors.identity import Identity
 from efopt.exchanges.home import Home
-from efopt.exchanges.link import Link, open_link
+from efopt.exchanges.link import open_link
 from efopt.feedback.low_rank import LowRank, PerLeaf
 from efopt.feedback.orthonormal import Side
 from efopt.ground import bits, checks
@@ -67,8 +67,9 @@ def scale_by_dion(
     The last axis of a leaf is its output, the one before it its input, as in Flax; axes
     before these are a batch of matrices, such as the layers of a ``scan``. The shorter
     side has the orthonormal factor. A matrix whose factors would be no smaller than it
-    is sent as it is. Where the rank of what came so far is lower than ``rank``, columns
-    without content stay zero, and their ``Q`` is drawn anew.
+    is sent as it is, unless its longer side is sharded. Where the rank of what came so
+    far is lower than ``rank``, columns without content stay zero, and their ``Q`` is
+    drawn anew.
 
     *Shards.* On a mesh with axes behind each worker the matrix is factorised whole,
     whichever of its sides is sharded: shards meet on the fast axes, in sums of factors
@@ -162,15 +163,13 @@ def scale_by_dion(
         sums = [
             g if _absent(m) else _sum(m, g) for m, g in zip(kept, given, strict=True)
         ]
-        codec = _on_devices(state.link.home, given)
-        if codec is None:
-            codec = PerLeaf(
-                tuple(
-                    codec_of(g, not _absent(m), "a leaf")
-                    for m, g in zip(kept, given, strict=True)
-                ),
-                said,
-            )
+        home = state.link.home
+        if isinstance(home, Home):  # knows the leaves whole, and how they are sharded
+            codec = home.link.codec
+        else:
+            pairs = zip(given, kept, strict=True)
+            leaves = [codec_of(g, not _absent(m), "a leaf") for g, m in pairs]
+            codec = PerLeaf(tuple(leaves), said)
         got = dataclasses.replace(link, codec=codec).average(
             treedef.unflatten(sums), state.link, state.count, like=grads, wide=True
         )
@@ -243,45 +242,6 @@ class _Sizes:
             scale=math.sqrt(columns / rows),
             seed=seed,
         )
-
-
-def _on_devices(home: Any, given: list[Any]) -> PerLeaf | None:
-    """The codecs of global leaves, told over which axes each side is sharded."""
-    if not isinstance(home, Home) or not isinstance(home.link, Link):
-        return None
-    codec = home.link.codec
-    if not isinstance(codec, PerLeaf):
-        return None
-    if home.specs is None or not home.inner:
-        return codec if [jnp.shape(x) for x in given] == list(home.shapes) else None
-    leaves = []
-    for i, leaf in enumerate(codec.leaves):
-        if isinstance(leaf, LowRank):
-            leaf = _sharded(leaf, home, i)
-        leaves.append(leaf)
-    return PerLeaf(tuple(leaves), codec.said)
-
-
-def _sharded(codec: LowRank, home: Home, i: int) -> LowRank:
-    assert home.specs is not None
-    entries = [*home.specs[i], *[None] * len(home.shapes[i])][: len(home.shapes[i])]
-    *batch, rows, columns = [_names(entry) for entry in entries]
-    short, long = (columns, rows) if codec.turned else (rows, columns)
-    lead = {name for names in batch for name in names}
-    return dataclasses.replace(
-        codec,
-        short=Side(codec.short.size, short),
-        long=Side(codec.long.size, long),
-        equal=tuple(
-            tuple(n for n in home.inner_names if n not in {*side, *lead})
-            for side in (short, long)
-        ),
-    )
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    names = entry if isinstance(entry, tuple) else (entry,)
-    return tuple(name for name in names if name is not None)
 
 
 def _absent(x: Any) -> bool:

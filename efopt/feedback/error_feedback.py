@@ -67,6 +67,7 @@ def error_feedback(
     damping: float | None = None,
     form: str | None = None,
     start: int = 0,
+    delay: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages updates over workers, compressed, and owes what compression lost.
 
@@ -108,6 +109,8 @@ def error_feedback(
                                         masked(frozen(), m))``, at no bytes
     ``chain(optax.freeze(m), tx)``      works, and sends the zeros
     gradients of several mini-batches   :func:`efopt.accumulate`
+    steps that are not finite           :func:`efopt.watch.skip_not_finite` around the
+                                        whole chain
     two levels of axes                  one feedback, over the slow axis, behind
                                         ``compress(identity(), axis_name=fast)``
     ``optax.MultiSteps``,               do not: their branch may differ between workers
@@ -127,6 +130,14 @@ def error_feedback(
     owed: while a network finds its scale, gradients are large and change quickly, and
     what is owed of them is soon wrong. The program then holds both exchanges, each in a
     branch that all workers take together.
+
+    *An exchange that hides.* With ``delay=1`` a step exchanges the payloads of the step
+    before, which wait in the state, encoded; what it applies is one step old. The
+    exchange then depends on nothing of the step, and a compiler may carry it while the
+    gradients are computed: on a slow network a step need not wait for it. The first
+    update is zero. Parameters minus rate times the mean of (residual + what is in
+    flight) follow SGD as before; with the identity this is SGD on gradients that are
+    one step old. For compressors that send one message.
 
     *Exchanges*, for ``n`` workers and a payload of ``b`` bytes over all leaves, in
     bytes that leave each worker: ``all_reduce`` (linear compressors) ``2 b (n-1)/n``,
@@ -159,6 +170,7 @@ def error_feedback(
       damping: As there.
       form: As there.
       start: Steps that are averaged uncompressed first, at least 0. Static.
+      delay: Steps that a payload waits before it is exchanged: 0 or 1. Static.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.
@@ -167,9 +179,10 @@ def error_feedback(
       TypeError: If ``compressor`` or ``memory`` is none, ``residual_dtype`` or a leaf
         is not floating-point, or an option is of another type.
       ValueError: If the exchange is unknown or cannot carry the compressor, or the
-        memory cannot keep a residual; at trace
-        time, if the axis is not bound, updates are already averaged or differ from what
-        ``init`` saw, or the state was not placed.
+        memory cannot keep a residual; if ``delay`` is neither 0 nor 1, or meets a
+        compressor that speaks in rounds or a ``start``; at trace time, if the axis is
+        not bound, updates are already averaged or differ from what ``init`` saw, or the
+        state was not placed.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -198,6 +211,7 @@ def error_feedback(
         damping=damping,
         form=form,
         start=start,
+        delay=delay,
     )
 
 
@@ -213,10 +227,16 @@ def feedback_through(
     damping: Any,
     form: Any,
     start: Any,
+    delay: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """:func:`error_feedback`, under the name by which it was called."""
     link = open_link(
-        api, compressor, axis_name=axis_name, exchange=exchange, start=start
+        api,
+        compressor,
+        axis_name=axis_name,
+        exchange=exchange,
+        start=start,
+        delay=delay,
     )
     store = open_residual(api, residual_dtype, memory, damping, form)
     state_of = ErrorFeedbackState if memory is None else ContractiveErrorFeedbackState

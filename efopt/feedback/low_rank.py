@@ -35,6 +35,7 @@ class LowRank(Codec):
       turned: Whether the short side is the columns.
       scale: Factor on the direction.
       seed: Selects random starts and sketches.
+      lead: The mesh axes over which the batch of matrices is sharded.
       equal: The mesh axes behind a worker along which the factor of the short side is
         equal, and that of the long side: there each device sends a piece.
     """
@@ -45,17 +46,39 @@ class LowRank(Codec):
     turned: bool
     scale: float
     seed: int
+    lead: tuple[str, ...] = ()
     equal: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     linear: ClassVar[bool] = True
     stateful: ClassVar[bool] = True
     one_message: ClassVar[bool] = False
+    spans: ClassVar[bool] = True
+
+    def of_shards(self, shape, names, equal):
+        *batch, rows, columns = names
+        short, long = (columns, rows) if self.turned else (rows, columns)
+        return dataclasses.replace(
+            self,
+            short=Side(self.short.size, short),
+            long=Side(self.long.size, long),
+            lead=tuple(name for entry in batch for name in entry),
+            equal=((*equal, *long), (*equal, *short)),
+        )
+
+    def state_axes(self, names):
+        """Those along which ``Q`` differs: not those that shard the other side."""
+        return tuple(n for n in names if n in {*self.long.names, *self.lead})
 
     @property
     def dense(self) -> bool:
-        """Whether the matrix itself is smaller than its factors, and is sent."""
+        """Whether the matrix itself is smaller than its factors, and is sent.
+
+        Not where ``Q`` is sharded, and is laid out as if it differed between workers:
+        only averages of factors say that it does not.
+        """
         rows, columns = self.short.size, self.long.size
-        return self.rank * (rows + columns) > rows * columns
+        own = self.long.names or self.lead
+        return not own and self.rank * (rows + columns) > rows * columns
 
     def block_shape(self, shape):
         return (math.prod(shape[:-2]), *shape[-2:])

@@ -28,6 +28,7 @@ PRIVATE = 0x27D4EB2F  # tells the memory's private randomness from the compresso
 SMALL_MATRIX, SMALL_VECTOR = 1 << 8, 1 << 16  # leaves below are kept exact
 MOST = 2**31 - 1  # coordinates whose places are numbered
 PIECES = 32  # in which a large leaf is written, at most
+PIECE = 1 << 19  # coordinates of a piece, at least: many small ones keep a GPU waiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +157,10 @@ class StoredResidual:
             if _is_large(b):
                 recalled = recalled.reshape(-1)[: x.size]
             x = x + (recalled if factor is None else recalled * factor)
-            # Once, and not again in everything that reads it.
-            xs.append(once(x) if _is_large(b) else x)
+            # Once, and not again in everything that reads it; but a GPU reads the two
+            # sooner than it writes their sum and reads that.
+            one = functools.partial(lax.platform_dependent, cpu=once, tpu=once)
+            xs.append(one(x, default=lambda x: x) if _is_large(b) else x)
         structs = [
             jax.ShapeDtypeStruct(x.shape, compute_dtype(x.dtype)) for x in arrays
         ]
@@ -292,7 +295,8 @@ def _encode_in_pieces(x: jax.Array, b: Bucket, payload: Any, turn: Turn) -> Any:
     loop only what belongs to one piece is there at a time.
     """
     blocks = b.blocks()
-    number = -(-x.size // (PIECES * blocks.size))
+    piece = max(-(-x.size // PIECES), min(PIECE, x.size))
+    number = -(-piece // blocks.size)
     length = number * blocks.size
     if x.size > MOST:
         return b.codec.encode(_blocked(x, b), blocks, turn)

@@ -10,6 +10,7 @@ from efopt.codecs.compressor import Compressor
 from efopt.exchanges.link import open_link
 from efopt.feedback.econtrol import EControlState
 from efopt.feedback.error_feedback import ErrorFeedbackState
+from efopt.feedback.landed import in_flight
 from efopt.ground.checks import keyword_only
 from efopt.workers.axes import Axes
 from efopt.workers.node import PerWorker
@@ -28,9 +29,9 @@ def virtual_params(
     .. math::  \tilde x = x - \gamma \Big( \tilde e + \frac{1}{n} \sum_i e_i \Big)
 
     With error feedback, and with :func:`efopt.feedback.econtrol`, the parameters lag
-    behind by the residuals, and this iterate walks the path that the same gradients
-    give without compression. Evaluate it beside
-    the parameters, above all at the end of training.
+    behind by the residuals, and by what is in flight, and this iterate walks the path
+    that the same gradients give without compression. Evaluate it beside the parameters,
+    above all at the end of training.
 
     The feedback may stand anywhere in ``state``: in a chain, under ``optax.partition``,
     ``inject_hyperparams`` or :func:`efopt.accumulate`. It may be placed on a mesh,
@@ -101,6 +102,9 @@ def virtual_params(
             return p if _is_masked(owed) else (p - rate * owed).astype(p.dtype)
 
         owed = _owed(params, feedback, compressor)
+        if feedback.link.flight:
+            flying = _in_flight(owed, params, feedback, compressor)
+            owed = jax.tree.map(lambda e, f: e + f.reshape(e.shape), owed, flying)
         params = jax.tree.map(pay, owed, params, is_leaf=_is_masked)
     return params
 
@@ -183,6 +187,32 @@ def _owed(
     unstacked = jax.tree.map(_unstacked, owed, own)
     server = link.owed_by_owners(unstacked, feedback.link.server)
     return jax.tree.map(lambda e, s: e + s.reshape(e.shape), owed, server)
+
+
+def _in_flight(owed: Any, params: Any, feedback: Any, compressor: Any) -> Any:
+    """What workers have written and not exchanged yet, averaged: a tree like ``owed``.
+
+    A worker's axis that is stacked in ``params`` is left out.
+    """
+    payloads, made = feedback.link.flight
+    if not isinstance(payloads, PerWorker):
+        if compressor is None:
+            raise ValueError(
+                "`virtual_params(params, state)` needs `compressor=...` for a state of "
+                "`delay=1` and a single worker, to read the payloads in flight."
+            )
+        link = open_link("virtual_params", compressor, delay=1)
+        return link.owed_in_flight(params, payloads, made)
+    axes = Axes.of("virtual_params", payloads.axis_name)
+    own = jax.tree.map(
+        lambda e, p: e if _is_masked(e) else p, owed, params, is_leaf=_is_masked
+    )
+    structs = jax.tree.map(_unstacked, owed, own)
+    if axes.bound():
+        link, mine = feedback.link.home.link, payloads.local("`virtual_params`")
+        return axes.pmean(link.owed_in_flight(structs, mine, made))
+    sent = in_flight("`virtual_params(params, state)`", feedback, structs)
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), sent)
 
 
 def _unstacked(e: jax.Array, p: jax.Array) -> jax.ShapeDtypeStruct:

@@ -60,6 +60,23 @@ class Program:
                     callers[called].append((caller, role, times))
         return cls(bodies, callers, *_counts(text))
 
+    def entry(self) -> str:
+        """The name of the computation that nothing calls."""
+        return next(
+            name
+            for name in reversed(list(self.bodies))
+            if self.bodies[name] and not self.callers.get(name)
+        )
+
+    def called(self, instruction: Instruction) -> list[tuple[str, str]]:
+        """The computations that an instruction names, and in which role."""
+        found = _CALL.findall(instruction["attributes"] or "")
+        return [
+            (name, role)
+            for role, called in found
+            for name in re.findall(r"[\w.-]+", called)
+        ]
+
     def runs(self, computation: str) -> tuple[bool, float]:
         """Whether it is in a loop or branch, and how often a step runs it (or nan)."""
         if computation not in self.callers:

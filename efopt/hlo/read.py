@@ -199,11 +199,11 @@ def _collective(
 ) -> Collective:
     """One execution of it."""
     name, operands = instruction["name"], instruction["operands"]
-    arrays = _arrays(operands)  # older texts print the types, newer ones names alone
+    arrays = arrays_of(operands)  # older texts print the types, newer ones names alone
     if not arrays:
         given = names(operands)
         types = [body[n]["type"] for n in given if n in body]
-        arrays = [array for type_ in types for array in _arrays(type_)]
+        arrays = [array for type_ in types for array in arrays_of(type_)]
         if not types or len(types) < len(given):
             raise ValueError(
                 f"`read_hlo(text)` cannot find the operands of `{name}`, got "
@@ -272,7 +272,7 @@ def _replaced(
     return "all-gather" if zeros else None
 
 
-def _arrays(text: str) -> list[tuple[str, tuple[int, ...], int]]:
+def arrays_of(text: str) -> list[tuple[str, tuple[int, ...], int]]:
     """Element type, shape and bytes of every array type in ``text``."""
     arrays = []
     for element, digits, dims, layout in _ARRAY.findall(text):

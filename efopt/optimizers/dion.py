@@ -80,10 +80,9 @@ def dion(
       An :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      TypeError: As :func:`efopt.feedback.scale_by_dion`; if ``fallback`` is no Optax
-        transformation.
-      ValueError: As there; from ``init``, if there are other leaves and no
-        ``fallback``.
+      TypeError: As :func:`efopt.feedback.scale_by_dion`.
+      ValueError: As there; if ``fallback`` is no Optax transformation; from ``init``,
+        if there are other leaves and no ``fallback``.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -99,11 +98,6 @@ def dion(
       <https://arxiv.org/abs/2504.05295>`_, 2025 (Algorithm 1)
     """
     check_momentum("dion", momentum)
-    if fallback is not None and not isinstance(fallback, optax.GradientTransformation):
-        raise TypeError(
-            "`dion(fallback=...)` takes an Optax optimizer, such as "
-            f"`optax.adamw(1e-3)`; got {fallback!r}."
-        )
     exchange = scale_by_dion(
         rank=rank,
         fraction=fraction,

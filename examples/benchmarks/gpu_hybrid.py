@@ -40,6 +40,7 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import socket
 import statistics
 import subprocess
@@ -546,6 +547,8 @@ def main():
     if args.width % args.heads:
         parser.error("--heads must divide --width")
 
+    # Whoever ends this ends the processes too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     # First what plans are made of, then what others are compared with.
     names = [m for m in METHODS if m in args.methods]
     others = [m for m in TORCH if m in args.methods]

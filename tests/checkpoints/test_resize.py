@@ -250,6 +250,15 @@ def test_a_state_may_come_from_anywhere(way):
     equal(jax.tree.map(np.asarray, placed), expected)
 
 
+def test_as_many_workers_change_nothing():
+    """Not even gradients at the reference points are asked for anew."""
+    tx = efopt.convex.lsvrg(0.5, axis_name=AXIS, coin="per_worker")
+    state = of_workers(tx, 4)
+    equal(resize(state, 4), state)
+    assert not resize(state, 4).stale.value.any()
+    equal(resize(efopt.stack_workers(state, 4), 4), state)
+
+
 def test_axes_may_be_several_and_named():
     axes = ("slow", "fast")
     tx = efopt.error_feedback(efopt.top_k(k=3), axis_name=axes)

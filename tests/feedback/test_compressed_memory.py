@@ -304,6 +304,7 @@ def test_a_large_leaf_is_stored_as_a_small_one_is(name, monkeypatch):
     for module in (store, layout):
         monkeypatch.setattr(module, "BUCKET_SIZE", 1000)
     monkeypatch.setattr(store, "PIECES", 5)
+    monkeypatch.setattr(store, "PIECE", 1)
     got, state = steps(scheme(memory), grads)
     tolerance = {"rtol": 0, "atol": 0 if name in EXACT else 1e-5}
     chex.assert_trees_all_close(got, expected, **tolerance)

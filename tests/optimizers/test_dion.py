@@ -191,7 +191,7 @@ def test_bytes_are_those_of_a_plan_with_factors_of_the_same_rank(n):
         ({"momentum": 1.0}, ValueError, r"must be in \[0, 1\), got 1.0"),
         ({"momentum": -0.1}, ValueError, r"must be in \[0, 1\)"),
         ({"seed": -1}, ValueError, "seed"),
-        ({"fallback": 0.1}, TypeError, r"takes an Optax optimizer, .* got 0.1"),
+        ({"fallback": 0.1}, ValueError, r"an Optax gradient .*, got 0.1"),
     ],
 )
 def test_option_is_refused(options, error, words):

@@ -19,7 +19,7 @@ def chained(memory=None):
         efopt.error_feedback(
             efopt.compressors.partition(
                 {"low": efopt.power_sgd(1, min_compression=0), "sign": SIGN},
-                lambda tree: {k: "low" if k == "a_rows" else "sign" for k in tree},
+                lambda tree: {k: "low" if k in LOW else "sign" for k in tree},
             ),
             axis_name=AXIS,
             exchange="two_phase",
@@ -29,7 +29,7 @@ def chained(memory=None):
     )
 
 
-SIGN = efopt.scaled_sign(8)
+SIGN, LOW = efopt.scaled_sign(8), ("a_rows", "b_columns")
 MEMORY = efopt.quantize(8, block_size=4)
 BIG = {  # shards of which are worth to be stored
     "a_rows": ((64, 32), jax.P("fsdp", None)),
@@ -156,13 +156,17 @@ def test_training_goes_on_with_fewer_slices(memory):
 
 def test_a_target_is_spread_over_all_devices_of_today():
     """No device, and no host, holds all that the old workers owed."""
-    params, specs, _ = meshes.task(meshes.Mesh((2, FSDP)), steps=0)
-    mesh = meshes.Mesh((2, FSDP)).make()
-    tx = chained()
+    tx, mesh = chained(), meshes.Mesh((2, FSDP)).make()
+    params, specs, state = given(tx, 3)
     structs = jax.eval_shape(tx.init, params)
     found = target(structs, mesh, specs, saved={AXIS: 3})
     node = found[1].residual.value["a_rows"]
     assert node.shape == (3, 16, 6)
     assert node.sharding.shard_shape(node.shape) in ((3, 4, 6), (3, 8, 3))
+    restored = jax.tree.map(lambda s, x: jax.device_put(x, s.sharding), found, state)
+    expected, new = resize(state, 2), resize(restored, 2)
+    jax.tree.map(np.testing.assert_array_equal, new, expected)
+    placed = efopt.distribute(new, mesh, specs)
+    jax.tree.map(np.testing.assert_array_equal, placed, expected)
     with pytest.raises(ValueError, match="the mesh has no axis 'data'"):
         target(structs, mesh, specs, saved={"data": 3})

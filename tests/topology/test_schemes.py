@@ -42,6 +42,15 @@ SCHEMES = {
         feedback(learning_rate=RATES), optax.scale_by_learning_rate(RATES)
     ),
     "start": lambda: chained(feedback(start=2)),
+    "delay": lambda: chained(feedback(delay=1)),
+    "delay_vote": lambda: chained(
+        efopt.error_feedback(
+            efopt.sign(), axis_name=AXIS, exchange="majority_vote", delay=1
+        )
+    ),
+    "delay_memory": lambda: chained(
+        feedback(memory=efopt.quantize(8, stochastic=True), exchange=None, delay=1)
+    ),
     "memory": lambda: chained(
         feedback(memory=efopt.quantize(8, stochastic=True), exchange=None)
     ),

@@ -18,9 +18,11 @@ SHAPES = {
     "d_whole": ((9, 12), P()),
     "e_bias": ((30,), P()),
     "f_layers": ((4, 10, 7), P("fsdp", None, None)),
+    "g_small": ((4, 4), P("fsdp", None)),  # smaller than its factors
+    "h_small": ((5, 3), P()),
 }
-BOTH = {"g_both": ((8, 12), P("fsdp", "tensor"))}
-BOTH |= {"h_joined": ((16, 6), P(("fsdp", "tensor"), None))}
+BOTH = {"i_both": ((8, 12), P("fsdp", "tensor"))}
+BOTH |= {"j_joined": ((16, 6), P(("fsdp", "tensor"), None))}
 THREE = meshes.Mesh((2, 2, 2), ("dcn", "fsdp", "tensor"))
 MESHES = {
     "two_by_four": meshes.TWO_BY_FOUR,
@@ -99,11 +101,13 @@ def test_over_the_slow_axis_each_device_sends_its_part_of_the_factors():
     step, state, place = meshes.make("global", make("dcn"), mesh, params, specs)
     report = efopt.wire.measure(step, state, place(grads[0]))
     numbers = 0
-    for shape, _ in SHAPES.values():
+    for name, (shape, _) in SHAPES.items():
         if len(shape) == 1:
             numbers += -(-shape[0] // 4)  # the bias
         elif len(shape) == 3:
             numbers += 3 * (shape[1] + shape[2])  # each device has a layer of its own
+        elif name == "h_small":  # as it is
+            numbers += -(-shape[0] * shape[1] // 4)
         else:
             numbers += sum(-(-3 * side // 4) for side in shape)
     assert report.bytes_over("dcn").operand == 4 * numbers

@@ -388,7 +388,7 @@ def test_apply_if_finite_around_an_exchange_is_refused_where_it_is_seen(inner):
 
 
 def test_bad_options_are_refused():
-    with pytest.raises(TypeError, match="takes an `optax.GradientTransformation`"):
+    with pytest.raises(TypeError, match="must be an Optax gradient transformation"):
         guarded(optax.sgd)
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         sgd(max_consecutive=0)

@@ -109,6 +109,9 @@ def test_devices_behind_a_worker_are_compared_in_the_step(how):
                 assert not bool(ask(worse))
             with pytest.raises(RuntimeError, match=rf"device \d .* of \['{leaf}'\]"):
                 require_agreement(worse)
+    if how == "shard_map":  # both workers alike, and not their other devices
+        worse = {**tree, "whole": flipped(flipped(tree["whole"], 2), 6)}
+        assert not bool(ask(worse))
 
 
 def test_rows_of_a_stacked_state_are_compared():
