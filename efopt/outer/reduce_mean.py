@@ -109,7 +109,8 @@ def reduce_mean(
         )
     update = optax.with_extra_args_support(scheme).update
     if _lies_on(deltas, axes):
-        return update(PerWorker(deltas, axes.key), state)
+        marked: Any = PerWorker(deltas, axes.key)
+        return update(marked, state)
     if len(axes.names) > 1:
         raise ValueError(
             f"`reduce_mean(axis_name={axis_name!r})` names several axes, and the "
@@ -121,7 +122,7 @@ def reduce_mean(
 
 def _lies_on(tree: Any, axes: Axes) -> bool:
     """Whether arrays lie on a mesh with the axes, by their types or shardings."""
-    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes: list[Any] = [jax.sharding.get_abstract_mesh()]
     for x in jax.tree.leaves(tree):
         meshes.append(getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None))
         own = getattr(x, "sharding", None)
