@@ -109,8 +109,8 @@ def reduce_mean(
         )
     update = optax.with_extra_args_support(scheme).update
     if _lies_on(deltas, axes):
-        stacked: Any = PerWorker(deltas, axes.key)
-        return update(stacked, state)
+        marked: Any = PerWorker(deltas, axes.key)
+        return update(marked, state)
     if len(axes.names) > 1:
         raise ValueError(
             f"`reduce_mean(axis_name={axis_name!r})` names several axes, and the "

@@ -90,7 +90,7 @@ def test_an_inner_chain_with_an_exchange_is_refused():
 
 @pytest.mark.parametrize("name", ["inner", "outer"])
 def test_what_is_no_transformation_is_refused(name):
-    with pytest.raises(TypeError, match=rf"local_steps\({name}\)"):
+    with pytest.raises(TypeError, match=rf"local_steps\({name}"):
         make(**{name: optax.sgd})
 
 
