@@ -122,7 +122,7 @@ def test_update_keeps_structure_shapes_and_dtypes(row):
         assert specs(updates) == specs(tree(0))
 
 
-@each_row
+@each_row_kinds_first
 def test_zeros_stay_finite_and_zero_where_the_wire_can_say_so(row):
     for tx, grads in both(row):
         zeros = jax.tree.map(np.zeros_like, grads)

@@ -46,6 +46,7 @@ def chain(name):
 
 
 BY_DEFAULT = ("scaled_two_phase", "power_sgd")
+EACH_WAY = ("identity", "scaled_two_phase", "sign_vote", "power_sgd")
 
 
 @pytest.mark.parametrize("name", [slow(n, when=n not in BY_DEFAULT) for n in CASES])
@@ -82,7 +83,7 @@ def test_any_number_of_workers(name, n):
         np.testing.assert_allclose(a[k], b[k], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [slow(n, when=n not in EACH_WAY) for n in CASES])
 def test_workers_stay_bit_identical_and_nothing_recompiles(name):
     fn, state, place = mapped("auto", chain(name), zeros(), compiler_options=FAST)
     types = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
@@ -103,7 +104,10 @@ def test_workers_stay_bit_identical_and_nothing_recompiles(name):
         assert any(np.ptp(np.asarray(e), axis=0).max() > 0 for e in residuals)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("sign")])
+@pytest.mark.parametrize(
+    "name",
+    [slow(n, when=n not in EACH_WAY) for n in CASES if not n.startswith("sign")],
+)
 def test_zero_gradients_leave_everything_untouched(name):
     """Padding included: it is in the state only as server residual."""
     compressor, exchange = CASES[name]
@@ -154,6 +158,7 @@ def test_a_mixed_tree_keeps_its_dtypes_in_one_exchange():
         assert state.residual.value[k].dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_two_thousand_steps_do_not_starve_each_other():
     """Independent collectives of eight virtual devices share one pool of threads.
 

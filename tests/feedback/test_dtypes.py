@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from workers_under_test import slow
 
 import efopt
 
@@ -68,8 +69,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.parametrize("given, kept, start", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "name, given, kept, start",
+    [
+        slow(name, *case, when=i != j % len(CASES), id=f"{name}-{label}")
+        for j, name in enumerate(SCHEMES)
+        for i, (label, case) in enumerate(CASES.items())
+    ],
+)
 def test_a_state_leaves_a_step_in_the_dtypes_it_came_in(name, given, kept, start):
     with jax.enable_x64(given == "float64"):
         params = {"w": jnp.zeros((20, 40), jnp.float32), "b": jnp.zeros(8, jnp.float32)}
@@ -110,6 +117,7 @@ def test_a_residual_that_was_cast_is_still_what_is_owed():
     )
 
 
+@pytest.mark.slow
 def test_two_phase_says_that_dtypes_part_the_blocks_otherwise():
     params = {"w": jnp.zeros((32, 32), jnp.bfloat16), "norm": jnp.zeros(32)}
     tx = SCHEMES["two_phase"]()

@@ -171,7 +171,7 @@ def tolerance(dtype, exchange):
 
 DTYPES = [
     slow(compressor, exchange, dtype, when=i % every > 0)
-    for dtype, every in {"bfloat16": 2, "float32": 3, "float16": 6}.items()
+    for dtype, every in {"bfloat16": 6, "float32": 4, "float16": 12}.items()
     for i, (compressor, exchange) in enumerate(CASES)
 ]
 

@@ -181,6 +181,7 @@ LEAST_SQUARES = {
 }
 
 
+@pytest.mark.slow
 def test_least_squares_only_what_stays_in_the_span_generalises():
     test_loss, distance = {}, {}
     for draw in range(6):
@@ -227,6 +228,7 @@ def _train(tx, a, y):
 # ------------------------------------------------------------------ sparse noise
 
 
+@pytest.mark.slow
 def test_sparse_noise_is_where_signs_beat_feedback():
     """Half |x|^2 with noise of size 100 on one coordinate of 100; ten repeats."""
 
@@ -273,7 +275,7 @@ def test_identical_workers_vote_as_one():
         np.testing.assert_array_equal(votes, np.repeat(single[:, None], n, axis=1))
 
 
-@pytest.mark.parametrize("noise", ["normal", "laplace", "uniform"])
+@pytest.mark.parametrize("noise", ["normal", slow("laplace"), slow("uniform")])
 def test_votes_go_wrong_less_often_the_more_workers(noise):
     """20 000 votes, a gradient of half the noise's deviation; false alarm: 5 sigma."""
     trials, ratio = 20_000, 0.5
@@ -466,10 +468,7 @@ MOMENTUM = {
 }
 
 
-BY_DEFAULT = ("at_workers", "at_server")
-
-
-@pytest.mark.parametrize("name", [slow(n, when=n not in BY_DEFAULT) for n in MOMENTUM])
+@pytest.mark.parametrize("name", [slow(n) for n in MOMENTUM])
 def test_momentum_behind_scaled_sign_does_not_train(name):
     tx, trains = MOMENTUM[name]
     accuracy, _ = train(tx)

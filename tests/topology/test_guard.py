@@ -16,7 +16,7 @@ TYPES = [
     meshes.Mesh(kind="explicit"),
     meshes.Mesh((2, 2, 2), ("slow", "fast", "fsdp"), ("slow", "fast")),
 ]
-DEFAULT = {("accumulate_momentum", "global"), ("start", "nested")}
+DEFAULT = {("start", "nested")}
 
 
 def poisoned(grads):
