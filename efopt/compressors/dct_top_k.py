@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -93,12 +94,12 @@ class DCTTopK(Codec):
         return None if values is None else values * k * tiles / math.prod(block)
 
 
-def cosines(size: int, dtype: np.dtype) -> np.ndarray:
+def cosines(size: int, dtype: np.dtype) -> jax.Array:
     """The orthonormal cosine transform of type II, a row a frequency."""
     place, frequency = np.arange(size)[None, :], np.arange(size)[:, None]
     rows = np.cos(np.pi * (2 * place + 1) * frequency / (2 * size))
     rows *= np.where(frequency == 0, math.sqrt(1 / size), math.sqrt(2 / size))
-    return rows.astype(dtype)
+    return jnp.asarray(rows, dtype)
 
 
 @keyword_only

@@ -141,7 +141,11 @@ def loco(
         got = link.average(say, state.link, state.count, like=updates)
         count = optax.safe_increment(state.count)
         # e <- beta e + (1 - beta) (h - q), and now and then zero
-        keep = 1.0 if reset is None else jnp.where(count % reset == 0, 0.0, 1.0)
+        keep = (
+            1.0
+            if reset is None
+            else jnp.where(jnp.remainder(count, reset) == 0, 0.0, 1.0)
+        )
 
         def mixed(lost, e):
             return jnp.asarray(keep, e.dtype) * (beta * e + (1 - beta) * lost)
