@@ -142,6 +142,7 @@ ELSEWHERE = {
     "local_params",
     "memory_report",
     "partition_specs",
+    "report",
     "require_finite",
     "stack_workers",
     "value_and_grad",

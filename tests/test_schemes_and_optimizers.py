@@ -444,7 +444,7 @@ def test_along_a_second_axis_every_device_has_the_same_updates(row):
             chex.assert_trees_all_equal(one(updates), reference)
 
 
-# What is in flight there nobody can read but the next step: tests/exchanges has its law.
+# What is in flight there only the next step can read: tests/exchanges has its law.
 @each(
     [
         r

@@ -20,10 +20,22 @@ from efopt.feedback.landed import landed
 
 MOVES = [(4, 3), (8, 4), (8, 16), (3, 8)]
 ROWS = [row for row in (*SCHEMES, *OPTIMIZERS) if row.over_workers and row.own]
+
+
+def lane(row, move):
+    """Every run: a move of each kind. The slow lane: that of all rows, all of kinds."""
+    first = move == MOVES[0]
+    if row.kind and first:
+        return []
+    return [pytest.mark.slow if row.kind or first else pytest.mark.exhaustive]
+
+
 EACH = [
-    slow(row, n, m, when=not row.kind or (n, m) != MOVES[0], id=f"{row.name}-{n}-{m}")
+    pytest.param(
+        row, *move, marks=lane(row, move), id=f"{row.name}-{move[0]}-{move[1]}"
+    )
     for row in ROWS
-    for n, m in MOVES
+    for move in MOVES
 ]
 each_move_of_each_row = pytest.mark.parametrize("row, n, m", EACH)
 

@@ -144,9 +144,17 @@ def test_a_step_that_is_not_finite_never_was(row):
     check_that_it_never_was(row, "auto")
 
 
-@pytest.mark.slow
-@each([r for r in ROWS if r.over_workers and not r.slow])
 @pytest.mark.parametrize("how", ["explicit", "two_d", "pmap", "vmap"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(
+            r, marks=pytest.mark.slow if r.kind else pytest.mark.exhaustive, id=r.name
+        )
+        for r in ROWS
+        if r.over_workers and not r.slow
+    ],
+)
 def test_nor_was_it_however_workers_are_mapped(row, how):
     check_that_it_never_was(row, how)
 
