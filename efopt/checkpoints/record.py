@@ -64,7 +64,10 @@ def record(state: Any) -> dict[str, Any]:
         return {"array": _text(x, jnp.shape(x)[lead:])}
 
     parts = {jax.tree_util.keystr(path): part(x) for path, x in _places(state)}
-    version = importlib.metadata.version("efopt")
+    try:
+        version = importlib.metadata.version("efopt")
+    except importlib.metadata.PackageNotFoundError:  # a checkout that nobody installed
+        version = "unknown"
     return {"format": FORMAT, "efopt": version, "workers": workers, "parts": parts}
 
 

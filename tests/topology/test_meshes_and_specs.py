@@ -33,7 +33,7 @@ MESHES = {
 COMPRESSORS = {
     "sign-two_phase": (efopt.scaled_sign(8), "two_phase"),
     "top_k-all_gather": (efopt.top_k(k=3), "all_gather"),
-    "power_sgd-all_reduce": (efopt.power_sgd(1), "all_reduce"),
+    "power_sgd-all_reduce": (efopt.power_sgd(1, per_shard=True), "all_reduce"),
     "random_block-two_phase": (
         efopt.random_block(fraction=0.3, block_size=16),
         "two_phase",
