@@ -51,6 +51,7 @@ import traceback
 from importlib import util
 from pathlib import Path
 
+STYLE = Path(__file__).resolve().parents[1] / "pictures.mplstyle"
 METHODS = (
     "no exchange",
     "dense f32",
@@ -496,28 +497,37 @@ def serve(process):
 
 
 def draw(run, path):
-    """The time of a step by the bytes that leave a device for the other half."""
+    """A row a method: the time of a step, what the plan expects, and what is sent."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, found in run["methods"].items():
-        sent = found["dcn_bytes"] or found["dcn_counted"]
-        if not sent or name == "no exchange":
-            continue
-        at, ms = sent / 1e6, 1e3 * found["step_seconds"]
-        (line,) = axes.loglog(at, ms, "s" if name in TORCH else "o")
-        axes.annotate(name, (at, ms), (5, 3), textcoords="offset points", fontsize=8)
-        if "exchange_seconds" in found and "no exchange" in run["methods"]:
-            alone = run["methods"]["no exchange"]["step_seconds"]
+    methods = {n: m for n, m in run["methods"].items() if n != "no exchange"}
+    names = sorted(methods, key=lambda name: methods[name]["step_seconds"])
+    alone = run["methods"].get("no exchange", {}).get("step_seconds")
+    plt.style.use(STYLE)
+    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.33 * len(names)))
+    for y, name in enumerate(names):
+        found = methods[name]
+        ms = 1e3 * found["step_seconds"]
+        axes.plot(
+            ms, y, "s" if name in TORCH else "o", color="C1" if name in TORCH else "C0"
+        )
+        if alone is not None and "exchange_seconds" in found:
             planned = 1e3 * (alone + found["exchange_seconds"])
-            axes.loglog([at, at], [ms, planned], ":", color=line.get_color())
+            axes.plot(planned, y, "|", color="0.3", markersize=12)
+        sent = (found["dcn_bytes"] or found["dcn_counted"] or 0) / 1e6
+        about = f"{ms:.0f} ms, {sent:,.3g} MB"
+        axes.annotate(about, (1.02, y), xycoords=("axes fraction", "data"), va="center")
+    if alone is not None:
+        axes.axvline(1e3 * alone, color="0.5", linestyle="--", linewidth=0.8)
     axes.set(
-        xlabel="MB that leave a device for the other half, a step",
-        ylabel="milliseconds of a step; dotted, down to the plan",
+        xscale="log",
+        xlabel="milliseconds of a step (bar: the plan; dashed: nothing exchanged)",
+        yticks=range(len(names)),
+        yticklabels=names,
         title=f"{run['machine']}, {run['parameters'] / 1e6:.0f} M parameters",
     )
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=110)
+    axes.grid(axis="x", alpha=0.3, which="both")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
