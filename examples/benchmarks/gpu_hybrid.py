@@ -499,6 +499,7 @@ def serve(process):
 def draw(run, path):
     """A row a method: the time of a step, what the plan expects, and what is sent."""
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     methods = {n: m for n, m in run["methods"].items() if n != "no exchange"}
     names = sorted(methods, key=lambda name: methods[name]["step_seconds"])
@@ -526,7 +527,10 @@ def draw(run, path):
         yticklabels=names,
         title=f"{run['machine']}, {run['parameters'] / 1e6:.0f} M parameters",
     )
-    axes.grid(axis="x", alpha=0.3, which="both")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 

@@ -33,6 +33,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
+    from matplotlib import ticker
 import numpy as np
 import optax
 
@@ -315,6 +316,7 @@ def draw(results, args, path):
         ax.grid(alpha=0.3)
         if label != "step":
             ax.set_xscale("log")
+            ax.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
