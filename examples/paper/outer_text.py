@@ -33,9 +33,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
-    from matplotlib import ticker
 import numpy as np
 import optax
+from matplotlib import ticker
 
 import efopt
 
