@@ -41,6 +41,7 @@ def limited(network):
 def start(folder, *options):
     """The benchmark as a process of its own, with all its files in `folder`."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TMPDIR": str(folder)}
+    environment.pop("XLA_FLAGS", None)
     return subprocess.Popen(
         [sys.executable, BENCHMARKS / "cluster.py", "--output", folder, *options],
         env=environment,

@@ -20,6 +20,7 @@ PARAMETERS = 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
 def run(script, *options, folder):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment.pop("NPROC", None)  # a script sees to that by itself
+    environment.pop("XLA_FLAGS", None)  # it computes for long: with the fastest code
     command = [sys.executable, EXAMPLES / script, *options]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True

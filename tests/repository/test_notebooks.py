@@ -14,6 +14,7 @@ ONE_DEVICE = "simulate = len(devices) == 1"  # how a notebook asks
 def execute(path, folder, monkeypatch, replace=None):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.delenv("NPROC", raising=False)  # a notebook sees to that by itself
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # it computes for long
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if replace and cell.cell_type == "code":
