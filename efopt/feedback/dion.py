@@ -123,7 +123,7 @@ def scale_by_dion(
     """
     sizes = _Sizes("scale_by_dion", rank, fraction)
     seed = checks.seed("scale_by_dion", seed)
-    check_momentum("scale_by_dion", momentum)
+    checks.decay("scale_by_dion", "momentum", momentum)
     said = f"rank={rank}" if rank is not None else f"fraction={sizes.fraction}"
     link = open_link(
         "scale_by_dion", make(PerLeaf((), said)), axis_name=axis_name, role="dion"
@@ -199,12 +199,6 @@ def marked(matrices: Matrices | None, params: Any) -> Any:
         lambda x: bool(mark) and _size(x) > 0, part
     )
     return jax.tree.map(spread, marks, params)
-
-
-def check_momentum(api: str, momentum: Any) -> None:
-    """Raises unless it is in [0, 1); what is traced cannot be asked."""
-    if isinstance(momentum, int | float) and not 0 <= momentum < 1:
-        raise ValueError(f"`{api}(momentum=...)` must be in [0, 1), got {momentum}.")
 
 
 class _Sizes:

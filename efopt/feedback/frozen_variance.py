@@ -64,9 +64,8 @@ def frozen_variance(
       exchange: How they meet.
       learning_rate: The rate or schedule behind, if residuals are to keep its units.
     """
-    for name, decay in (("b1", b1), ("b2", b2)):
-        if isinstance(decay, int | float) and not 0 <= decay < 1:
-            raise ValueError(f"`{api}({name}=...)` must be in [0, 1), got {decay}.")
+    checks.decay(api, "b1", b1)
+    checks.decay(api, "b2", b2)
     if isinstance(eps, int | float) and not eps > 0:
         raise ValueError(f"`{api}(eps=...)` must be positive, got {eps}.")
     link = open_link(

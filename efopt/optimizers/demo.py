@@ -7,7 +7,6 @@ from efopt.compressors.dct_top_k import dct_top_k
 from efopt.exchanges.exchange import Exchange
 from efopt.feedback import damped_error_feedback
 from efopt.ground import checks
-from efopt.optimizers.momentum import check_decay
 from efopt.optimizers.weight_decay import Mask, add_decay
 from efopt.workers.axes import AxisName
 
@@ -80,7 +79,7 @@ def demo(
       Peng et al, `DeMo: Decoupled Momentum Optimization
       <https://arxiv.org/abs/2411.19870>`_, 2024 (Algorithm 1)
     """
-    check_decay("demo", "decay", decay)
+    checks.decay("demo", "decay", decay)
     checks.static_float("demo", "decay", decay)
     return optax.chain(
         # 2411.19870 Algorithm 1: m = beta m + gamma g,

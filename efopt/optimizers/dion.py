@@ -6,7 +6,7 @@ import jax
 import optax
 
 from efopt.feedback import scale_by_dion
-from efopt.feedback.dion import Matrices, check_momentum, marked
+from efopt.feedback.dion import Matrices, marked
 from efopt.ground import checks
 from efopt.optimizers.weight_decay import Mask, add_decay
 from efopt.workers.axes import AxisName
@@ -97,7 +97,7 @@ def dion(
       Ahn et al, `Dion: Distributed Orthonormalized Updates
       <https://arxiv.org/abs/2504.05295>`_, 2025 (Algorithm 1)
     """
-    check_momentum("dion", momentum)
+    checks.decay("dion", "momentum", momentum)
     exchange = scale_by_dion(
         rank=rank,
         fraction=fraction,

@@ -12,7 +12,6 @@ from efopt.exchanges.all_reduce import mean_in_range
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.opening import open_link
 from efopt.ground import bits, checks
-from efopt.optimizers.momentum import check_decay
 from efopt.optimizers.weight_decay import Mask, add_decay
 from efopt.workers.axes import AxisName
 
@@ -120,8 +119,8 @@ def distributed_lion(
       Ishikawa et al, `Lion Cub: Minimizing Communication Overhead in Distributed Lion
       <https://arxiv.org/abs/2411.16462>`_, 2024
     """
-    check_decay("distributed_lion", "b1", b1)
-    check_decay("distributed_lion", "b2", b2)
+    checks.decay("distributed_lion", "b1", b1)
+    checks.decay("distributed_lion", "b2", b2)
     if average_momentum is not None:
         checks.static_int("distributed_lion", "average_momentum", average_momentum)
         if axis_name is None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import optax
 
+from efopt.ground import checks
 from efopt.workers import per_worker
 from efopt.workers.axes import AxisName
 
@@ -14,14 +15,8 @@ def trace_of(
     """Heavy-ball or Nesterov momentum, or nothing for a decay of ``None``."""
     if decay is None:
         return optax.identity()
-    check_decay(api, "momentum", decay)
+    checks.decay(api, "momentum", decay)
     return optax.trace(decay, nesterov, dtype)
-
-
-def check_decay(api: str, name: str, decay: Any) -> None:
-    """Raises unless a momentum is in [0, 1); what is traced cannot be asked."""
-    if decay is None or (isinstance(decay, int | float) and not 0 <= decay < 1):
-        raise ValueError(f"`{api}({name}=...)` must be in [0, 1), got {decay}.")
 
 
 def on_workers(

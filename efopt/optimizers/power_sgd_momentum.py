@@ -8,7 +8,6 @@ import optax
 from efopt.compressors import power_sgd
 from efopt.feedback import error_feedback
 from efopt.ground import checks
-from efopt.optimizers.momentum import check_decay
 from efopt.optimizers.weight_decay import Mask, add_decay
 from efopt.workers.axes import AxisName
 
@@ -83,7 +82,7 @@ def power_sgd_momentum(
       Optimization <https://arxiv.org/abs/1905.13727>`_, 2019 (Algorithms 1 and 2)
     """
     compressor = power_sgd(rank, min_compression=min_compression, seed=seed)
-    check_decay("power_sgd_momentum", "momentum", momentum)
+    checks.decay("power_sgd_momentum", "momentum", momentum)
     trace = optax.trace(momentum, accumulator_dtype=accumulator_dtype)
     return optax.chain(  # 1905.13727 Algorithm 2, the compressor being Algorithm 1:
         error_feedback(compressor, axis_name=axis_name),  # Delta = g + e, its mean, e

@@ -7,7 +7,7 @@ import optax
 
 from efopt.exchanges.exchange import Exchange
 from efopt.ground import checks
-from efopt.optimizers.momentum import check_decay, on_workers
+from efopt.optimizers.momentum import on_workers
 from efopt.optimizers.signsgd import signs
 from efopt.optimizers.weight_decay import Mask, add_decay
 from efopt.workers.axes import AxisName
@@ -79,7 +79,7 @@ def signum(
       Bernstein et al, `signSGD with Majority Vote is Communication Efficient And Fault
       Tolerant <https://arxiv.org/abs/1810.05291>`_, 2018 (Algorithm 1)
     """
-    check_decay("signum", "beta", beta)
+    checks.decay("signum", "beta", beta)
     mean = optax.ema(beta, debias=False, accumulator_dtype=accumulator_dtype)
     return optax.chain(
         # 1810.05291 Algorithm 1, of 1802.04434 Algorithm 2 for one worker:

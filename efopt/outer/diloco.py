@@ -81,8 +81,8 @@ def diloco(
       Douillard et al, `Streaming DiLoCo with overlapping communication
       <https://arxiv.org/abs/2501.18512>`_, 2025
     """
-    if isinstance(momentum, float | int) and not 0 <= momentum < 1:
-        raise ValueError(f"`diloco(momentum=...)` must be in [0, 1), got {momentum!r}.")
+    if momentum is not None:
+        checks.decay("diloco", "momentum", momentum)
     if compressor is None:
         meet = compress(identity(), axis_name=axis_name, exchange=exchange)
     else:

@@ -66,8 +66,8 @@ def muloco(
       Therien et al, `MuLoCo: Muon is a practical inner optimizer for DiLoCo
       <https://arxiv.org/abs/2505.23725>`_, 2025
     """
-    if isinstance(momentum, float | int) and not 0 <= momentum < 1:
-        raise ValueError(f"`muloco(momentum=...)` must be in [0, 1), got {momentum!r}.")
+    if momentum is not None:
+        checks.decay("muloco", "momentum", momentum)
     feedback = damped_error_feedback(
         quantize(2) if compressor is None else compressor,
         alpha=decay,

@@ -17,7 +17,6 @@ or else what Python's own `help()` says about the language.
 """
 
 import argparse
-import gzip
 import json
 import statistics
 import time
@@ -27,13 +26,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
-import numpy as np
 import optax
+from text_data import load
 
 import efopt
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-SHAKESPEARE = REPOSITORY.parent / "shared/data/tinyshakespeare/input.txt.gz"
 BLOCK = efopt.random_block(fraction=0.1)
 SKETCH = efopt.compressors.count_sketch(fraction=0.2)
 
@@ -66,24 +63,6 @@ class Network(nn.Module):
         x = nn.relu(nn.Dense(self.width)(x))
         x = x + nn.relu(nn.Dense(self.width)(x))
         return nn.Dense(self.characters)(x)
-
-
-def load(path):
-    """Text as numbers, to train on and to test with, and how many numbers there are."""
-    if path is None and SHAKESPEARE.is_file():
-        path = SHAKESPEARE
-    if path is None:
-        from pydoc_data import topics
-
-        text = "\n".join(topics.topics.values())
-    else:
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8") as file:
-            text = file.read()
-    known, numbers = np.unique(list(text), return_inverse=True)
-    cut = len(numbers) * 9 // 10
-    numbers = jnp.asarray(numbers, jnp.int32)
-    return numbers[:cut], numbers[cut:], len(known)
 
 
 def windows(text, starts, context):

@@ -24,7 +24,6 @@ and of 1 Gbit/s a worker: what `efopt.wire.plan` says of the bytes, and a comput
 """
 
 import argparse
-import gzip
 import json
 import statistics
 import time
@@ -36,11 +35,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from matplotlib import ticker
+from text_data import load
 
 import efopt
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-SHAKESPEARE = REPOSITORY.parent / "shared/data/tinyshakespeare/input.txt.gz"
 AXIS = "data"
 SIGN = efopt.scaled_sign(4096)
 LINKS = {"100 Mbit/s": 1e8, "1 Gbit/s": 1e9}
@@ -119,24 +117,6 @@ METHODS = {
         diloco(compressor=SIGN, fragments=4, delay=1, alpha=0.5),
     ),
 }
-
-
-def load(path):
-    """Text as numbers, to train on and to test with, and how many numbers there are."""
-    if path is None and SHAKESPEARE.is_file():
-        path = SHAKESPEARE
-    if path is None:
-        from pydoc_data import topics
-
-        text = "\n".join(topics.topics.values())
-    else:
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8") as file:
-            text = file.read()
-    known, numbers = np.unique(list(text), return_inverse=True)
-    cut = len(numbers) * 9 // 10
-    numbers = jnp.asarray(numbers, jnp.int32)
-    return numbers[:cut], numbers[cut:], len(known)
 
 
 def init(key, characters, args):
