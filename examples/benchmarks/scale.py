@@ -12,10 +12,12 @@ exchange crosses the network cards of hosts, of 10 and of 100 Gbit/s. For each m
   state      GiB of a device: parameters, optimizer's state, and a gradient
   step       predicted seconds of a step on each card
 
-With `--compile` the same step of fewer layers is compiled ahead of time by the TPU
-compiler, where the `tpu` extra is installed, and what it sends between slices stands
-beside the plan of the same layers. The last table is of predictions that a measurement
-has checked: those of the runs in `results/`.
+Layers are stacked, as `jax.lax.scan` has them, and a matrix of each is one leaf; for
+PowerSGD they are leaves of their own. With `--compile` the whole training step of a
+narrow decoder is compiled ahead of time by the TPU compiler, where the `tpu` extra is
+installed, and what it sends between slices stands beside the plan of the same decoder.
+The last table is of predictions that a measurement has checked: those of the runs in
+`results/`. `--resume` keeps the rows that an earlier call has found.
 
 Computation is 6 parameters tokens / (peak rate times `--utilisation`), compressing
 takes what it was measured to take on an H100 beside an exact average
@@ -109,17 +111,23 @@ METHODS = {
 }
 
 
-def shapes(args, layers):
-    """The parameters of a decoder with gated feed-forward layers, as shapes."""
+def shapes(args, layers=None):
+    """The parameters of a decoder with gated feed-forward layers, as shapes.
+
+    With a number of layers they are leaves of their own.
+    """
     wide, inner = args.width, args.inner
+    layer = {
+        **{name: (wide, wide) for name in ("q", "k", "v", "out")},
+        **{name: (wide, inner) for name in ("gate", "up")},
+        "down": (inner, wide),
+        **{name: (wide,) for name in ("norm_1", "norm_2")},
+    }
     sizes = {"embed": (args.vocabulary, wide), "norm": (wide,)}
-    for i in range(layers):
-        sizes[f"layer_{i}"] = {
-            **{name: (wide, wide) for name in ("q", "k", "v", "out")},
-            **{name: (wide, inner) for name in ("gate", "up")},
-            "down": (inner, wide),
-            **{name: (wide,) for name in ("norm_1", "norm_2")},
-        }
+    if layers is None:
+        sizes["layers"] = {k: (args.layers, *shape) for k, shape in layer.items()}
+    else:
+        sizes |= {f"layer_{i}": layer for i in range(layers)}
     sizes["logits"] = (wide, args.vocabulary)
     return jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
@@ -130,7 +138,14 @@ def shapes(args, layers):
 
 def specs(params):
     """Matrices are cut over the devices of a worker, vectors are on all of them."""
-    return jax.tree.map(lambda x: P("fsdp") if x.ndim > 1 else P(), params)
+
+    def spec(path, x):
+        stacked = any(getattr(key, "key", None) == "layers" for key in path)
+        if x.ndim - stacked < 2:
+            return P()
+        return P(None, "fsdp") if stacked else P("fsdp")
+
+    return jax.tree_util.tree_map_with_path(spec, params)
 
 
 def optimizer(name):
@@ -188,15 +203,9 @@ def kernel_seconds(row):
 
 
 @functools.cache
-def laid_out(layers, workers, behind, args):
-    params = shapes(args, layers)
-    return params, AbstractMesh((workers, behind), AXES, axis_types=AUTO)
-
-
-@functools.cache
 def planned(compressor, exchange, fragments, layers, workers, behind, device, args):
     """The plan of a compressor, without a network."""
-    params, _ = laid_out(layers, workers, behind, args)
+    params = shapes(args, layers)
     rounds = {"every": EVERY, "fragments": fragments} if fragments > 1 else {}
     return efopt.wire.plan(
         compressor,
@@ -211,21 +220,31 @@ def planned(compressor, exchange, fragments, layers, workers, behind, device, ar
     )
 
 
-def meetings_of(name, layers, workers, behind, device, args):
-    """A method's plan, and what is sent at each of its meetings in a round."""
+def meetings_of(name, workers, behind, device, args):
+    """What leaves a card at each meeting of a round, and the messages' count."""
     compressor, exchange, _, fragments, _ = METHODS[name]
-    place = layers, workers, behind, device, args
-    plan = planned(compressor, exchange, fragments, *place)
+    place = workers, behind, device, args
+    layers = args.layers if name.startswith("power_sgd") else None
+    plan = planned(compressor, exchange, fragments, layers, *place)
+    reports = plan.rounds.meetings if plan.rounds else (plan.report,)
     if name == "dense bfloat16":
-        return plan, (plan.dense_bfloat16,)
-    return plan, plan.rounds.meetings if plan.rounds else (plan.report,)
+        reports = (plan.dense_bfloat16,)
+    sent = [plan.network.bytes_sent(report) for report in reports]
+    return plan, sent, [counted(plan, report) for report in reports]
+
+
+def counted(plan, report):
+    """Messages, one after the other, on the network between workers."""
+    between = efopt.wire.Network(None, latency=1.0)
+    return dataclasses.replace(plan.network, between=between).latencies(report)
 
 
 def predicted(name, workers, behind, device, args):
     """One row: what a method sends, holds and takes."""
     every, kernel = METHODS[name][2], METHODS[name][4]
-    params, mesh = laid_out(args.layers, workers, behind, args)
-    plan, meetings = meetings_of(name, args.layers, workers, behind, device, args)
+    params = shapes(args)
+    mesh = AbstractMesh((workers, behind), AXES, axis_types=AUTO)
+    plan, sent, messages = meetings_of(name, workers, behind, device, args)
     size = sum(x.size for x in jax.tree.leaves(params))
     compute = 6 * size * args.tokens / (device.flops * args.utilisation)
     faster = H100.memory_bandwidth / device.memory_bandwidth
@@ -234,11 +253,8 @@ def predicted(name, workers, behind, device, args):
     held = device_bytes(state) + 4 * size // behind  # and a gradient
     step = {}
     for rate in args.gbit:
-        between = efopt.wire.Network(1e9 * rate, args.latency)
-        network = dataclasses.replace(plan.network, between=between)
-        exchange = sum(map(network.seconds, meetings))
+        exchange = args.latency * sum(messages) + 8 * sum(sent) / (1e9 * rate)
         step[f"{rate:g}"] = compute + (compress + exchange) / every
-    sent = [plan.network.bytes_sent(report) for report in meetings]
     return {
         "worker": f"{behind} x {device.name}",
         "workers": workers,
@@ -247,6 +263,7 @@ def predicted(name, workers, behind, device, args):
         "bytes_of_a_device": sum(sent) / every / plan.devices_per_card,
         "bytes_of_a_card": sum(sent) / every,
         "most_of_a_card": max(sent),
+        "messages": sum(messages) / every,
         "state_bytes": held,
         "fits": held < device.memory,
         "compute_seconds": compute,
@@ -268,24 +285,31 @@ def loss_fn(params, tokens, mesh, heads):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     whole = NamedSharding(mesh, P())
     embed = jax.lax.with_sharding_constraint(params["embed"], whole)
-    x = split(embed[tokens[:, :-1]])
-    layers = [params[k] for k in sorted(params) if k.startswith("layer")]
-    for p in layers:
+
+    @jax.checkpoint
+    def layer(x, p):
         h = norm(x, p["norm_1"])
         q, k, v = (split(h @ p[n]).reshape(*h.shape[:2], heads, -1) for n in "qkv")
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         x = split(x + split(mixed.reshape(x.shape)) @ p["out"])
         h = norm(x, p["norm_2"])
-        x = split(x + split(jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"])
+        h = split(jax.nn.silu(h @ p["gate"]) * (h @ p["up"]))
+        return split(x + h @ p["down"]), None
+
+    x, _ = jax.lax.scan(layer, split(embed[tokens[:, :-1]]), params["layers"])
     logits = split(norm(x, params["norm"]) @ params["logits"]).astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return losses.mean()
 
 
 def compiled(name, chips, args):
-    """A step of few layers by the TPU compiler, beside the plan of these layers."""
+    """A training step by the TPU compiler, beside its plan."""
     from jax.experimental import topologies
 
+    narrow = args.compiled_width / args.width
+    sizes = ("width", "inner", "vocabulary")
+    smaller = {k: int(getattr(args, k) * narrow) for k in sizes} | {"layers": 2}
+    args = Settings(**vars(args) | smaller)
     slices, topology = SLICES[chips]
     found = topologies.get_topology_desc(
         platform="tpu", topology_name=topology, num_slices=slices
@@ -293,8 +317,7 @@ def compiled(name, chips, args):
     devices = sorted(found.devices, key=lambda d: (d.slice_index, d.id))
     grid = np.array(devices).reshape(slices, -1)
     mesh = jax.sharding.Mesh(grid, AXES, axis_types=AUTO)
-    layers = args.compiled_layers
-    params = shapes(args, layers)
+    params = shapes(args)
     tx, state = described(name, params, mesh)
     tokens = jax.ShapeDtypeStruct(
         (chips, args.length + 1), jnp.int32, sharding=NamedSharding(mesh, P(AXES))
@@ -321,16 +344,15 @@ def compiled(name, chips, args):
     seconds = time.perf_counter() - start
     report = efopt.wire.measure(program, mesh=mesh)
     needs = program.memory_analysis()
-    place = layers, slices, chips // slices, V5E, args
-    plan, meetings = meetings_of(name, *place)
+    plan, sent, _ = meetings_of(name, slices, chips // slices, V5E, args)
     return {
         "chips": chips,
         "slices": slices,
         "topology": topology,
-        "layers": layers,
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "method": name,
         "sent": report.bytes_over("dcn").link,
-        "planned": sum(map(plan.network.bytes_sent, meetings)) // plan.devices_per_card,
+        "planned": sum(sent) // plan.devices_per_card,
         "state_bytes": device_bytes(state),
         "argument_bytes": needs.argument_size_in_bytes,
         "temporary_bytes": needs.temp_size_in_bytes,
@@ -502,7 +524,8 @@ def parse_args():
     add("--inner", type=int, default=11008)
     add("--vocabulary", type=int, default=32000)
     add("--compile", action="store_true", help="by the TPU compiler, see above")
-    add("--compiled-layers", type=int, default=1, help="default: 1")
+    add("--compiled-width", type=int, default=512, help="default: 512")
+    add("--resume", action="store_true", help="keep what an earlier call has found")
     add("--length", type=int, default=512, help="of compiled sequences, default: 512")
     add("--output", type=Path, default=Path("."), help="folder, default: this one")
     add("--show", type=Path, help="print and draw an earlier scale.json, no more")
@@ -511,7 +534,7 @@ def parse_args():
         parser.error(f"argument --output: no folder: {args.output}")
     if args.compile and not util.find_spec("libtpu"):
         parser.error("argument --compile: needs libtpu: pip install -e '.[tpu]'")
-    if min(*args.gbit, args.utilisation, args.layers, args.compiled_layers) <= 0:
+    if min(*args.gbit, args.utilisation, args.layers) <= 0:
         parser.error("numbers must be positive")
     return args
 
@@ -538,7 +561,7 @@ def main():
     args = Settings(**vars(parse_args()))
     if args.show:
         return show(json.loads(args.show.read_text()), args)
-    size = sum(x.size for x in jax.tree.leaves(shapes(args, args.layers)))
+    size = sum(x.size for x in jax.tree.leaves(shapes(args)))
     path = args.output / "scale.json"
     command = shlex.join(["python", "examples/benchmarks/scale.py", *sys.argv[1:]])
     found = {
@@ -555,12 +578,21 @@ def main():
         "compiled": [],
         "checked": checked(measured_runs()),
     }
+    if args.resume and path.exists():
+        earlier = json.loads(path.read_text())
+        same = ("parameters", "assumed")
+        if any(earlier[k] != json.loads(json.dumps(found[k])) for k in same):
+            sys.exit(f"scale.py: {path} is of other settings")
+        found |= {k: earlier[k] for k in ("rows", "compiled")}
+    known = {(r["worker"], r["workers"], r["method"]): r for r in found["rows"]}
+    found["rows"] = []
     print(f"{size:,} parameters, {args.tokens:,} tokens a device and step")
     places = [(n, H100.a_host, H100) for n in args.hosts]
     places += [(SLICES[c][0], c // SLICES[c][0], V5E) for c in args.chips]
     for workers, behind, device in places:
         for name in args.methods:
-            row = predicted(name, workers, behind, device, args)
+            key = f"{behind} x {device.name}", workers, name
+            row = known.get(key) or predicted(name, workers, behind, device, args)
             found["rows"].append(row)
             print(f"planned: {workers} x {behind}, {name}", file=sys.stderr)
             path.write_text(json.dumps(found, indent=1))
@@ -568,7 +600,9 @@ def main():
         # Every method at one size, and one method at every size.
         pairs = [("sign two_phase", c) for c in args.chips]
         pairs += [(m, 128) for m in args.methods if 128 in args.chips]
-        for name, chips in dict.fromkeys(pairs):
+        pairs = [pair for pair in pairs if not pair[0].startswith("power_sgd")]
+        done = {(r["method"], r["chips"]) for r in found["compiled"]}
+        for name, chips in (p for p in dict.fromkeys(pairs) if p not in done):
             found["compiled"].append(compiled(name, chips, args))
             print(f"compiled: {chips} chips, {name}", file=sys.stderr)
             path.write_text(json.dumps(found, indent=1))
