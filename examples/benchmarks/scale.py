@@ -12,12 +12,13 @@ exchange crosses the network cards of hosts, of 10 and of 100 Gbit/s. For each m
   state      GiB of a device: parameters, optimizer's state, and a gradient
   step       predicted seconds of a step on each card
 
-Layers are stacked, as `jax.lax.scan` has them, and a matrix of each is one leaf; for
-PowerSGD they are leaves of their own. With `--compile` the whole training step of a
-narrow decoder is compiled ahead of time by the TPU compiler, where the `tpu` extra is
-installed, and what it sends between slices stands beside the plan of the same decoder.
-The last table is of predictions that a measurement has checked: those of the runs in
-`results/`. `--resume` keeps the rows that an earlier call has found.
+Layers are stacked, as `jax.lax.scan` has them, and a matrix of each is one leaf. For
+PowerSGD they are leaves of their own, planned for one layer and for two: what is
+between them is taken as often as there are layers. With `--compile` the whole training
+step of a narrow decoder is compiled ahead of time by the TPU compiler, where the `tpu`
+extra is installed, and what it sends between slices stands beside the plan of the same
+decoder. The last table is of predictions that a measurement has checked: those of the
+runs in `results/`. `--resume` keeps what an earlier call has found.
 
 Computation is 6 parameters tokens / (peak rate times `--utilisation`), compressing
 takes what it was measured to take on an H100 beside an exact average
@@ -204,14 +205,17 @@ def kernel_seconds(row):
 
 @functools.cache
 def planned(compressor, exchange, fragments, layers, workers, behind, device, args):
-    """The plan of a compressor, without a network."""
+    """The plan of a compressor, without a network.
+
+    Of separate layers without the tiles of a TPU's sums: bytes are then in proportion.
+    """
     params = shapes(args, layers)
     rounds = {"every": EVERY, "fragments": fragments} if fragments > 1 else {}
     return efopt.wire.plan(
         compressor,
         params,
         exchange=exchange,
-        platform=device.platform,
+        platform=device.platform if layers is None else None,
         mesh={"dcn": workers, "fsdp": behind},
         axis_name="dcn",
         params_specs=specs(params),
@@ -224,8 +228,12 @@ def meetings_of(name, workers, behind, device, args):
     """What leaves a card at each meeting of a round, and the messages' count."""
     compressor, exchange, _, fragments, _ = METHODS[name]
     place = workers, behind, device, args
-    layers = args.layers if name.startswith("power_sgd") else None
-    plan = planned(compressor, exchange, fragments, layers, *place)
+    if name.startswith("power_sgd"):
+        one, two = (planned(compressor, exchange, 1, n, *place) for n in (1, 2))
+        first, both = (p.network.bytes_sent(p.report) for p in (one, two))
+        sent = first + (args.layers - 1) * (both - first)
+        return one, [sent], [counted(two, two.report)]
+    plan = planned(compressor, exchange, fragments, None, *place)
     reports = plan.rounds.meetings if plan.rounds else (plan.report,)
     if name == "dense bfloat16":
         reports = (plan.dense_bfloat16,)
@@ -593,9 +601,11 @@ def main():
         for name in args.methods:
             key = f"{behind} x {device.name}", workers, name
             row = known.get(key) or predicted(name, workers, behind, device, args)
+            known.pop(key, None)
             found["rows"].append(row)
             print(f"planned: {workers} x {behind}, {name}", file=sys.stderr)
-            path.write_text(json.dumps(found, indent=1))
+            kept = found | {"rows": [*found["rows"], *known.values()]}
+            path.write_text(json.dumps(kept, indent=1))
     if args.compile:
         # Every method at one size, and one method at every size.
         pairs = [("sign two_phase", c) for c in args.chips]
