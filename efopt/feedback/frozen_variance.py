@@ -104,7 +104,8 @@ def frozen_variance(
         del params, extra_args
         owed = link.unwrap(state.residual)
         grads = link.receive(updates, like=owed)
-        total, own = learning_rate, ()
+        total: Any = learning_rate
+        own: Any = ()
         if local is not None:  # what a meeting moves by is all rates of its round
             now = rates(learning_rate, state.count, state.last_rate)[0]
             total = state.local.elapsed + now
