@@ -95,8 +95,7 @@ def damped_error_feedback(
     """
     api = "damped_error_feedback"
     for name, factor in (("alpha", alpha), ("beta", beta)):
-        if checks.static_float(api, name, factor) > 1:
-            raise ValueError(f"`{api}({name}=...)` must be in [0, 1], got {factor}.")
+        checks.share(api, name, factor)
     link = open_link(
         api, compressor, axis_name=axis_name, exchange=exchange, start=start
     )

@@ -145,6 +145,9 @@ SCHEMES = {
     "zero_one_adam": lambda: efopt.optimizers.zero_one_adam(
         RATES, freeze=4, refresh=1, compressor=SIGN, axis_name=AXIS
     ),
+    "zero_one_adam_local": lambda: efopt.optimizers.zero_one_adam(
+        RATES, freeze=1, longest=2, doubling=1, compressor=SIGN, axis_name=AXIS
+    ),
     "diana": lambda: chained(
         efopt.convex.diana(ROUND, alpha=0.1, axis_name=AXIS), feedback()
     ),
@@ -163,6 +166,7 @@ DEFAULT = {
     ).split()
 } | {("memory", "nested"), ("start", "nested"), ("dist_ef_sgd", "nested")}
 DEFAULT |= {("local_steps", "nested"), ("local_steps_streamed", "manual")}
+DEFAULT |= {("zero_one_adam_local", "global")}
 
 
 def given(scheme):
