@@ -34,6 +34,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import cifar10
 import flax.linen as nn
@@ -112,12 +113,15 @@ class ResNet18(nn.Module):
 
 
 class VGG19(nn.Module):
+    """With batch norm; a stage is layers and width, and ends in a pooling."""
+
+    stages: ClassVar = ((2, 1), (2, 2), (4, 4), (4, 8), (4, 8))
     classes: int
     width: int = 64
 
     @nn.compact
     def __call__(self, x, train):
-        for layers, wide in ((2, 1), (2, 2), (4, 4), (4, 8), (4, 8)):
+        for layers, wide in self.stages:
             for _ in range(layers):
                 x = nn.Conv(wide * self.width, (3, 3), dtype=jnp.bfloat16)(x)
                 x = nn.BatchNorm(not train, momentum=0.9, dtype=jnp.bfloat16)(x)

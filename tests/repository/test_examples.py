@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -214,16 +216,30 @@ def example(monkeypatch, folder, name):
 
 
 @pytest.mark.slow
-def test_ef_sgd_images_goes_on_from_what_it_saved(monkeypatch, tmp_path):
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_ef_sgd_images_goes_on_to_the_same_numbers(monkeypatch, tmp_path):
+    """From what was saved after two epochs of four, where the rate is first cut."""
     images = example(monkeypatch, "paper", "ef_sgd_images")
-    state = {"w": np.arange(6.0).reshape(2, 3), "key": jax.random.key(3)}
-    images.save(tmp_path / "a.npz", state, {"epochs": 4})
-    blank = {"w": np.zeros((2, 3)), "key": jax.random.key(0)}
-    found, record = images.restore(tmp_path / "a.npz", blank)
-    assert record == {"epochs": 4}
-    np.testing.assert_array_equal(found["w"], state["w"])
-    data = jax.random.key_data
-    np.testing.assert_array_equal(data(found["key"]), data(state["key"]))
+    monkeypatch.setattr(images.VGG19, "stages", ((1, 1),))
+    options = "--width 2 --limit 40 --batch 8 --epochs 4 --seeds 2 --save-every 1"
+    monkeypatch.setattr(sys, "argv", ["ef_sgd_images.py", *options.split()])
+    args = images.parse_args()
+    data = [jax.device_put(a) for a in images.load(args)]
+    args.state, found = tmp_path / "whole", {}
+    (tmp_path / "whole").mkdir()
+
+    def note(name, record):
+        found[args.state.name] = json.loads(json.dumps(record))
+        if args.state.name == "whole" and record["epochs"] == 2:
+            shutil.copytree(tmp_path / "whole", tmp_path / "again")
+
+    assert images.run("ef-signsgd", args, data, math.inf, note)
+    args.state = tmp_path / "again"
+    assert images.run("ef-signsgd", args, data, math.inf, note)
+    for key in ("loss", "test"):
+        assert found["again"][key] == found["whole"][key], key
+    assert np.shape(found["whole"]["loss"]) == (4, 2)
 
 
 @pytest.mark.slow
