@@ -357,7 +357,7 @@ def draw(found, path):
             )
             label = None
     axes.set(xscale="log", xlabel="seconds of training", ylabel="loss of unseen text")
-    axes.set_title(f"{found['machine']}, {found['parameters'] / 1e6:.0f} M parameters")
+    axes.set_title(f"{found['machine']}, {found['parameters'] / 1e6:.3g} M parameters")
     figure.legend(loc="outside right upper")
     figure.savefig(path)
     plt.close(figure)
