@@ -330,6 +330,41 @@ class Link:
         zeros = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in leaves]
         return treedef.unflatten(layout.part(xs, zeros))
 
+    def owed_here(self, residual: Any, state: LinkState) -> Any:
+        """What is owed of what a device holds: by workers, in the mean, and by owners.
+
+        What is in flight is owed too. Inside a function that is mapped over all axes of
+        the mesh; collectives.
+
+        Args:
+          residual: This worker's residual, a tree of arrays.
+          state: The state of the link, placed.
+        """
+        axes, home = self.axes, state.home
+        assert axes is not None
+        arrays, treedef = jax.tree.flatten(residual)
+        codecs = self._codecs(residual, home)
+        cuts = self._cuts(arrays, codecs, home)
+        owed = gather([c if c.kept else Cut(c.shape) for c in cuts], axes.pmean(arrays))
+        pieces = [cut.take(x) for cut, x in zip(cuts, arrays, strict=True)]
+        shapes, kinds = [x.shape for x in pieces], [varying(x) for x in pieces]
+        layout = lay_out(codecs, shapes, home.dtypes, kinds)
+        more = []
+        if state.server:
+            kept = self.kept(layout)
+            more.append(owners.whole(self.api, layout, kept, state.server))
+        if state.flight:
+            ends = {i: cut.valid() for i, cut in enumerate(cuts)}
+            valid = {i: end for i, end in ends.items() if end is not None}
+            mine = state.flight.payloads.local(self.api)
+            xs = in_flight.decoded(layout, mine, state.flight.made, valid)
+            more.append(axes.pmean(self._not_late(layout, xs)))
+        for xs in more:
+            debts = gather(cuts, layout.part(xs, pieces))
+            pairs = zip(owed, debts, strict=True)
+            owed = [e + d.astype(e.dtype) for e, d in pairs]
+        return treedef.unflatten(owed)
+
     def owed_in_flight(self, params: Any, payloads: Any, made: Any) -> Any:
         """What one worker has in flight of each leaf: a tree like ``params``.
 
@@ -341,16 +376,19 @@ class Link:
         leaves, treedef = jax.tree.flatten(params)
         layout = self._layout(params)
         xs = in_flight.decoded(layout, payloads, made)
-        if self.axes is not None:  # under a vote it is among the residual still
-            late = [self._route(b.codec).pays_average for b in layout.buckets]
-            pairs = zip(late, xs, strict=True)
-            xs = [jnp.zeros_like(x) if owes else x for owes, x in pairs]
+        if self.axes is not None:
+            xs = self._not_late(layout, xs)
         wides = [
             jax.ShapeDtypeStruct(jnp.shape(x), compute_dtype(x.dtype)) for x in leaves
         ]
         return treedef.unflatten(layout.part(xs, wides))
 
     # ------------------------------------------------------------------------ inside
+
+    def _not_late(self, layout: Layout, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        """What is in flight, but for what under a vote is among the residual still."""
+        late = [self._route(b.codec).pays_average for b in layout.buckets]
+        return [jnp.zeros_like(x) if y else x for y, x in zip(late, xs, strict=True)]
 
     def keeps(self) -> bool:
         """Whether owners may keep a server residual."""

@@ -334,6 +334,24 @@ def test_nothing_is_lost_and_a_device_keeps_its_part_alone():
     np.testing.assert_allclose(applied / RATE + residuals + owed, came, atol=1e-3)
 
 
+@pytest.mark.parametrize("mapped", [False, slow(True)])
+def test_the_iterate_behind_is_read_from_pieces(mapped):
+    params, grads = task(PLAIN)
+    state = ran()
+
+    def virtual(state):
+        return efopt.virtual_params(state["params"], state["opt"], learning_rate=RATE)
+
+    if mapped:
+        specs = efopt.partition_specs(state)
+        virtual = jax.shard_map(
+            virtual, mesh=PLAIN.make(), in_specs=(specs,), out_specs=P()
+        )
+    for name, x in jax.jit(virtual)(state).items():
+        sgd = params[name] - RATE * sum(g[name].mean(0) for g in grads)
+        np.testing.assert_allclose(x, sgd, rtol=0, atol=2e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("case", ["sign", slow("top_k"), slow("bits")])
 def test_bytes_are_those_of_the_plan_and_a_fourth_of_a_device_s_own(case):
     compressor, inner = CASES[case]
