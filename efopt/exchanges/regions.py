@@ -54,6 +54,31 @@ def around(
     return _region(home, workers, None, mapped, stacked=False)
 
 
+def read(api: str, axes: Axes, state: Any, body: Callable[[Any], Any]) -> Any:
+    """What ``body`` reads of a placed state: a tree like the parameters, and global.
+
+    Args:
+      api: The function, for errors.
+      axes: The axes over which the workers compress.
+      state: The state of a scheme, from wherever it is looked at.
+      body: A function of the state as each device holds it.
+    """
+    mapped = manual_axes() if axes.bound() else ()
+    mesh = jax.sharding.get_abstract_mesh() if mapped else mesh_of(state, axes, api)
+    rest = {a for a in mesh.axis_names if a not in mapped}
+    if not any(mesh.shape[a] > 1 for a in rest):
+        return body(state)
+    specs = _home(api, state, axes, mesh).spec_tree()
+    placed = _left(partition_specs(state, specs), mapped)
+    return jax.shard_map(
+        body,
+        mesh=None if mapped else mesh,
+        in_specs=(placed,),
+        out_specs=specs,
+        axis_names=rest,
+    )(state)
+
+
 def home_of(state: Any) -> Home | None:
     """The home of a scheme's state; ``None``: it has none."""
     is_home = lambda x: isinstance(x, Home)  # noqa: E731
@@ -90,11 +115,7 @@ def _region(home: Home, axes: Axes, mesh: Any, mapped: Any, stacked: bool) -> Ar
         given = jax.tree.map(lambda s: P(axes.key, *s), specs, is_leaf=_is_spec)
         if not stacked:  # the workers' axes are consumed already
             given = specs
-            state_specs = jax.tree.map(
-                lambda x: _consumed(x, axes.names),
-                state_specs,
-                is_leaf=_is_spec_or_node,
-            )
+            state_specs = _left(state_specs, axes.names)
 
         def body(tree, state):
             if stacked:
@@ -166,6 +187,12 @@ def _entries(spec: P) -> list[tuple[str, ...]]:
 
 def _is_spec(x: Any) -> bool:
     return isinstance(x, P)
+
+
+def _left(specs: Any, names: tuple[str, ...]) -> Any:
+    """The specs of a state, in which some axes are consumed."""
+    consumed = lambda x: _consumed(x, names)  # noqa: E731
+    return jax.tree.map(consumed, specs, is_leaf=_is_spec_or_node)
 
 
 def _is_spec_or_node(x: Any) -> bool:
