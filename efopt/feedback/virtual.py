@@ -110,7 +110,7 @@ def virtual_params(
 
 
 def _is_feedback(x: Any) -> bool:
-    return isinstance(x, ErrorFeedbackState | EControlState)
+    return type(x) in (ErrorFeedbackState, EControlState)  # not stored compressed
 
 
 def _is_masked(x: Any) -> bool:

@@ -68,6 +68,7 @@ def muloco(
     """
     if momentum is not None:
         checks.decay("muloco", "momentum", momentum)
+    checks.share("muloco", "decay", decay)
     feedback = damped_error_feedback(
         quantize(2) if compressor is None else compressor,
         alpha=decay,
