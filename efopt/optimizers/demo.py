@@ -39,9 +39,9 @@ def demo(
     part, and the sign forgets all lengths: nothing is conserved, and the step does not
     shrink with the gradient. A coordinate of which nobody says anything does not move.
 
-    *Sum or mean.* Here it is the sign of the sum, as the paper writes it. In the authors'
-    code a coefficient is averaged over the workers that have sent it, and one that a
-    single worker chose counts as much as one that all did:
+    *Sum or mean.* Here it is the sign of the sum, as the paper writes it. In its
+    authors' code a coefficient is averaged over the workers that have sent it, and one
+    that a single worker chose counts as much as one that all did:
     ``exchange=efopt.exchanges.all_gather(senders=True)``, of the same bytes.
 
     Shapes: any tree of floating-point leaves -> the same, dtypes kept.
