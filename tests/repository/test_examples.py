@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+import efopt
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 METHODS = ["dense", "signsgd", "ef-signsgd", "ef-signsgd-two-phase", "ef-top-k"]
 PARAMETERS = 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
@@ -365,3 +367,33 @@ def test_killed_and_resumed(tmp_path):
     assert len(lines) == 7 and all(line.startswith("ok") for line in lines), lines
     assert sum("the bits of the undisturbed run" in line for line in lines) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_methods_are_compared(tmp_path):
+    """Two of them, from a shell; what is stored and not named is kept."""
+    dense, local = "SGD with momentum, dense", "0/1 Adam, local steps"
+    options = "--steps", "16", "--rounds", "1", "--results", "methods.json"
+    for name in (local, dense):
+        done = run(
+            "benchmarks/methods.py", *options, "--methods", name, folder=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "methods.json").read_text())["methods"]
+    assert list(rows) == [dense, local]
+    parameters = 64 * 128 + 128 * 128 + 128 * 10 + 128 + 128 + 10
+    assert rows[dense]["bytes"] == 2 * 3 / 4 * 4 * parameters
+    # Of 16 steps 8 are dense, and of the other 8 those at distances 1, 2 and 4 send.
+    signs = efopt.wire.plan(
+        efopt.scaled_sign(1024),
+        {
+            "b": [np.zeros(n, np.float32) for n in (128, 128, 10)],
+            "w": [np.zeros(s, np.float32) for s in ((64, 128), (128, 128), (128, 10))],
+        },
+        num_workers=4,
+        exchange="two_phase",
+        platform="cpu",
+    )
+    rest = 16 * rows[local]["bytes"] - 8 * rows[dense]["bytes"]
+    assert rest == pytest.approx(4 * signs.bytes_sent_per_worker)
+    assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
