@@ -314,9 +314,9 @@ def compiled(name, chips, args):
     """A training step by the TPU compiler, beside its plan."""
     from jax.experimental import topologies
 
-    narrow = args.compiled_width / args.width
-    sizes = ("width", "inner", "vocabulary")
-    smaller = {k: int(getattr(args, k) * narrow) for k in sizes} | {"layers": 2}
+    narrow = args.compiled_width  # divides by the chips of a slice, and so do all
+    smaller = {"width": narrow, "inner": 3 * narrow, "vocabulary": 8 * narrow}
+    smaller["layers"] = 2
     args = Settings(**vars(args) | smaller)
     slices, topology = SLICES[chips]
     found = topologies.get_topology_desc(
