@@ -474,6 +474,13 @@ def main():
         draw(json.loads(args.results.read_text())["methods"], args.output)
         return
     jax.config.update("jax_num_cpu_devices", WORKERS)
+    about = {"steps": args.steps, "workers": WORKERS, "jax": jax.__version__}
+    known = {}
+    if args.results.exists():
+        stored = json.loads(args.results.read_text())
+        known = stored.pop("methods")
+        if stored != about:
+            parser.error(f"{args.results} is of {stored}, and this of {about}")
     rows, programs = {}, {}
     for name in args.methods:
         method = METHODS[name]
@@ -496,17 +503,9 @@ def main():
         test = f"{statistics.mean(row['recognised']):.1%}"
         sent, kept = f"{row['bytes']:,.0f}", f"{row['memory']:.2f}"
         print(line(name, *numbers, test, sent, kept, f"{row['step']:.2f}"))
-    about = {"steps": args.steps, "workers": WORKERS, "jax": jax.__version__}
-    known = {}
-    if args.results.exists():
-        stored = json.loads(args.results.read_text())
-        known = stored.pop("methods")
-        if stored != about:
-            parser.error(f"{args.results} is of {stored}, and this of {about}")
     rows = {name: rows.get(name, known.get(name)) for name in METHODS}
     rows = {name: row for name, row in rows.items() if row is not None}
-    stored = json.dumps({**about, "methods": rows}, indent=1)
-    args.results.write_text(stored + "\n")
+    args.results.write_text(json.dumps({**about, "methods": rows}, indent=1) + "\n")
     draw(rows, args.output)
     print(f"Written: {args.results}, {args.output}")
 
