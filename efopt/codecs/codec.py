@@ -22,7 +22,7 @@ from efopt.ground.barriers import once
 LARGE = 1 << 16
 
 Payload = Any
-Rounds = Generator["Message | Batch", Any, tuple["Message", jax.Array, Any]]
+Rounds = Generator["Message | Batch | Once", Any, tuple["Message", jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,15 +41,18 @@ class Message:
     blocks: Blocks
     turn: Turn
 
+    @property
+    def size(self) -> int:
+        """Coordinates that it is about, padding included."""
+        return self.blocks.index.size * self.blocks.size
+
     def with_payload(self, payload: Payload) -> "Message":
         """The same message about another payload, such as another worker's."""
         return dataclasses.replace(self, payload=payload)
 
     def once(self) -> "Message":
         """The same message; if it is large, its payload is computed only once."""
-        if self.blocks.index.size * self.blocks.size < LARGE:
-            return self
-        return self.with_payload(once(self.payload))
+        return self.with_payload(once(self.payload)) if self.size >= LARGE else self
 
     def decode(self) -> jax.Array:
         """The blocks that the payload stands for, ``(n, *shape)``, padding zero."""
@@ -71,12 +74,25 @@ class Batch:
     """A computation that many conversations ask for at once, done once for all alike.
 
     Attributes:
-      function: Works on each block on its own; equal if it is the same one.
-      x: Blocks ``(n, ...)``.
+      function: Works on each block on its own and keeps its shape; equal if it is the
+        same one. Zeros behind the rows of a block must not change what becomes of the
+        rows, so that blocks of unequal heights can share one program.
+      x: Blocks ``(n, rows, ...)``.
     """
 
     function: Callable[[jax.Array], jax.Array]
     x: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Once:
+    """A message before it is sent, whose payload shall be computed once.
+
+    A large one has a wall of its own; small ones share walls, which costs one branch
+    for many leaves instead of one each.
+    """
+
+    message: Message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,9 +251,10 @@ class Codec:
 
         Yields messages; is sent a message of the mean over workers of each; returns
         (that of ``x``, what this worker's own do not say of ``x``, new state). May
-        yield a :class:`Batch` in between; is sent its result.
+        yield a :class:`Batch` or a message to be computed :class:`Once` in between; is
+        sent its result.
         """
-        message = self.write(x, blocks, turn)
+        message = yield Once(Message(self, self.encode(x, blocks, turn), blocks, turn))
         mean = yield message
         return mean, message.rest(x), state
 
