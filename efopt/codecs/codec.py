@@ -22,7 +22,7 @@ from efopt.ground.barriers import once
 LARGE = 1 << 16
 
 Payload = Any
-Rounds = Generator["Message | Batch | Once", Any, tuple["Message", jax.Array, Any]]
+Rounds = Generator["Message | Batch", Any, tuple["Message", jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,18 +41,15 @@ class Message:
     blocks: Blocks
     turn: Turn
 
-    @property
-    def size(self) -> int:
-        """Coordinates that it is about, padding included."""
-        return self.blocks.index.size * self.blocks.size
-
     def with_payload(self, payload: Payload) -> "Message":
         """The same message about another payload, such as another worker's."""
         return dataclasses.replace(self, payload=payload)
 
     def once(self) -> "Message":
         """The same message; if it is large, its payload is computed only once."""
-        return self.with_payload(once(self.payload)) if self.size >= LARGE else self
+        if self.blocks.index.size * self.blocks.size < LARGE:
+            return self
+        return self.with_payload(once(self.payload))
 
     def decode(self) -> jax.Array:
         """The blocks that the payload stands for, ``(n, *shape)``, padding zero."""
@@ -82,17 +79,6 @@ class Batch:
 
     function: Callable[[jax.Array], jax.Array]
     x: jax.Array
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Once:
-    """A message before it is sent, whose payload shall be computed once.
-
-    A large one has a wall of its own; small ones share walls, which costs one branch
-    for many leaves instead of one each.
-    """
-
-    message: Message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,10 +237,9 @@ class Codec:
 
         Yields messages; is sent a message of the mean over workers of each; returns
         (that of ``x``, what this worker's own do not say of ``x``, new state). May
-        yield a :class:`Batch` or a message to be computed :class:`Once` in between; is
-        sent its result.
+        yield a :class:`Batch` in between; is sent its result.
         """
-        message = yield Once(Message(self, self.encode(x, blocks, turn), blocks, turn))
+        message = self.write(x, blocks, turn)
         mean = yield message
         return mean, message.rest(x), state
 

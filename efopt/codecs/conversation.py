@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from efopt.codecs.blocks import Turn
-from efopt.codecs.codec import LARGE, Batch, Message, Once
-from efopt.codecs.layout import BUCKET_SIZE, Layout
+from efopt.codecs.codec import Batch, Message
+from efopt.codecs.layout import Layout
 from efopt.ground.barriers import cut_once, kind, once
 
 Meet = Callable[[dict[int, Message]], dict[int, Message]]
@@ -51,7 +51,6 @@ def converse(
         asked: dict[int, Message] = {}
         while replies:
             batches: dict[int, Batch] = {}
-            written: dict[int, Message] = {}
             for i, reply in replies.items():
                 try:
                     said = talks[i].send(reply)
@@ -60,11 +59,9 @@ def converse(
                     continue
                 if isinstance(said, Batch):
                     batches[i] = said
-                elif isinstance(said, Once):
-                    written[i] = said.message
                 else:
                     asked[i] = said
-            replies = {**_computed(batches), **_settled(written)}
+            replies = _computed(batches)
         replies = meet(dict(sorted(asked.items()))) if asked else {}
     averages, rests, after = [], [], []
     for i in range(len(talks)):
@@ -100,28 +97,6 @@ def _computed(batches: Mapping[int, Batch]) -> dict[int, jax.Array]:
     for (members, _), ys in zip(shared, parts, strict=True):
         for i, y in zip(members, ys, strict=True):
             out[i] = y[:, : batches[i].x.shape[1]]
-    return out
-
-
-def _settled(messages: Mapping[int, Message]) -> dict[int, Message]:
-    """Messages whose payloads are computed once, small ones behind walls they share."""
-    out = dict(messages)
-    runs: list[list[int]] = []
-    filled = BUCKET_SIZE
-    for i, m in messages.items():
-        if m.size >= LARGE:
-            out[i] = m.once()
-        elif not m.codec.exact:  # whose payload is what it was written from
-            if filled + m.size > BUCKET_SIZE:
-                runs.append([])
-                filled = 0
-            runs[-1].append(i)
-            filled += m.size
-    for run in runs:
-        if len(run) > 1:
-            payloads = once([messages[i].payload for i in run])
-            for i, payload in zip(run, payloads, strict=True):
-                out[i] = messages[i].with_payload(payload)
     return out
 
 

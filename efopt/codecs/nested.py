@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efopt.codecs.blocks import Blocks, Turn
-from efopt.codecs.codec import Codec, Message, Once, Payload
+from efopt.codecs.codec import Codec, Message, Payload
 
 
 def write(codec: Codec, values: jax.Array, blocks: Blocks, turn: Turn) -> Payload:
@@ -33,7 +33,7 @@ def read(
 
 def ask(
     codec: Codec, values: jax.Array, blocks: Blocks, dtype: Any, turn: Turn, number: int
-) -> Generator[Message | Once, Message, tuple[jax.Array, jax.Array]]:
+) -> Generator[Message, Message, tuple[jax.Array, jax.Array]]:
     """One round of a conversation: asks for the mean of ``values`` over workers.
 
     Args:
@@ -50,7 +50,7 @@ def ask(
     """
     x, inner = split(codec, values, blocks, dtype)
     turn = turn._replace(worker=turn.worker + np.uint32(number << 16))
-    message = yield Once(Message(codec, codec.encode(x, inner, turn), inner, turn))
+    message = codec.write(x, inner, turn)
     mean = yield message
     shape = values.shape[1:]
     own = merge(message.decode(), shape, blocks)
