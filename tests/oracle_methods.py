@@ -107,26 +107,27 @@ def frozen_adam(
         else:  m <- what two-way error feedback makes of the b1 m + (1 - b1) g_i
         x <- x - lr (m / (sqrt(v) + eps) + wd x)
     scaled: whether what is compressed is the rate times the momentum, as in 0/1 Adam;
-    of the momentum itself, residuals then take the ratio of the last two rates.
+    of the momentum itself, residuals then take the ratio of the rates of this sending
+    and the last.
     Returns (iterates, variances of the last step, residuals as [worker][leaf]).
     """
     iterates = [[oracle.identity(leaf) for leaf in x0]]
     m, v, server = (oracle.zeros_like(x0) for _ in range(3))
-    owed = [oracle.zeros_like(x0) for _ in grads[0]]
+    owed, before = [oracle.zeros_like(x0) for _ in grads[0]], 0.0
     for t, step in enumerate(grads):
         own = [[b1 * p + (1 - b1) * q for p, q in zip(m, g, strict=True)] for g in step]
         if dense(t):
             m, mean = oracle.worker_mean(own), oracle.worker_mean(step)
             v = [b2 * p + (1 - b2) * q**2 for p, q in zip(v, mean, strict=True)]
         elif scaled:  # in units of steps, as the paper has it
-            rate, before = lr(t), lr(t - 1)
+            rate = lr(t)
             steps = [[rate * p for p in worker] for worker in own]
             waits = [[before * e for e in worker] for worker in owed]
             late = [before * e for e in server]
             out, waits, late = oracle.two_phase_step(steps, waits, late, compress)
             m = [u / rate for u in out]
             owed = [[e / rate for e in worker] for worker in waits]
-            server = [e / rate for e in late]
+            server, before = [e / rate for e in late], rate
         else:
             m, owed, server = oracle.two_phase_step(own, owed, server, compress)
         pairs = zip(iterates[-1], m, v, strict=True)
@@ -137,3 +138,54 @@ def frozen_adam(
             ]
         )
     return iterates, v, owed
+
+
+def zero_one_adam(
+    x0, grads, workers, lr, compress, dense, meets, b1, b2, eps, weight_decay=0.0
+):
+    """0/1 Adam with local steps (2202.06009, Algorithm 1).
+
+    x0: leaves; grads: [t] of functions from the workers' parameters, [worker][leaf], to
+    their gradients. workers: their number. dense: whether a step is of T_v; meets:
+    whether of T_u.
+        3-5:  m_i <- b1 m_i + (1 - b1) g_i;  x_i <- x_i - lr m_i / (sqrt(v) + eps)
+              u_i <- u_i + lr m_i
+        7-10: at T_u, r the rates since the last such step and x' the parameters then:
+              u <- 1-bit all-reduce of the u_i;  m_i <- u / r;  u_i <- 0
+              x_i <- x' - u / (sqrt(v) + eps) - r wd x'
+        T_v:  v <- b2 v + (1 - b2) g^2, of the mean g
+    As in `frozen_adam`, at T_v the variance moves first and the momentum takes the mean
+    g as well, dense. Returns (common iterates x' after every step, the workers' own
+    as [t][worker][leaf], u_i before each meeting, what workers owe in steps as
+    [t][worker][leaf], what owners do as [t][leaf]).
+    """
+    workers = range(workers)
+    common = [oracle.identity(leaf) for leaf in x0]
+    v, late = oracle.zeros_like(x0), oracle.zeros_like(x0)
+    x, m, u, owed = ([list(a) for _ in workers] for a in (common, v, v, v))
+    rates, out = 0.0, []
+    for t, grad in enumerate(grads):
+        g, leaves = grad(x), range(len(x0))
+        rates += lr(t)
+        if dense(t):
+            mean = oracle.worker_mean(g)
+            v = [b2 * v[k] + (1 - b2) * mean[k] ** 2 for k in leaves]
+            g = [mean for _ in workers]
+        root = [np.sqrt(a) + eps for a in v]
+        for i in workers:
+            m[i] = [b1 * m[i][k] + (1 - b1) * g[i][k] for k in leaves]
+            x[i] = [x[i][k] - lr(t) * m[i][k] / root[k] for k in leaves]
+            u[i] = [u[i][k] + lr(t) * m[i][k] for k in leaves]
+        moved = [list(a) for a in u]
+        if dense(t) or meets(t):
+            total = u[0]  # equal on all
+            if not dense(t):
+                total, owed, late = oracle.two_phase_step(u, owed, late, compress)
+            decayed = [(1 - rates * weight_decay) * a for a in common]
+            common = [decayed[k] - total[k] / root[k] for k in leaves]
+            for i in workers:
+                m[i] = [a / rates for a in total]
+                x[i], u[i] = list(common), oracle.zeros_like(x0)
+            rates = 0.0
+        out.append((common, [list(a) for a in x], moved, owed, late))
+    return tuple(zip(*out, strict=True))

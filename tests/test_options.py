@@ -69,6 +69,7 @@ COMPANY = {
     "dct_top_k": {"k": 1},
     "arc_top_k": {"fraction": 0.1},
     "count_sketch": {"fraction": 0.1},
+    "zero_one_adam": {"longest": 2, "doubling": 2},
     "local_steps": {
         "outer": efopt.error_feedback(efopt.sign(), axis_name="data"),
         "axis_name": "data",

@@ -12,6 +12,8 @@ from efopt.compressors import Compressor, scaled_sign
 from efopt.exchanges.all_reduce import mean_in_range
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.opening import open_link
+from efopt.feedback.local_momentum import LocalMomentum, LocalMomentumState
+from efopt.feedback.momenta import alive, mixed
 from efopt.feedback.rates import hold, rates
 from efopt.ground import bits, checks
 from efopt.workers.axes import AxisName
@@ -28,6 +30,7 @@ class FrozenVarianceState(NamedTuple):
         parameters. A :class:`efopt.PerWorker` if there is an axis.
       link: With the owners' residual, an :class:`efopt.exchanges.LinkState`.
       last_rate: As of :class:`efopt.feedback.ErrorFeedbackState`.
+      local: With local steps, what is kept between meetings; ``()`` without.
     """
 
     count: jax.typing.ArrayLike
@@ -36,6 +39,7 @@ class FrozenVarianceState(NamedTuple):
     residual: Any
     link: Any
     last_rate: Any
+    local: Any = ()
 
 
 def frozen_variance(
@@ -49,8 +53,13 @@ def frozen_variance(
     axis_name: AxisName | None,
     exchange: Exchange | str | None,
     learning_rate: Any = None,
+    meets_at: Callable[[jax.Array], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam's direction; between dense steps momentum travels compressed.
+
+    With ``meets_at`` there are steps at which nothing travels. What comes out at a
+    meeting is to be multiplied by the sum of the rates since the last one, and what
+    comes out between meetings is of no use.
 
     Args:
       api: The transformation, for errors.
@@ -63,6 +72,8 @@ def frozen_variance(
       axis_name: The workers' axes.
       exchange: How they meet.
       learning_rate: The rate or schedule behind, if residuals are to keep its units.
+      meets_at: Whether at a step workers meet, as they do at dense ones; ``None``: at
+        all. Needs a learning rate.
     """
     checks.decay(api, "b1", b1)
     checks.decay(api, "b2", b2)
@@ -71,6 +82,9 @@ def frozen_variance(
     link = open_link(
         api, compressor, axis_name=axis_name, exchange=exchange, role="adam"
     )
+    local = None if meets_at is None else LocalMomentum(meets_at, b1, eps)
+    if local is not None:
+        local.refuse(link, exchange)
 
     def init_fn(params: Any) -> Any:
         zeros = link.zeros(params)
@@ -81,6 +95,7 @@ def frozen_variance(
             residual=link.wrap(zeros, rule="mean"),
             link=link.init(params),
             last_rate=() if learning_rate is None else jnp.zeros([], jnp.float32),
+            local=() if local is None else local.init(link, zeros),
         )
 
     def update_fn(
@@ -89,19 +104,28 @@ def frozen_variance(
         del params, extra_args
         owed = link.unwrap(state.residual)
         grads = link.receive(updates, like=owed)
-        rate, last, ratio = rates(learning_rate, state.count, state.last_rate)
+        total: Any = learning_rate
+        own: Any = ()
+        if local is not None:  # what a meeting moves by is all rates of its round
+            now = rates(learning_rate, state.count, state.last_rate)[0]
+            total = state.local.elapsed + now
+            own = local.walk(link.unwrap(state.local.own), grads, state.nu, now)
+        rate, last, ratio = rates(total, state.count, state.last_rate)
 
         def dense(grads: Any, mu: Any, nu: Any, owed: Any, server: Any) -> Any:
             mean = grads if link.axes is None else mean_in_range(grads, link.axes)
             # 2102.02888 Algorithm 1, warm-up: m and v of averaged gradients
-            mu = _mixed(b1, mu, mean)
-            nu = _mixed(b2, nu, jax.tree.map(_square, mean, nu))
+            mu = mixed(b1, mu, mean)
+            nu = mixed(b2, nu, jax.tree.map(_square, mean, nu))
             return mu, nu, owed, server
 
         def compressed(grads: Any, mu: Any, nu: Any, owed: Any, server: Any) -> Any:
             # m_i = beta1 m + (1 - beta1) g_i, plus what is owed, without what has never
             # had a gradient: one bit cannot say zero
-            sent = _alive(_mixed(b1, mu, grads), nu)
+            if local is None:
+                sent = alive(mixed(b1, mu, grads), nu)
+            else:
+                sent = local.mean(own, nu, rate)
             old = mu, owed, server
             if ratio is not None:
                 owed = jax.tree.map(lambda e: e * ratio.astype(e.dtype), owed)
@@ -109,20 +133,33 @@ def frozen_variance(
             got = link.average(
                 sent, server, state.count, like=grads, ratio=ratio, wide=True
             )
-            lost = _alive(got.lost, nu)
+            lost = alive(got.lost, nu)
             if link.axes is not None:  # empty leaves are equal on all workers
                 lost = link.axes.vary(lost)
-            new = _alive(got.mean, nu), lost, got.state
+            new = alive(got.mean, nu), lost, got.state
             if rate is not None:  # nothing is paid at a rate of zero
                 _, new = hold(rate, (), new, old)
             return new[0], nu, *new[1:]
 
-        mu, nu, owed, server = lax.cond(
-            dense_at(state.count),
-            dense,
-            compressed,
-            *(grads, state.mu, state.nu, owed, state.link),
+        def none(grads: Any, mu: Any, nu: Any, owed: Any, server: Any) -> Any:
+            return mu, nu, owed, server
+
+        meets = is_dense = dense_at(state.count)
+        branches = [compressed, dense] if local is None else [compressed, dense, none]
+        which = jnp.where(is_dense, 1, 0)
+        if local is not None:
+            meets |= local.meets_at(state.count)
+            which = jnp.where(meets, which, 2)
+        mu, nu, owed, server = lax.switch(
+            which, branches, *(grads, state.mu, state.nu, owed, state.link)
         )
+        rounds = ()
+        if local is not None:
+            own = local.met(own, mu, meets)
+            elapsed = jnp.where(meets, 0, total)
+            rounds = LocalMomentumState(link.wrap(own, state.local.own), elapsed)
+        if learning_rate is not None:  # residuals are in units of the last sending's
+            last = jnp.where(which == 0, last, state.last_rate)
         # x = x - gamma m / (sqrt(v) + eps)
         out = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
         out = jax.tree.map(lambda u, g: bits.cast(u, g.dtype), out, grads)
@@ -133,6 +170,7 @@ def frozen_variance(
             residual=link.wrap(owed, state.residual),
             link=server,
             last_rate=last,
+            local=rounds,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, link.entrance(update_fn))
@@ -174,6 +212,12 @@ def scale_by_one_bit_adam(
     warm-up see what is to be trained, or leave such leaves to dense Adam, by
     ``optax.partition``.
 
+    *Nearly zero.* A coordinate that has hardly had a gradient, such as a weight of a
+    unit that is seldom active, is sent bits as large as those of its block and divides
+    them by next to nothing: training may diverge within steps. A larger ``eps``, of the
+    order of the roots of most variances, bounds that; on a small network of rectified
+    units 1e-4 trains, and 1e-8 does not at any rate.
+
     Shapes: any tree of floating-point leaves -> the same, dtypes kept.
     Cost: with the default compressor ``1 + 32 / 1024`` bits per coordinate each way;
     in the warm-up dense. Both are in the program, each in a branch.
@@ -185,7 +229,8 @@ def scale_by_one_bit_adam(
       warmup: Dense steps, at least 1; 15 to 25 % of the run in the paper. Static.
       b1: Decay of the momentum, in [0, 1).
       b2: Decay of the variance, in [0, 1).
-      eps: Added to the variance's root, positive.
+      eps: Added to the variance's root, positive. The default is that of Adam, and too
+        small where some coordinates hardly have gradients, as above.
       compressor: Of the momentum; ``None``: ``efopt.scaled_sign(block_size=1024)``.
       axis_name: The mapped axis of the workers; ``None`` for one worker.
       exchange: How they meet; ``None``: ``"two_phase"`` for a compressor in blocks,
@@ -236,19 +281,6 @@ def one_bit(compressor: Any, axis_name: Any, exchange: Any) -> tuple[Any, Any]:
     return compressor, exchange
 
 
-def _mixed(decay: Any, old: Any, new: Any) -> Any:
-    def mix(m, g):
-        share = jnp.asarray(decay, m.dtype)
-        return share * m + (1 - share) * g.astype(m.dtype)
-
-    return jax.tree.map(mix, old, new)
-
-
 def _square(g: jax.Array, v: jax.Array) -> jax.Array:
     wide = g.astype(v.dtype)
     return wide * wide
-
-
-def _alive(tree: Any, nu: Any) -> Any:
-    """Zero where there has never been a gradient."""
-    return jax.tree.map(lambda x, v: jnp.where(v > 0, x, 0), tree, nu)

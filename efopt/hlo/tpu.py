@@ -3,8 +3,9 @@
 Compiled ahead of time with libtpu 0.0.42.1: an all-gather over *all* devices of a slice
 of 64 devices or more becomes the all-reduce of a zero-padded buffer. On a v5e or v6e
 that happens to results of up to 16 MiB, on a v4 or v5p at every size tried (up to 512
-MiB). Shape of the operand and order of the devices make no difference. An all-gather
-over a part of the devices is left alone, and so is every all-to-all. Some programs
+MiB). Order of the devices makes no difference. An all-gather of rows, as exchanges send
+them, over a part of the devices is left alone, and so is every all-to-all; one of a
+flat array is only where a device's part is of whole lanes of 128 words. Some programs
 escape: signs without scales of 16 M coordinates did, in two phases. So what is planned
 here is the worst, and :func:`efopt.hlo.measure` tells for the program at hand.
 
@@ -26,7 +27,7 @@ _GENERATIONS = {
     "v5p": (1, math.inf),
     "v6e": (1, 2**24),
 }
-_FEWEST_DEVICES = 64
+FEWEST_DEVICES = 64
 _PREFER = {"xla_tpu_prefer_async_allgather_to_allreduce": "true"}
 _OPTIONS = {"v4": _PREFER | {"xla_enable_async_all_gather": "true"}, "v5e": _PREFER}
 
@@ -56,7 +57,7 @@ def tpu_compiler_options(topology: str) -> dict[str, str]:
       {}
     """
     generation, devices = parse(topology, "tpu_compiler_options(topology)")
-    return dict(_OPTIONS.get(generation, {})) if devices >= _FEWEST_DEVICES else {}
+    return dict(_OPTIONS.get(generation, {})) if devices >= FEWEST_DEVICES else {}
 
 
 def parse(topology: str, api: str) -> tuple[str, int]:
@@ -78,7 +79,7 @@ def compiled(c: Collective, topology: str) -> Collective:
     generation, devices = parse(topology, "plan(topology=...)")
     _, largest = _GENERATIONS[generation]
     result = c.operand_bytes * c.group_size
-    everybody = c.group_size == devices >= _FEWEST_DEVICES
+    everybody = c.group_size == devices >= FEWEST_DEVICES
     if c.operation != "all-gather" or not everybody or result > largest:
         return c
     return replace(

@@ -6,9 +6,11 @@ import jax
 import meshes
 import numpy as np
 import optax
+import oracle_methods
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from workers_under_test import slow
 
 import efopt
 
@@ -25,7 +27,7 @@ CASES = {
     ),
 }
 SHAPES = {"rows": ((8, 6), P("fsdp", None)), "whole": ((5,), P())}
-STEPS = 7
+STEPS = 8
 
 
 def loss_fn(params, goals):
@@ -62,17 +64,11 @@ def by_hand(params, goals):
         yield common, own
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(c, marks=[] if c in ("auto", "explicit") else [pytest.mark.slow])
-        for c in CASES
-    ],
-)
-def test_each_worker_goes_its_own_way_and_all_meet(case):
+def train(case, tx_of):
+    """Common parameters and those of all workers, after every step, on a mesh."""
     mesh, entrance = CASES[case]
     params, specs, goals = meshes.task(mesh, steps=STEPS, shapes=SHAPES)
-    tx, on = make(mesh), mesh.make()
+    tx, on = tx_of(mesh), mesh.make()
     state = {"params": params, "opt": jax.jit(tx.init)(params)}
     state = efopt.distribute(state, on, specs)
 
@@ -103,14 +99,71 @@ def test_each_worker_goes_its_own_way_and_all_meet(case):
         step = whole
     step = jax.jit(step)
     read = jax.jit(functools.partial(efopt.local_params, axis_name=mesh.slow))
-    for goal, (common, own) in zip(goals, by_hand(params, goals), strict=True):
+    for goal in goals:
         placed = {
             k: jax.device_put(x, NamedSharding(on, P(mesh.slow, *specs[k])))
             for k, x in goal.items()
         }
         state = step(state, placed)
-        there = read(state["params"], state=state["opt"]).value
-        for k in params:
-            np.testing.assert_allclose(state["params"][k], common[k], atol=1e-5)
-            np.testing.assert_allclose(there[k], own[k], rtol=0, atol=1e-5)
+        yield state["params"], read(state["params"], state=state["opt"]).value
     meshes.copies_equal(state)
+
+
+def follow(case, tx_of, by_hand):
+    mesh, _ = CASES[case]
+    params, _, goals = meshes.task(mesh, steps=STEPS, shapes=SHAPES)
+    walked, expected = train(case, tx_of), by_hand(params, goals)
+    for (got, there), (common, own) in zip(walked, expected, strict=True):
+        for k in params:
+            np.testing.assert_allclose(got[k], common[k], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(there[k], own[k], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case", [slow(c, when=c not in ("auto", "explicit")) for c in CASES]
+)
+def test_each_worker_goes_its_own_way_and_all_meet(case):
+    follow(case, make, by_hand)
+
+
+def make_adam(mesh):
+    """Nothing is lost: then shards change no number."""
+    return efopt.optimizers.zero_one_adam(
+        0.05,
+        freeze=2,
+        refresh=8,
+        longest=3,
+        doubling=1,
+        eps=0.1,
+        compressor=efopt.compressors.identity(),
+        axis_name=mesh.slow,
+    )
+
+
+def adam_by_hand(params, goals):
+    n, names = len(goals[0]["rows"]), sorted(params)
+
+    def gradients(goal, own):
+        return [
+            [x - goal[k][i] for k, x in zip(names, mine, strict=True)]
+            for i, mine in enumerate(own)
+        ]
+
+    common, own, *_ = oracle_methods.zero_one_adam(
+        [params[k].astype(np.float64) for k in names],
+        [functools.partial(gradients, goal) for goal in goals],
+        n,
+        lambda t: 0.05,
+        lambda x: x,
+        lambda t: t < 2,
+        lambda t: t in (2, 3, 4, 7),  # then distances are three
+        *(0.9, 0.999, 0.1),
+    )
+    for x, mine in zip(common, own, strict=True):
+        stacked = [np.stack(leaf) for leaf in zip(*mine, strict=True)]
+        yield tuple(dict(zip(names, xs, strict=True)) for xs in (x, stacked))
+
+
+@pytest.mark.parametrize("case", [slow(c, when=c != "explicit") for c in CASES])
+def test_zero_one_adam_walks_and_meets(case):
+    follow(case, make_adam, adam_by_hand)
