@@ -61,7 +61,7 @@ def converse(
                     batches[i] = said
                 else:
                     asked[i] = said
-            replies = _computed(batches)
+            replies = computed(batches)
         replies = meet(dict(sorted(asked.items()))) if asked else {}
     averages, rests, after = [], [], []
     for i in range(len(talks)):
@@ -72,7 +72,7 @@ def converse(
     return averages, rests, after
 
 
-def _computed(batches: Mapping[int, Batch]) -> dict[int, jax.Array]:
+def computed(batches: Mapping[int, Batch]) -> dict[int, jax.Array]:
     """The results of batches, those alike in one: a few programs for many leaves.
 
     Blocks up to twice as high as others are alike: zeros fill the lower ones up.
