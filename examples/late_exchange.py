@@ -1,0 +1,136 @@
+"""What an update that is one step old costs: steps until the loss is low enough.
+
+Eight workers, simulated by `jax.vmap`, train the network of `train_digits.py` on
+scikit-learn's digits, with an exchange in the step and with one a step late
+(`delay=1`), without momentum, with momentum in front of the exchange and behind it, at
+three rates each. Prints the steps after which the training loss, over all images, is
+first below the target, at the best of the rates for each: the mean over the seeds, and
+how many times more that is with the delay.
+
+    python examples/late_exchange.py
+"""
+
+import argparse
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+import efopt
+
+WORKERS, BATCH, EVERY = 8, 32, 5  # images of a worker; steps between looks at the loss
+AXIS = "data"
+MESSAGES = {
+    "dense": (efopt.compressors.identity(), "all_reduce"),
+    "signs": (efopt.scaled_sign(64), "two_phase"),
+    "vote": (efopt.sign(), "majority_vote"),
+    "top-k 5 %": (efopt.top_k(fraction=0.05), "all_gather"),
+}
+MOMENTA = {  # what stands in front of the exchange and behind it, and the rates tried
+    "none": (optax.identity(), optax.sgd, (0.1, 0.3, 1.0)),
+    "in front": (optax.trace(0.9), optax.sgd, (0.01, 0.03, 0.1)),
+    "behind": (
+        optax.identity(),
+        lambda rate: optax.sgd(rate, momentum=0.9),
+        (0.01, 0.03, 0.1),
+    ),
+}
+# A vote gives every coordinate an update of one size: its rates are other ones.
+VOTED = 0.01
+
+
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(64)(x))
+        return nn.Dense(10)(x)
+
+
+def transformation(message, momentum, rate, delay):
+    """The chain: momentum in front, feedback, and what stands behind."""
+    compressor, exchange = MESSAGES[message]
+    front, behind, _ = MOMENTA[momentum]
+    feedback = efopt.error_feedback(
+        compressor, axis_name=AXIS, exchange=exchange, delay=delay
+    )
+    return optax.chain(efopt.per_worker(front, axis_name=AXIS), feedback, behind(rate))
+
+
+def curve(tx, steps):
+    """A jitted function: keys of seeds -> the loss at every look, a row for each."""
+    images, labels = load_digits(return_X_y=True)
+    x, y = (images / 16).astype(np.float32), labels.astype(np.int32)
+    model = Network()
+
+    def loss_fn(params, x, y):
+        logits = model.apply(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def one(key):
+        key, first = jax.random.split(key)
+        params = model.init(first, x[:1])
+
+        def worker(params, state, key):
+            index = jax.random.randint(key, (BATCH,), 0, len(x))
+            grads = jax.grad(loss_fn)(params, jnp.take(x, index, 0), jnp.take(y, index))
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        def step(carry, key):
+            keys = jax.random.split(key, WORKERS)
+            return jax.vmap(worker, axis_name=AXIS)(*carry, keys), None
+
+        def look(carry, key):
+            carry, _ = jax.lax.scan(step, carry, jax.random.split(key, EVERY))
+            common = jax.tree.map(lambda leaf: leaf[0], carry[0])
+            return carry, loss_fn(common, x, y)
+
+        carry = efopt.stack_workers((params, tx.init(params)), WORKERS)
+        keys = jax.random.split(key, steps // EVERY)
+        return jax.lax.scan(look, carry, keys)[1]
+
+    return jax.jit(jax.vmap(one))
+
+
+def steps_until(losses, target):
+    """Steps until a loss is below the target, a number for each seed; inf: never."""
+    below = losses < target
+    first = (np.argmax(below, axis=1) + 1.0) * EVERY
+    return np.where(below.any(axis=1), first, np.inf)
+
+
+def best(message, momentum, delay, args):
+    """The mean steps at the best rate, and that rate."""
+    keys = jax.random.split(jax.random.key(0), args.seeds)
+    found = []
+    for rate in MOMENTA[momentum][2]:
+        rate = rate * VOTED if message == "vote" else rate
+        run = curve(transformation(message, momentum, rate, delay), args.steps)
+        found.append((steps_until(np.asarray(run(keys)), args.target).mean(), rate))
+    return min(found)
+
+
+def main():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--steps", type=int, default=1000, help="of every run, at most")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--target", type=float, default=0.1, help="the loss to reach")
+    args = parser.parse_args()
+
+    line = "{:10} {:9} {:>16} {:>16} {:>6}".format
+    print(line("message", "momentum", "steps (rate)", "late (rate)", "ratio"))
+    for message in MESSAGES:
+        for momentum in MOMENTA:
+            now, late = (best(message, momentum, delay, args) for delay in (0, 1))
+            cells = (f"{steps:.0f} ({rate:g})" for steps, rate in (now, late))
+            print(
+                line(message, momentum, *cells, f"{late[0] / now[0]:.2f}"), flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
