@@ -271,3 +271,13 @@ def test_killed_and_resumed(tmp_path):
     assert len(lines) == 7 and all(line.startswith("ok") for line in lines), lines
     assert sum("the bits of the undisturbed run" in line for line in lines) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_late_exchange_counts_steps(tmp_path):
+    options = "--messages", "top-k 5 %", "--steps", "15", "--seeds", "1"
+    done = run("late_exchange.py", *options, "--target", "2.25", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"(\w+) +(\d+) \([\d.]+\) +(\d+) \([\d.]+\)", done.stdout)
+    assert [row[0] for row in rows] == ["none", "front", "behind"]
+    assert all(0 < int(now) <= int(late) <= 15 for _, now, late in rows)
