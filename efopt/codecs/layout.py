@@ -65,14 +65,15 @@ class Bucket:
           valid: Of leaves whose end is padding on some devices, by position: how many
             of their coordinates are none here. int32, shape=().
         """
-        if valid is None and self.shape[0] > BUCKET_SIZE:
+        valid = {} if valid is None else valid
+        if self.shape[0] > BUCKET_SIZE and self.leaves[0] not in valid:
             return self._blocks_of_one()
         index = np.arange(self.shape[0], dtype=np.uint32) + np.uint32(self.start)
         size, counts, dynamic = math.prod(self.block), [], False
         for i, coordinates, n in zip(
             self.leaves, self.sizes, self.num_blocks, strict=True
         ):
-            if valid is not None and i in valid:
+            if i in valid:
                 dynamic, before = True, np.arange(n) * size
                 counts.append(jnp.clip(valid[i] - before.astype(np.int32), 0, size))
                 continue

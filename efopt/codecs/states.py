@@ -1,5 +1,6 @@
 """The state that some codecs keep of each leaf, such as PowerSGD's warm start."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,7 +48,9 @@ def open_states(layout: Layout, treedef: Any, states: Any) -> list[Any]:
     return layout.join_blocked(treedef.flatten_up_to(states))
 
 
-def close_states(layout: Layout, treedef: Any, joined: list[Any], before: Any) -> Any:
+def close_states(
+    layout: Layout, treedef: Any, joined: Sequence[Any], before: Any
+) -> Any:
     """Inverse of :func:`open_states`; ``before`` is what was opened, in its dtypes."""
     if not any(b.codec.stateful for b in layout.buckets):
         return before

@@ -10,7 +10,7 @@ from jax import lax
 from efopt.exchanges import incoming, regions
 from efopt.exchanges.all_reduce import mean_in_range
 from efopt.exchanges.pieces import Cut, gather
-from efopt.workers import node
+from efopt.workers import node, unreduced
 
 if TYPE_CHECKING:
     from efopt.exchanges.link import Link
@@ -21,10 +21,10 @@ Update: TypeAlias = Callable[..., Any]
 def entrance(link: "Link", update: Update, own: bool) -> Update:
     """``update_fn`` of a scheme, from wherever it is called.
 
-    It runs on what each device holds. Called on stacked gradients in a plain jitted
-    step, or inside a function mapped over the workers alone, it opens a region that
-    is mapped over the other mesh axes too. With ``start`` the first updates are
-    averaged uncompressed: until then nothing is owed and nothing learned, and of
+    It runs on what each device holds. Called on stacked or unreduced gradients in a
+    plain jitted step, or inside a function mapped over the workers alone, it opens a
+    region that is mapped over the other mesh axes too. With ``start`` the first updates
+    are averaged uncompressed: until then nothing is owed and nothing learned, and of
     the state, which has a field ``count``, that alone moves on.
 
     Args:
@@ -43,6 +43,7 @@ def entrance(link: "Link", update: Update, own: bool) -> Update:
         if link.axes is None or link.workers is None:
             incoming.check_single(link.api, updates)
             return inside(updates, state, params, **extra_args)
+        updates = unreduced.stacked(link.api, link.workers, updates)
         if not node.is_node(updates):
             link.require_bound()
         around = regions.around(link.api, link.workers, link.axes, updates, state)

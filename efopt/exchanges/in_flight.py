@@ -4,7 +4,6 @@ What is exchanged then depends on nothing of the step, so that a compiler may ca
 while the gradients of the step are computed.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +15,8 @@ from efopt.codecs.compressor import Compressor
 from efopt.codecs.layout import Layout
 from efopt.compressors.identity import plain
 from efopt.exchanges import owners
-from efopt.exchanges.exchange import Exchange
-from efopt.exchanges.meeting import Meeting, settled
+from efopt.exchanges.meeting import Meeting
+from efopt.exchanges.trip import Back, Kept, Trip
 from efopt.ground import checks
 from efopt.workers import node
 from efopt.workers.axes import Axes
@@ -81,70 +80,42 @@ def fresh(layout: Layout, axes: Axes | None, shards: tuple[str, ...] = ()) -> In
     return InFlight(marked, made)
 
 
-def meet_later(
-    api: str,
-    layout: Layout,
-    ways: Sequence[Exchange],
-    axes: Axes | None,
-    xs: Sequence[jax.Array],
-    flight: InFlight,
-    server: Any,
-    turn: Turn,
-    ratio: jax.Array | None,
-    valid: Mapping[int, jax.Array],
-) -> tuple[list[Message], list[jax.Array], Any, InFlight]:
+def meet_later(trip: Trip, before: Kept) -> Back:
     """Averages what was written in the step before, and writes what this step says.
 
-    Args:
-      api: The transformation, for errors.
-      layout: What the buckets are.
-      ways: The exchange that carries each; none for a single worker.
-      axes: The workers' axes, or ``None``.
-      xs: One array per bucket, ``(n, *block)``, in the compute dtype.
-      flight: What was written before.
-      server: The owners' residuals, marked.
-      turn: The step and this worker.
-      ratio: Factor on what is in units of the step before, or ``None``.
-      valid: As for :meth:`efopt.codecs.layout.Bucket.blocks`.
-
-    Returns:
-      Messages of the averages, what this worker has neither paid nor in flight, the
-      owners' new residuals, and what is in flight now.
+    Under an exchange that pays the average a worker learns a step late what it has
+    paid, and owes all of it until then.
     """
-    buckets, payloads = layout.buckets, node.unwrap(api, flight.payloads)
-    blocks = [b.blocks(valid) for b in buckets]
-    there = jnp.asarray(flight.made) >= 0
-    before, turns = jnp.asarray(flight.made).astype(jnp.uint32), [turn] * len(buckets)
-    if axes is not None:
-        ways, turns = settled(layout, ways, axes, turn)
-        xs = [way.enter(x, axes) for way, x in zip(ways, xs, strict=True)]
-    arriving = {
-        i: Message(b.codec, payloads[i], blocks[i], turns[i]._replace(step=before))
+    trip, flight, server = trip.entered(), before.flight, before.server
+    payloads, made = node.unwrap(trip.api, flight.payloads), jnp.asarray(flight.made)
+    there, step = made >= 0, made.astype(jnp.uint32)
+    buckets, turns = trip.layout.buckets, trip.turns()
+    blocks = [b.blocks(trip.valid) for b in buckets]
+    got = {
+        i: Message(b.codec, payloads[i], blocks[i], turns[i]._replace(step=step))
         for i, b in enumerate(buckets)
     }
-    got = arriving
-    if axes is not None:
-        kept = [b for b, way in zip(buckets, ways, strict=True) if way.keeps]
-        owed = owners.opened(api, kept, axes, server, None)
-        meet = Meeting(layout, ways, axes, owed)
-        got = meet(arriving)
-        pairs = zip(meet.owed, owed, strict=True)
-        left = [_scaled(jnp.where(there, new, old), ratio) for new, old in pairs]
-        server = owners.closed(left, axes, server)
-    means, rests, new = [], [], []
-    for i, x in enumerate(xs):
+    if trip.axes is not None:
+        owed = owners.opened(trip.api, trip.kept(), trip.axes, server)
+        meeting = Meeting(trip, trip.axes, owed)
+        got = meeting(got)
+        pairs = zip(meeting.owed, owed, strict=True)
+        left = [trip.scaled(jnp.where(there, new, old)) for new, old in pairs]
+        server = owners.closed(left, trip.axes, server)
+    means, rests, written = [], [], []
+    for i, x in enumerate(trip.xs):
         mean = got[i].decode()
-        mean = _scaled(jnp.where(there, mean, jnp.zeros_like(mean)), ratio)
-        late = axes is not None and ways[i].pays_average
+        mean = trip.scaled(jnp.where(there, mean, jnp.zeros_like(mean)))
+        late = trip.axes is not None and trip.ways[i].pays_average
         x = x - mean if late else x
         message = buckets[i].codec.write(x, blocks[i], turns[i])
-        # Under a vote what is paid is known a step later: until then all of it is owed.
         rests.append(x if late else message.rest(x))
         means.append(plain(mean, blocks[i], turns[i]))
-        new.append(message.payload)
-    _require_same(api, payloads, tuple(new))
-    step = turn.step.astype(jnp.int32)
-    return means, rests, server, InFlight(_wrapped(tuple(new), flight.payloads), step)
+        written.append(message.payload)
+    _require_same(trip.api, payloads, tuple(written))
+    marked = _wrapped(tuple(written), flight.payloads)
+    flight = InFlight(marked, trip.turn.step.astype(jnp.int32))
+    return Back(means, rests, before._replace(server=server, flight=flight))
 
 
 def decoded(layout: Layout, payloads: Any, made: Any) -> list[jax.Array]:
@@ -155,10 +126,6 @@ def decoded(layout: Layout, payloads: Any, made: Any) -> list[jax.Array]:
         x = Message(b.codec, payload, b.blocks(), turn).decode()
         out.append(jnp.where(jnp.asarray(made) >= 0, x, jnp.zeros_like(x)))
     return out
-
-
-def _scaled(x: jax.Array, ratio: jax.Array | None) -> jax.Array:
-    return x if ratio is None else x * ratio.astype(x.dtype)
 
 
 def _wrapped(payloads: Any, like: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from efopt.workers import node
+from efopt.workers import node, unreduced
 from efopt.workers.axes import Axes, varying
 
 
@@ -44,6 +44,15 @@ def check_single(api: str, updates: Any) -> None:
             f"stacked over {updates.axis_name!r}: pass "
             f"`axis_name={updates.axis_name!r}`."
         )
+    for path, x in jax.tree_util.tree_flatten_with_path(updates)[0]:
+        terms = sorted(unreduced.axes_of(x))
+        if terms:
+            name = terms[0] if len(terms) == 1 else tuple(terms)
+            raise ValueError(
+                f"{api} has `axis_name=None`, a single worker, and the gradient at "
+                f"{jax.tree_util.keystr(path) or 'the root'} is unreduced over "
+                f"{terms}: pass `axis_name={name!r}`."
+            )
 
 
 def check_like(api: str, paths: Any, treedef: Any, like: Any) -> None:

@@ -14,19 +14,15 @@ import jax.numpy as jnp
 
 from efopt.codecs.blocks import Turn
 from efopt.codecs.codec import Codec, Message
-from efopt.codecs.conversation import alone, converse
 from efopt.codecs.layout import Bucket, Layout, lay_out
-from efopt.codecs.states import (
-    close_states,
-    init_states,
-    is_placeholder,
-    open_states,
-)
+from efopt.codecs.states import init_states, is_placeholder
 from efopt.exchanges import entrances, in_flight, incoming, owners, table, watched
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.home import Home, LinkState
-from efopt.exchanges.meeting import meet_all
-from efopt.exchanges.pieces import Cut, gather, scatter, spare_axes
+from efopt.exchanges.meeting import meet, round_trip
+from efopt.exchanges.packing import Packing
+from efopt.exchanges.pieces import Cut, scatter, spare_axes
+from efopt.exchanges.trip import Back, Kept, Trip
 from efopt.ground import bits
 from efopt.ground.barriers import zeros_after
 from efopt.ground.dtypes import check_float, compute_dtype, wide_zeros
@@ -230,80 +226,47 @@ class Link:
           keep: What becomes of what is lost; called before the average is decoded, so
             that this can take its place in memory.
         """
-        arrays, treedef = jax.tree.flatten(tree)
-        given = arrays if like is None else jax.tree.leaves(like)
-        codecs = self._codecs(tree if like is None else like, state.home)
-        cuts = self._cuts(arrays, codecs, state.home)
-        arrays = [cut.take(x) for cut, x in zip(cuts, arrays, strict=True)]
-        shapes, kinds = [cut.piece for cut in cuts], [varying(x) for x in arrays]
-        layout = lay_out(codecs, shapes, [x.dtype for x in given], kinds)
-        codec_state = self.unwrap(state.codec)
-        states = open_states(layout, treedef, codec_state)
-        xs, turn, flight = layout.join(arrays), self.turn(count), state.flight
-        ends = {i: cut.valid() for i, cut in enumerate(cuts)}
-        valid = {i: end for i, end in ends.items() if end is not None}
-        ways = [self._route(b.codec) for b in layout.buckets]
-        if self.delay:
-            means, rests, server, flight = in_flight.meet_later(
-                self.api,
-                layout,
-                ways,
-                self.axes,
-                xs,
-                flight,
-                state.server,
-                turn,
-                ratio,
-                valid,
-            )
-        elif self.axes is None:
-            turns = [turn] * len(xs)
-            means, rests, states = converse(layout, xs, states, turns, alone)
-            server = ()
-        else:
-            means, rests, states, server = meet_all(
-                self.api,
-                layout,
-                ways,
-                self.axes,
-                xs,
-                states,
-                state.server,
-                turn,
-                ratio,
-                valid,
-            )
+        like = tree if like is None else like
+        packing, pieces = self._packed(tree, like, state.home)
+        layout, learned = packing.layout, self.unwrap(state.codec)
+        trip = Trip(
+            api=self.api,
+            axes=self.axes,
+            layout=layout,
+            ways=[self._route(b.codec) for b in layout.buckets],
+            xs=layout.join(pieces),
+            turn=self.turn(count),
+            ratio=ratio,
+            valid=packing.valid(),
+        )
+        before = Kept(packing.open_states(learned), state.server, state.flight)
+        means, rests, kept = self._way()(trip, before)
         if not wide:
             rests = [_and_rounding(m, r) for m, r in zip(means, rests, strict=True)]
         seen = state.watched
         if seen != ():
-            came = [cut.take(x) for cut, x in zip(cuts, given, strict=True)]
-            owed = state.server.local(self.api) if state.server else ()
-            about = layout, came, xs, rests, (owed, self.kept(layout))
-            seen = watched.seen(seen, self.axes, *about)
-        wides = [
-            jax.ShapeDtypeStruct(shape, compute_dtype(x.dtype))
-            for shape, x in zip(shapes, given, strict=True)
-        ]
-        stay = [Cut(c.piece) if c.kept else c for c in cuts]
-        lost: Any = treedef.unflatten(gather(stay, layout.part(rests, wides)))
+            seen = watched.seen(seen, trip, packing.pieces(like), rests, state.server)
+        lost = packing.own(rests)
         if keep is None:
             decoded = [mean.decode() for mean in means]
         else:
             lost = keep(lost)
-            decoded = _decoded_last(layout, means, rests, treedef.flatten_up_to(lost))
+            in_place_of = packing.treedef.flatten_up_to(lost)
+            decoded = _decoded_last(layout, means, rests, in_place_of)
         if not wide:
             pairs = zip(decoded, layout.buckets, strict=True)
             decoded = [bits.cast(x, b.dtype) for x, b in pairs]
-            wides = [
-                jax.ShapeDtypeStruct(shape, x.dtype)
-                for shape, x in zip(shapes, given, strict=True)
-            ]
-        mean = treedef.unflatten(gather(cuts, layout.part(decoded, wides)))
-        states = close_states(layout, treedef, states, codec_state)
+        mean = packing.whole(decoded, wide=wide)
+        states = packing.close_states(kept.states, learned)
         states = jax.tree.map(_wrapped_as, state.codec, states, is_leaf=node.is_node)
-        new = LinkState(states, server, state.home, seen, flight)
+        new = LinkState(states, kept.server, state.home, seen, kept.flight)
         return Averaged(mean, lost, new)
+
+    def _way(self) -> Callable[[Trip, Kept], Back]:
+        """How what is said comes back averaged: later, at once, or from nobody."""
+        if self.delay:
+            return in_flight.meet_later
+        return round_trip if self.axes is None else meet
 
     def entrance(
         self, update: Callable[..., Any], own: bool = False
@@ -324,11 +287,9 @@ class Link:
           server: The server residual, laid out in any way; inside the mapped function
             it is gathered.
         """
-        leaves, treedef = jax.tree.flatten(params)
         layout = self._layout(params)
         xs = owners.whole(self.api, layout, self.kept(layout), server)
-        zeros = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in leaves]
-        return treedef.unflatten(layout.part(xs, zeros))
+        return _parted(layout, xs, params)
 
     def owed_in_flight(self, params: Any, payloads: Any, made: Any) -> Any:
         """What one worker has in flight of each leaf: a tree like ``params``.
@@ -338,17 +299,13 @@ class Link:
           payloads: Its payloads, without a worker axis.
           made: The step in which they were written.
         """
-        leaves, treedef = jax.tree.flatten(params)
         layout = self._layout(params)
         xs = in_flight.decoded(layout, payloads, made)
         if self.axes is not None:  # under a vote it is among the residual still
             late = [self._route(b.codec).pays_average for b in layout.buckets]
             pairs = zip(late, xs, strict=True)
             xs = [jnp.zeros_like(x) if owes else x for owes, x in pairs]
-        wides = [
-            jax.ShapeDtypeStruct(jnp.shape(x), compute_dtype(x.dtype)) for x in leaves
-        ]
-        return treedef.unflatten(layout.part(xs, wides))
+        return _parted(layout, xs, params)
 
     # ------------------------------------------------------------------------ inside
 
@@ -359,6 +316,19 @@ class Link:
     def kept(self, layout: Layout) -> list[Bucket]:
         """The buckets whose owners keep a server residual."""
         return [b for b in layout.buckets if self._route(b.codec).keeps]
+
+    def _packed(
+        self, tree: Any, like: Any, home: Any
+    ) -> tuple[Packing, list[jax.Array]]:
+        """How a tree is packed whose updates are ``like``, and this device's pieces."""
+        arrays, treedef = jax.tree.flatten(tree)
+        codecs = self._codecs(like, home)
+        cuts = self._cuts(arrays, codecs, home)
+        pieces = [cut.take(x) for cut, x in zip(cuts, arrays, strict=True)]
+        shapes, kinds = [cut.piece for cut in cuts], [varying(x) for x in pieces]
+        dtypes = [x.dtype for x in jax.tree.leaves(like)]
+        layout = lay_out(codecs, shapes, dtypes, kinds)
+        return Packing(treedef, cuts, dtypes, layout), pieces
 
     def _codecs(self, tree: Any, home: Any) -> list[Codec]:
         """The codec of each leaf: on a mesh as its home knows them."""
@@ -395,6 +365,13 @@ class Link:
 def _wrapped_as(like: Any, state: Any) -> Any:
     """One leaf's state, wrapped as it came."""
     return like.rewrap(state) if node.is_node(like) else state
+
+
+def _parted(layout: Layout, xs: Sequence[jax.Array], params: Any) -> Any:
+    """A tree like ``params``, in the compute dtypes, from one array a bucket."""
+    leaves, treedef = jax.tree.flatten(params)
+    like = [jax.ShapeDtypeStruct(jnp.shape(x), compute_dtype(x.dtype)) for x in leaves]
+    return treedef.unflatten(layout.part(xs, like))
 
 
 def _and_rounding(mean: Message, rest: jax.Array) -> jax.Array:

@@ -36,7 +36,7 @@ def fresh(
 
 
 def opened(
-    api: str, kept: Sequence[Bucket], axes: Axes, server: Any, ratio: Any
+    api: str, kept: Sequence[Bucket], axes: Axes, server: Any
 ) -> tuple[jax.Array, ...]:
     """What this worker owes as an owner, one array per group of blocks, or an error.
 
@@ -45,7 +45,6 @@ def opened(
       kept: As for :func:`fresh`.
       axes: The workers' axes.
       server: The residuals, marked.
-      ratio: Factor on them, or ``None``.
     """
     if not server:
         return ()
@@ -69,11 +68,8 @@ def opened(
             "these are sharded over other mesh axes, or equal along them, place the "
             "state with `efopt.distribute(state, mesh, params_specs)`."
         )
-    owed = []
-    for x, (_, dtype) in zip(server.local(api), expected, strict=True):
-        x = bits.cast(x, dtype)
-        owed.append(x if ratio is None else x * ratio.astype(x.dtype))
-    return tuple(owed)
+    pairs = zip(server.local(api), expected, strict=True)
+    return tuple(bits.cast(x, dtype) for x, (_, dtype) in pairs)
 
 
 def closed(owed: Sequence[jax.Array], axes: Axes, server: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from efopt.exchanges.home import Home
@@ -40,7 +41,9 @@ def around(
     if isinstance(updates, PerWorker):
         mesh = mesh_of(updates, workers)
         _check_stacked(api, workers, updates, mesh)
-        return _region(_home(api, state, axes, mesh), workers, mesh, (), stacked=True)
+        home = _home(api, state, axes, mesh)
+        _check_lie(api, home, updates)
+        return _region(home, workers, mesh, (), stacked=True)
     if not workers.bound() or not set(workers.names) <= set(mapped):
         return None  # `vmap`, `pmap`, or an error that is worded better further on
     mesh = jax.sharding.get_abstract_mesh()
@@ -131,6 +134,34 @@ def _check_stacked(api: str, axes: Axes, updates: PerWorker, mesh: Any) -> None:
                 f"workers along {axes.key!r}, got shape {x.shape} at "
                 f"{jax.tree_util.keystr(path) or 'the root'}."
             )
+
+
+def _check_lie(api: str, home: Home, updates: PerWorker) -> None:
+    """Raises if types say that rows are sharded otherwise than the state knows."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(updates.value)
+    if treedef != home.treedef or home.specs is None:
+        return
+    for (path, x), spec in zip(found, home.specs, strict=True):
+        kind = jax.typeof(x).sharding
+        if {*kind.mesh.axis_types} != {AxisType.Explicit}:
+            continue  # types say nothing
+        behind = P(*kind.spec[1:])
+        if _entries(behind) != _entries(spec):
+            raise ValueError(
+                f"{api} got gradients that are sharded behind each worker by {behind} "
+                f"at {jax.tree_util.keystr(path) or 'the root'}, where the state is "
+                f"placed for {spec}. Place parameters and state alike, "
+                "`efopt.distribute({'params': ..., 'opt': ...}, mesh, params_specs)`; "
+                "or `jax.reshard` the gradients before."
+            )
+
+
+def _entries(spec: P) -> list[tuple[str, ...]]:
+    """The axes of every array axis, but for the last ones that have none."""
+    entries = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
+    while entries and not entries[-1]:
+        entries.pop()
+    return entries
 
 
 def _is_spec(x: Any) -> bool:

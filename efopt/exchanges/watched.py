@@ -15,6 +15,7 @@ import numpy as np
 
 from efopt.codecs.layout import Bucket, Layout
 from efopt.exchanges.groups import group_key
+from efopt.exchanges.trip import Trip
 from efopt.ground.dtypes import wide
 from efopt.workers.axes import Axes, manual_axes, vary, varying
 
@@ -70,33 +71,29 @@ def fresh(leaves: int, keeps: bool) -> Any:
 
 def seen(
     before: Watched,
-    axes: Axes | None,
-    layout: Layout,
+    trip: Trip,
     updates: Sequence[jax.Array],
-    given: Sequence[jax.Array],
     lost: Sequence[jax.Array],
-    owed: Any,
+    server: Any,
 ) -> Watched:
     """What a link saw in this step.
 
     Args:
       before: What it saw until then.
-      axes: The workers' axes.
-      layout: What the buckets are.
+      trip: What was given to the compressor.
       updates: What came in, one array a leaf.
-      given: What was given to the compressor, one array a bucket.
-      lost: What the message did not say of it, one array a bucket.
-      owed: What this worker owed as an owner, one array a group of blocks, and the
-        buckets of which it did.
+      lost: What the message did not say of what was given, one array a bucket.
+      server: What the owners owed, marked; ``()`` if there are none.
     """
+    axes, layout = trip.axes, trip.layout
     keeps = not isinstance(before.server_ratio, tuple)
     sums = [
         _behind([_square(x) for x in updates], updates, axes),
-        _by_leaf(layout, given, axes),
+        _by_leaf(layout, trip.xs, axes),
         _by_leaf(layout, lost, axes),
     ]
     if keeps:
-        sums.append(_server_squares(layout, owed, axes))
+        sums.append(_server_squares(trip, server.local(trip.api) if server else ()))
     total = jnp.stack(sums)
     if axes is not None:
         total = axes.sum(total)
@@ -168,16 +165,15 @@ def _behind(squares: Sequence[Any], like: Sequence[Any], axes: Any) -> jax.Array
     return Axes(names).sum(total) if names else total
 
 
-def _server_squares(layout: Layout, owed: Any, axes: Axes | None) -> jax.Array:
+def _server_squares(trip: Trip, owed: Sequence[jax.Array]) -> jax.Array:
     """The squares of what the owners owe, by the leaf whose blocks they are of."""
+    axes, n = trip.axes, len(trip.layout.shapes)
     assert axes is not None
-    n = len(layout.shapes)
     total, like = [jnp.zeros([], jnp.float32)] * n, None
-    values, kept = owed
     groups: dict[Any, list[Bucket]] = {}
-    for b in kept:
+    for b in trip.kept():
         groups.setdefault(group_key(b), []).append(b)
-    for x, members in zip(values, groups.values(), strict=True):
+    for x, members in zip(owed, groups.values(), strict=True):
         places = np.concatenate([_places(b, b.leaves) for b in members])
         padding = x.shape[0] * axes.size() - len(places)
         places = np.concatenate([places, np.full(padding, n, np.int32)])

@@ -3,8 +3,9 @@
 Compiled ahead of time with libtpu 0.0.42.1: an all-gather over *all* devices of a slice
 of 64 devices or more becomes the all-reduce of a zero-padded buffer. On a v5e or v6e
 that happens to results of up to 16 MiB, on a v4 or v5p at every size tried (up to 512
-MiB). Shape of the operand and order of the devices make no difference. An all-gather
-over a part of the devices is left alone, and so is every all-to-all. Some programs
+MiB). Order of the devices makes no difference. An all-gather of rows, as exchanges send
+them, over a part of the devices is left alone, and so is every all-to-all; one of a
+flat array is only where a device's part is of whole lanes of 128 words. Some programs
 escape: signs without scales of 16 M coordinates did, in two phases. So what is planned
 here is the worst, and :func:`efopt.hlo.measure` tells for the program at hand.
 

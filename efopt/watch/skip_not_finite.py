@@ -10,6 +10,7 @@ import optax
 
 from efopt.exchanges.home import Home
 from efopt.ground import checks
+from efopt.workers import unreduced
 from efopt.workers.axes import Axes, AxisName, vary_alike
 from efopt.workers.branches import require_common
 from efopt.workers.node import PerWorker, is_node
@@ -126,8 +127,10 @@ def skip_not_finite(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
-        if axes is not None and not is_node(updates):
-            axes.require_bound(f"`{api}`")
+        if axes is not None:
+            updates = unreduced.stacked(f"`{api}`", axes, updates)
+            if not is_node(updates):
+                axes.require_bound(f"`{api}`")
         out, new = inner.update(updates, state.inner, params, **extra_args)
         made = zip(jax.tree.leaves(new), jax.tree.leaves(state.inner), strict=True)
         found = _found(axes, updates, jax.tree.leaves(out), list(made))

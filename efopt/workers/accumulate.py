@@ -10,6 +10,7 @@ from jax import lax
 
 from efopt.ground import checks
 from efopt.ground.dtypes import wide_zeros
+from efopt.workers import unreduced
 from efopt.workers.axes import Axes, AxisName, zeros_like
 from efopt.workers.node import PerWorker, is_node, laid_out
 
@@ -77,6 +78,7 @@ def accumulate(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
+        updates = unreduced.stacked("`accumulate`", axes, updates)
         if is_node(updates):  # stacked gradients, in a plain jitted step
             total = dataclasses.replace(updates, value=state.accumulator.value)
             wrap = lambda total: state.accumulator.with_value(total.value)  # noqa: E731

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from efopt.ground.checks import keyword_only
+from efopt.workers import unreduced
 from efopt.workers.axes import Axes, AxisName
 from efopt.workers.node import PerWorker, is_node
 
@@ -74,6 +75,7 @@ def per_worker(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
+        updates = unreduced.stacked("`per_worker`", axes, updates)
         if is_node(updates):  # stacked gradients, in a plain jitted step
             return _stacked(updates, state, params, extra_args)
         axes.require_bound("`per_worker`")

@@ -226,7 +226,10 @@ def _made(spread: Any, x: Any, shape: Any, sharding: NamedSharding) -> jax.Array
         way = NamedSharding(mesh, P(*[None] * lead, *sharding.spec[lead:]))
     else:
         way = NamedSharding(mesh, P())
-    made = jax.jit(spread, out_shardings=auto)(jax.device_put(x, way))
+    x = jax.device_put(x, way)
+    # Nor is it to be told by a mesh that the program has set.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        made = jax.jit(spread, out_shardings=auto)(x)
     return jax.device_put(made, sharding)
 
 

@@ -42,6 +42,10 @@ def value_and_grad(
 
     Place the state with ``efopt.distribute(state, mesh, params_specs)`` before.
 
+    On an Explicit mesh a model that is written for reduced types may do without: of
+    gradients typed as unreduced over the workers' axes each worker has its own term,
+    and a transformation takes them as they are, the average being their sum.
+
     Where a model leaves the layout of its activations to the compiler, above all behind
     an embedding that is sharded by its vocabulary, that may move them over any axis,
     this one too. Constrain them (``jax.lax.with_sharding_constraint``), and hold the

@@ -1,4 +1,4 @@
-"""One training step on a mesh of two levels, from all three entrances.
+"""One training step on a mesh of two levels, from all entrances.
 
 ``Mesh`` names the axes, which of them joins workers, and how parameters are sharded
 behind each. ``run`` feeds it gradients, another tree for every worker and step.
@@ -144,6 +144,27 @@ def make(entrance, tx, mesh, params, specs, wrapped=None, **jit):
             grad = efopt.value_and_grad(loss, axis_name=mesh.slow)
             own = efopt.local_params(state["params"], mesh.slow, state["opt"])
             return apply(state, grad(own, batch)[1])
+
+    elif entrance == "unreduced":  # a model for reduced types, on an Explicit mesh
+        terms = {*mesh.slows}
+
+        def step(state, batch):
+            def total(params):
+                wide = jnp.float32
+                return sum(
+                    jnp.sum(rows(params[k], b, specs[k]).astype(wide) * b.astype(wide))
+                    for k, b in batch.items()
+                )
+
+            def rows(p, b, spec):
+                whole = jnp.broadcast_to(p, b.shape)
+                return jax.reshard(whole, NamedSharding(on, stacked(spec)))
+
+            def typed(p, spec):
+                return jax.reshard(p, NamedSharding(on, P(*spec, reduced=terms)))
+
+            reduced = {k: typed(p, specs[k]) for k, p in state["params"].items()}
+            return apply(state, jax.grad(lambda p: total(p) / mesh.workers)(reduced))
 
     elif entrance == "nested":
 

@@ -100,7 +100,9 @@ def compiled(topology, num_slices, way, how):
             out_specs=(manual, P()),
             axis_names={"dcn"},
         )
-    return jax.jit(step, donate_argnums=0).lower(state, x).compile()
+    options = wire.tpu_compiler_options(topology)  # on 64 chips a slice and more
+    step = jax.jit(step, donate_argnums=0, compiler_options=options)
+    return step.lower(state, x).compile()
 
 
 def planned(mesh, way):
