@@ -26,7 +26,7 @@ AXIS = "data"
 MESSAGES = {
     "dense": (efopt.compressors.identity(), "all_reduce"),
     "signs": (efopt.scaled_sign(64), "two_phase"),
-    "vote": (efopt.sign(), "majority_vote"),
+    "8 bits": (efopt.quantize(8), "two_phase"),
     "top-k 5 %": (efopt.top_k(fraction=0.05), "all_gather"),
 }
 MOMENTA = {  # what stands in front of the exchange and behind it, and the rates tried
@@ -38,8 +38,6 @@ MOMENTA = {  # what stands in front of the exchange and behind it, and the rates
         (0.01, 0.03, 0.1),
     ),
 }
-# A vote gives every coordinate an update of one size: its rates are other ones.
-VOTED = 0.01
 
 
 class Network(nn.Module):
@@ -93,7 +91,7 @@ def curves(message, momentum, delay, args):
         keys = jax.random.split(key, args.steps // EVERY)
         return jax.lax.scan(look, carry, keys)[1]
 
-    rates = np.float32(MOMENTA[momentum][2]) * (VOTED if message == "vote" else 1)
+    rates = np.float32(MOMENTA[momentum][2])
     seeds = jax.random.split(jax.random.key(0), args.seeds)
     every_rate = jax.vmap(jax.vmap(one, (0, None)), (None, 0))
     return rates, np.asarray(jax.jit(every_rate)(seeds, rates))
