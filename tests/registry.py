@@ -608,6 +608,20 @@ SCHEMES = (
         exact=False,
     ),
     Scheme(
+        "damped_memory",
+        efopt.feedback.damped_error_feedback,
+        lambda axis: {
+            "compressor": efopt.quantize(4),
+            "alpha": 0.1,
+            "beta": 0.9,
+            "memory": efopt.quantize(8, block_size=4),
+        },
+        own=True,
+        owes=True,
+        exact=False,
+        slow=True,
+    ),
+    Scheme(
         "ef21",
         efopt.feedback.ef21,
         lambda axis: {"compressor": TOP, "beta": 0.9, "start": 1},

@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from efopt.checkpoints.arrays import auto, columns
 from efopt.checkpoints.record import check
+from efopt.workers.axes import Axes
 from efopt.workers.node import is_node
 from efopt.workers.placement import distribute
 
@@ -57,7 +58,8 @@ def target(
     structs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree
     )
-    sizes, workers = dict(mesh.shape), saved.get("workers", saved)
+    is_record = isinstance(saved.get("workers"), Mapping)  # not an axis of that name
+    sizes, workers = dict(mesh.shape), saved["workers"] if is_record else saved
     for name, size in workers.items():
         if name not in sizes:
             raise ValueError(
@@ -65,9 +67,17 @@ def target(
                 f"{name!r}, but {tuple(mesh.axis_names)}."
             )
         sizes[name] = size
+    for path, x in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)[0]:
+        for name in Axes.of("target", x.axis_name).names if is_node(x) else ():
+            if name not in workers:
+                raise ValueError(
+                    f"`target(tree, mesh, saved=...)`: {jax.tree_util.keystr(path)} is "
+                    f"over the axis {name!r}, and lengths are given of "
+                    f"{sorted(workers)}."
+                )
     old = AbstractMesh(tuple(sizes.values()), tuple(sizes), mesh.axis_types)
     placed = distribute(structs, old, params_specs, params=params)  # pyright: ignore
-    if "workers" in saved:
+    if is_record:
         check(saved, placed)
 
     def one(x):

@@ -31,6 +31,11 @@ def fair_signs(x: jax.Array, blocks: Blocks, turn: Turn) -> jax.Array:
     return positive | (zero & _coins(positive.shape[1], blocks, turn))
 
 
+def signed(packed: jax.Array, scale: jax.Array, blocks: Blocks) -> jax.Array:
+    """Magnitudes ``(n, size)`` or ``(n, 1)`` with the signs of :func:`fair_signs`."""
+    return jnp.where(bits.unpack_bits(packed, blocks.size), scale, -scale)
+
+
 def _coins(width: int, blocks: Blocks, turn: Turn) -> jax.Array:
     """A fair bit for every sign, packed alike: uint8 ``(n, width)``."""
     one = np.uint32(1)

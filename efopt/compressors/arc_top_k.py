@@ -187,7 +187,8 @@ def arc_top_k(
       rank: Columns of the sketch, at least 1; the paper's experiments take 4. Static.
       width: Coordinates in a row, at least 1; ``None``: the power of two nearest to the
         square root of the leaf's size, as in the authors' code. Static.
-      seed: Selects the sketches, in [0, 2**32); the same on every worker. Static.
+      seed: Selects the sketches, in [0, 2**32); the same on every worker. Static. Two
+        in one chain draw alike unless each has its own.
 
     Returns:
       A :class:`efopt.Compressor`.

@@ -224,7 +224,8 @@ def count_sketch(
       rows: Independent sketches, from 1 to 64: each is a part of the program. Static.
       block_size: Coordinates that share a sketch; ``None``: the whole leaf. Static.
       hash: ``"structured"`` or ``"random"``. Static.
-      seed: Selects the hashes, in [0, 2**32); the same on every worker. Static.
+      seed: Selects the hashes, in [0, 2**32); the same on every worker. Static. Two in
+        one chain draw alike unless each has its own.
 
     Returns:
       A :class:`efopt.Compressor`.

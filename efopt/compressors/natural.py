@@ -79,7 +79,8 @@ def natural(*, seed: int = 0) -> Compressor:
     are first rounded to float32.
 
     Args:
-      seed: Selects the random numbers, in [0, 2**32). Static.
+      seed: Selects the random numbers, in [0, 2**32). Static. Two in one chain draw
+        alike unless each has its own.
 
     Returns:
       A :class:`efopt.Compressor`.

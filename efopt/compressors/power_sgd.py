@@ -268,7 +268,8 @@ def power_sgd(
       split: How many leading axes make the rows; negative: counted from the end;
         ``None``: nearest to square. Leaves with fewer axes are cut where they can be.
         Static.
-      seed: Selects the starts, in [0, 2**32); the same on every worker. Static.
+      seed: Selects the starts, in [0, 2**32); the same on every worker. Static. Two in
+        one chain draw alike unless each has its own.
       per_shard: Whether each shard of a sharded matrix is factorised by itself. Static.
 
     Returns:

@@ -51,7 +51,8 @@ def qsgd(levels: int = 7, *, block_size: int | None = 512, seed: int = 0) -> Com
       levels: Levels on either side of zero, 1 to 127. Static.
       block_size: Coordinates that share a norm, at least 1; ``None``: the whole leaf.
         Static.
-      seed: Selects the random numbers, in [0, 2**32). Static.
+      seed: Selects the random numbers, in [0, 2**32). Static. Two in one chain draw
+        alike unless each has its own.
 
     Returns:
       A :class:`efopt.Compressor`.

@@ -79,7 +79,8 @@ def quantize(
       stochastic: Whether to round at random; ``None``: below 8 bits. Static.
       scale: ``"absmax"``: the largest magnitude is the last level; ``"l2"``: the norm
         of the block is, as in QSGD. Static.
-      seed: Selects the random numbers, in [0, 2**32). Static.
+      seed: Selects the random numbers, in [0, 2**32). Static. Two in one chain draw
+        alike unless each has its own.
 
     Returns:
       A :class:`efopt.Compressor`.

@@ -108,7 +108,7 @@ def random_block(
       unbiased: Whether to scale what is sent by ``d / k``: right without feedback,
         wrong with it. Static.
       seed: Selects the sequence of starts, in [0, 2**32); the same on every worker.
-        Static.
+        Static. Two in one chain draw alike unless each has its own.
 
     Returns:
       A :class:`efopt.Compressor`.

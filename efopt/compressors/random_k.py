@@ -60,7 +60,7 @@ def random_k(
       unbiased: Whether to scale what is sent by ``d / k``: right without feedback,
         wrong with it. Static.
       seed: Selects the sequence of masks, in [0, 2**32); the same on every worker.
-        Static.
+        Static. Two in one chain draw alike unless each has its own.
 
     Returns:
       A :class:`efopt.Compressor`.

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
-from efopt.codecs.signs import fair_signs
-from efopt.ground import bits, checks
+from efopt.codecs.signs import fair_signs, signed
+from efopt.ground import checks
 from efopt.ground.sums import block_sum
 
 
@@ -33,9 +33,7 @@ class ScaledSign(Codec):
 
     def decode(self, payload, blocks, turn):
         del turn
-        scale = payload["scale"]
-        positive = bits.unpack_bits(payload["signs"], blocks.size)
-        return jnp.where(positive, scale, -scale)
+        return signed(payload["signs"], payload["scale"], blocks)
 
     def delta(self, shape):
         return 1 / self.block_shape(shape)[1]

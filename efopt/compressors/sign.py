@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
-from efopt.codecs.signs import fair_signs
+from efopt.codecs.signs import fair_signs, signed
 from efopt.ground import bits, checks
 from efopt.ground.checks import keyword_only
 
@@ -35,7 +35,7 @@ class Sign(Codec):
     def decode(self, payload, blocks, turn):
         del turn
         one = jnp.ones((), blocks.compute_dtype)
-        return jnp.where(bits.unpack_bits(payload["signs"], blocks.size), one, -one)
+        return signed(payload["signs"], one, blocks)
 
     def keeps_no_residual(self):
         return (

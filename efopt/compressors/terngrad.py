@@ -40,7 +40,8 @@ def terngrad(*, block_size: int | None = None, seed: int = 0) -> Compressor:
     Args:
       block_size: Coordinates that share a scale, at least 1; ``None``: the whole leaf,
         as published. Small blocks have far less variance. Static.
-      seed: Selects the random numbers, in [0, 2**32). Static.
+      seed: Selects the random numbers, in [0, 2**32). Static. Two in one chain draw
+        alike unless each has its own.
 
     Returns:
       A :class:`efopt.Compressor`.

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
-from efopt.codecs.signs import fair_signs
+from efopt.codecs.signs import fair_signs, signed
 from efopt.compressors.scaled_sign import mean_magnitude
 from efopt.ground import bits, checks
 from efopt.ground.checks import keyword_only
@@ -45,11 +45,9 @@ class TwoMagnitudes(Codec):
 
     def decode(self, payload, blocks, turn):
         del turn
-        positive = bits.unpack_bits(payload["signs"], blocks.size)
         high = bits.unpack_bits(payload["high"], blocks.size)
         low, large = payload["scales"][:, :1], payload["scales"][:, 1:]
-        scale = jnp.where(high, large, low)
-        return jnp.where(positive, scale, -scale)
+        return signed(payload["signs"], jnp.where(high, large, low), blocks)
 
     def delta(self, shape):
         return 1 / self.block_shape(shape)[1]

@@ -4,6 +4,7 @@ What is exchanged then depends on nothing of the step, so that a compiler may ca
 while the gradients of the step are computed.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -118,12 +119,24 @@ def meet_later(trip: Trip, before: Kept) -> Back:
     return Back(means, rests, before._replace(server=server, flight=flight))
 
 
-def decoded(layout: Layout, payloads: Any, made: Any) -> list[jax.Array]:
-    """What one worker's payloads in flight stand for, an array a bucket."""
+def decoded(
+    layout: Layout,
+    payloads: Any,
+    made: Any,
+    valid: Mapping[int, jax.Array] | None = None,
+) -> list[jax.Array]:
+    """What one worker's payloads in flight stand for, an array a bucket.
+
+    Args:
+      layout: What the buckets are.
+      payloads: One for each.
+      made: The step in which they were written.
+      valid: As for :meth:`efopt.codecs.layout.Bucket.blocks`.
+    """
     turn = Turn(jnp.asarray(made).astype(jnp.uint32), jnp.uint32(0))
     out = []
     for b, payload in zip(layout.buckets, payloads, strict=True):
-        x = Message(b.codec, payload, b.blocks(), turn).decode()
+        x = Message(b.codec, payload, b.blocks(valid), turn).decode()
         out.append(jnp.where(jnp.asarray(made) >= 0, x, jnp.zeros_like(x)))
     return out
 

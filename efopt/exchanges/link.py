@@ -21,7 +21,7 @@ from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.home import Home, LinkState
 from efopt.exchanges.meeting import meet, round_trip
 from efopt.exchanges.packing import Packing
-from efopt.exchanges.pieces import Cut, scatter, spare_axes
+from efopt.exchanges.pieces import Cut, gather, scatter, spare_axes
 from efopt.exchanges.trip import Back, Kept, Trip
 from efopt.ground import bits
 from efopt.ground.barriers import zeros_after
@@ -291,6 +291,38 @@ class Link:
         xs = owners.whole(self.api, layout, self.kept(layout), server)
         return _parted(layout, xs, params)
 
+    def owed_here(self, residual: Any, state: LinkState) -> Any:
+        """What is owed of what a device holds: by workers, in the mean, and by owners.
+
+        What is in flight is owed too. Inside a function that is mapped over all axes of
+        the mesh; collectives.
+
+        Args:
+          residual: This worker's residual, a tree of arrays.
+          state: The state of the link, placed.
+        """
+        axes, home = self.axes, state.home
+        assert axes is not None
+        arrays, treedef = jax.tree.flatten(residual)
+        pairs = zip(arrays, home.dtypes, strict=True)
+        like = [jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in pairs]
+        packing, _ = self._packed(residual, treedef.unflatten(like), home)
+        kept = [c if c.kept else Cut(c.shape) for c in packing.cuts]
+        owed = treedef.unflatten(gather(kept, axes.pmean(arrays)))
+        layout, more = packing.layout, []
+        if state.server:
+            server = self.kept(layout), state.server
+            more.append(owners.whole(self.api, layout, *server))
+        if state.flight:
+            payloads, made = state.flight
+            payloads = payloads.local(self.api)
+            xs = in_flight.decoded(layout, payloads, made, packing.valid())
+            more.append(axes.pmean(self._not_late(layout, xs)))
+        for xs in more:
+            debts = packing.whole(xs, wide=True)
+            owed = jax.tree.map(lambda e, d: e + d.astype(e.dtype), owed, debts)
+        return owed
+
     def owed_in_flight(self, params: Any, payloads: Any, made: Any) -> Any:
         """What one worker has in flight of each leaf: a tree like ``params``.
 
@@ -301,13 +333,16 @@ class Link:
         """
         layout = self._layout(params)
         xs = in_flight.decoded(layout, payloads, made)
-        if self.axes is not None:  # under a vote it is among the residual still
-            late = [self._route(b.codec).pays_average for b in layout.buckets]
-            pairs = zip(late, xs, strict=True)
-            xs = [jnp.zeros_like(x) if owes else x for owes, x in pairs]
+        if self.axes is not None:
+            xs = self._not_late(layout, xs)
         return _parted(layout, xs, params)
 
     # ------------------------------------------------------------------------ inside
+
+    def _not_late(self, layout: Layout, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        """What is in flight, but for what under a vote is among the residual still."""
+        late = [self._route(b.codec).pays_average for b in layout.buckets]
+        return [jnp.zeros_like(x) if y else x for y, x in zip(late, xs, strict=True)]
 
     def keeps(self) -> bool:
         """Whether owners may keep a server residual."""

@@ -42,7 +42,7 @@ def around(
         mesh = mesh_of(updates, workers)
         _check_stacked(api, workers, updates, mesh)
         home = _home(api, state, axes, mesh)
-        _check_lie(api, home, updates)
+        _check_lie(api, workers, home, updates)
         return _region(home, workers, mesh, (), stacked=True)
     if not workers.bound() or not set(workers.names) <= set(mapped):
         return None  # `vmap`, `pmap`, or an error that is worded better further on
@@ -52,6 +52,31 @@ def around(
         return None
     home = _home(api, state, axes, mesh)
     return _region(home, workers, None, mapped, stacked=False)
+
+
+def read(api: str, axes: Axes, state: Any, body: Callable[[Any], Any]) -> Any:
+    """What ``body`` reads of a placed state: a tree like the parameters, and global.
+
+    Args:
+      api: The function, for errors.
+      axes: The axes over which the workers compress.
+      state: The state of a scheme, from wherever it is looked at.
+      body: A function of the state as each device holds it.
+    """
+    mapped = manual_axes() if axes.bound() else ()
+    mesh = jax.sharding.get_abstract_mesh() if mapped else mesh_of(state, axes, api)
+    rest = {a for a in mesh.axis_names if a not in mapped}
+    if not any(mesh.shape[a] > 1 for a in rest):
+        return body(state)
+    specs = _home(api, state, axes, mesh).spec_tree()
+    placed = _left(partition_specs(state, specs), mapped)
+    return jax.shard_map(
+        body,
+        mesh=None if mapped else mesh,
+        in_specs=(placed,),
+        out_specs=specs,
+        axis_names=rest,
+    )(state)
 
 
 def home_of(state: Any) -> Home | None:
@@ -90,11 +115,7 @@ def _region(home: Home, axes: Axes, mesh: Any, mapped: Any, stacked: bool) -> Ar
         given = jax.tree.map(lambda s: P(axes.key, *s), specs, is_leaf=_is_spec)
         if not stacked:  # the workers' axes are consumed already
             given = specs
-            state_specs = jax.tree.map(
-                lambda x: _consumed(x, axes.names),
-                state_specs,
-                is_leaf=_is_spec_or_node,
-            )
+            state_specs = _left(state_specs, axes.names)
 
         def body(tree, state):
             if stacked:
@@ -136,8 +157,8 @@ def _check_stacked(api: str, axes: Axes, updates: PerWorker, mesh: Any) -> None:
             )
 
 
-def _check_lie(api: str, home: Home, updates: PerWorker) -> None:
-    """Raises if types say that rows are sharded otherwise than the state knows."""
+def _check_lie(api: str, axes: Axes, home: Home, updates: PerWorker) -> None:
+    """Raises if types say that rows lie otherwise than the state knows."""
     found, treedef = jax.tree_util.tree_flatten_with_path(updates.value)
     if treedef != home.treedef or home.specs is None:
         return
@@ -145,12 +166,12 @@ def _check_lie(api: str, home: Home, updates: PerWorker) -> None:
         kind = jax.typeof(x).sharding
         if {*kind.mesh.axis_types} != {AxisType.Explicit}:
             continue  # types say nothing
-        behind = P(*kind.spec[1:])
-        if _entries(behind) != _entries(spec):
+        expected = P(axes.key, *spec)
+        if _entries(kind.spec) != _entries(expected):
             raise ValueError(
-                f"{api} got gradients that are sharded behind each worker by {behind} "
+                f"{api} got gradients of the workers that are sharded by {kind.spec} "
                 f"at {jax.tree_util.keystr(path) or 'the root'}, where the state is "
-                f"placed for {spec}. Place parameters and state alike, "
+                f"placed for {expected}. Place parameters and state alike, "
                 "`efopt.distribute({'params': ..., 'opt': ...}, mesh, params_specs)`; "
                 "or `jax.reshard` the gradients before."
             )
@@ -158,7 +179,10 @@ def _check_lie(api: str, home: Home, updates: PerWorker) -> None:
 
 def _entries(spec: P) -> list[tuple[str, ...]]:
     """The axes of every array axis, but for the last ones that have none."""
-    entries = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
+    entries = [
+        () if e is None else e if isinstance(e, tuple) else (e,)
+        for e in spec.partitions
+    ]
     while entries and not entries[-1]:
         entries.pop()
     return entries
@@ -166,6 +190,12 @@ def _entries(spec: P) -> list[tuple[str, ...]]:
 
 def _is_spec(x: Any) -> bool:
     return isinstance(x, P)
+
+
+def _left(specs: Any, names: tuple[str, ...]) -> Any:
+    """The specs of a state, in which some axes are consumed."""
+    consumed = lambda x: _consumed(x, names)  # noqa: E731
+    return jax.tree.map(consumed, specs, is_leaf=_is_spec_or_node)
 
 
 def _is_spec_or_node(x: Any) -> bool:

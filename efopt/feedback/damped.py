@@ -9,8 +9,9 @@ import optax
 from efopt.codecs.compressor import Compressor
 from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.opening import open_link
-from efopt.ground import bits, checks
-from efopt.ground.dtypes import wide
+from efopt.feedback.residual import open_residual, placed
+from efopt.ground import checks
+from efopt.ground.dtypes import wide, wide_zeros
 from efopt.workers.axes import AxisName
 
 
@@ -20,8 +21,8 @@ class DampedErrorFeedbackState(NamedTuple):
     Attributes:
       count: Steps taken. shape=(), int32. Equal on all workers.
       residual: The decayed sum of what compression lost of this worker's updates,
-        shaped like the parameters, at least float32. A :class:`efopt.PerWorker` if
-        there is an axis.
+        shaped like the parameters, at least float32; with a ``memory`` the payload of
+        each leaf. A :class:`efopt.PerWorker` if there is an axis.
       link: The compressor's own state and the owners' residual, an
         :class:`efopt.exchanges.LinkState`.
     """
@@ -29,6 +30,10 @@ class DampedErrorFeedbackState(NamedTuple):
     count: jax.typing.ArrayLike
     residual: Any
     link: Any
+
+    def placed(self, mesh: Any, spec_of: Any) -> "DampedErrorFeedbackState":
+        """The state laid out for a mesh: payloads are those of shards, made anew."""
+        return placed(self, mesh, spec_of)
 
 
 @checks.keyword_only
@@ -39,6 +44,7 @@ def damped_error_feedback(
     beta: float,
     axis_name: AxisName | None = None,
     exchange: Exchange | str | None = None,
+    memory: Compressor | None = None,
     start: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages updates over workers, compressed, and owes a part of what was lost.
@@ -65,17 +71,19 @@ def damped_error_feedback(
       beta: The part of the error that is remembered, in [0, 1].
       axis_name: As for :func:`efopt.error_feedback`.
       exchange: As there.
+      memory: What stores the residual compressed, as in
+        :func:`efopt.contractive_error_feedback`; ``None``: nothing does. Never sent.
       start: As there.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      TypeError: If ``compressor`` is not one, a factor is no number, or a leaf is not
-        floating-point.
-      ValueError: If a factor is out of range; at trace time, if the axis is not bound,
-        updates are already averaged or differ from what ``init`` saw, or the state was
-        not placed.
+      TypeError: If ``compressor`` or ``memory`` is none, a factor is no number, or a
+        leaf is not floating-point.
+      ValueError: If a factor is out of range, or the memory cannot keep a residual; at
+        trace time, if the axis is not bound, updates are already averaged or differ
+        from what ``init`` saw, or the state was not placed.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -95,14 +103,14 @@ def damped_error_feedback(
     """
     api = "damped_error_feedback"
     for name, factor in (("alpha", alpha), ("beta", beta)):
-        if checks.static_float(api, name, factor) > 1:
-            raise ValueError(f"`{api}({name}=...)` must be in [0, 1], got {factor}.")
+        checks.share(api, name, factor)
     link = open_link(
         api, compressor, axis_name=axis_name, exchange=exchange, start=start
     )
+    store = open_residual(api, None, memory, None, None)
 
     def init_fn(params: Any) -> Any:
-        residual = link.wrap(link.zeros(params), rule="mean")
+        residual = store.marked(link, params)
         count = jnp.zeros([], jnp.int32)
         return DampedErrorFeedbackState(count, residual, link.init(params))
 
@@ -110,17 +118,17 @@ def damped_error_feedback(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         del params, extra_args
-        h = link.unwrap(state.residual)
-        updates = link.receive(updates, h)
+        owed, turn = link.unwrap(state.residual), link.turn(state.count)
+        updates = store.receive(link, updates, owed)
         # 1806.08054 eq. (6): q = Q(g + alpha h),
-        g, past = jax.tree.map(wide, updates), jax.tree.map(wide, h)
-        p = jax.tree.map(lambda g, h: g + alpha * h.astype(g.dtype), g, past)
+        h = store.recall(wide_zeros(updates), owed, turn, None)
+        p = jax.tree.map(lambda g, h: wide(g) + alpha * h, updates, h)
         got = link.average(p, state.link, state.count, like=updates)
         # and eq. (5): h <- beta h + g - q, of which g + alpha h - q is what is lost
-        new = jax.tree.map(lambda lost, h: lost + (beta - alpha) * h, got.lost, past)
-        h = bits.cast_like(new, h)
+        h = jax.tree.map(lambda lost, h: lost + (beta - alpha) * h, got.lost, h)
+        keep = store.keeper(updates, owed, turn, None) or (lambda h: h)
+        residual = link.wrap(keep(h), state.residual)
         count = optax.safe_increment(state.count)
-        h = link.wrap(h, state.residual)
-        return got.mean, DampedErrorFeedbackState(count, h, got.state)
+        return got.mean, DampedErrorFeedbackState(count, residual, got.state)
 
     return optax.GradientTransformationExtraArgs(init_fn, link.entrance(update_fn))

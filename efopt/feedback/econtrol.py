@@ -43,25 +43,15 @@ class EControlState(NamedTuple):
     last_rate: Any
 
 
-class ContractiveEControlState(NamedTuple):
-    """State of EControl with a ``memory``: all but ``residual`` as without.
+class ContractiveEControlState(EControlState):
+    """An :class:`EControlState` whose residual a ``memory`` stores.
 
     Attributes:
-      count: As of :class:`EControlState`.
-      own: As there.
-      mean: As there.
       residual: What this worker still owes: the payload of each leaf, arrays with the
         block axis first. A :class:`efopt.PerWorker` if there is an axis.
-      link: As there.
-      last_rate: As there.
     """
 
-    count: jax.typing.ArrayLike
-    own: Any
-    mean: Any
-    residual: Any
-    link: Any
-    last_rate: Any
+    __slots__ = ()
 
     def placed(self, mesh: Any, spec_of: Any) -> "ContractiveEControlState":
         """The state laid out for a mesh: payloads are those of shards, made anew."""

@@ -34,21 +34,15 @@ class ErrorFeedbackState(NamedTuple):
     last_rate: Any
 
 
-class ContractiveErrorFeedbackState(NamedTuple):
-    """State of error feedback with a ``memory``: all but ``residual`` as without.
+class ContractiveErrorFeedbackState(ErrorFeedbackState):
+    """An :class:`ErrorFeedbackState` whose residual a ``memory`` stores.
 
     Attributes:
-      count: As of :class:`ErrorFeedbackState`.
       residual: What this worker still owes: the payload of each leaf, arrays with the
         block axis first. A :class:`efopt.PerWorker` if there is an axis.
-      link: As there.
-      last_rate: As there.
     """
 
-    count: jax.typing.ArrayLike
-    residual: Any
-    link: Any
-    last_rate: Any
+    __slots__ = ()
 
     def placed(self, mesh: Any, spec_of: Any) -> "ContractiveErrorFeedbackState":
         """The state laid out for a mesh: payloads are those of shards, made anew."""

@@ -217,8 +217,8 @@ def stored_residual(
             f"`{api}(memory=...)` takes an `efopt.Compressor`, such as "
             f"`efopt.quantize(8, stochastic=True)`; got {memory!r}."
         )
-    if damping is not None and checks.static_float(api, "damping", damping) > 1:
-        raise ValueError(f"`{api}(damping=...)` must be in [0, 1], got {damping}.")
+    if damping is not None:
+        checks.share(api, "damping", damping)
     if form is not None:
         checks.choice(api, "form", form, FORMS)
     for member in memory.codec.members():

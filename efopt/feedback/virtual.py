@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from efopt.codecs.compressor import Compressor
+from efopt.exchanges import regions
 from efopt.exchanges.opening import open_link
 from efopt.feedback.econtrol import EControlState
 from efopt.feedback.error_feedback import ErrorFeedbackState
@@ -50,7 +51,8 @@ def virtual_params(
       learning_rate: The rate of the last step; ``None``: as the state knows it.
       compressor: The compressor of the feedback; needed under
         ``exchange="two_phase"`` alone, where it tells which blocks of the server's
-        residual belong to which leaf. For ``dist_ef_sgd`` by default
+        residual belong to which leaf, and not on a mesh with axes behind each worker,
+        whose state knows it. For ``dist_ef_sgd`` by default
         ``scaled_sign(block_size=1024)``.
 
     Returns:
@@ -102,7 +104,7 @@ def virtual_params(
             return p if _is_masked(owed) else (p - rate * owed).astype(p.dtype)
 
         owed = _owed(params, feedback, compressor)
-        if feedback.link.flight:
+        if feedback.link.flight and not _lies_by_shard(feedback):
             flying = _in_flight(owed, params, feedback, compressor)
             owed = jax.tree.map(lambda e, f: e + f.reshape(e.shape), owed, flying)
         params = jax.tree.map(pay, owed, params, is_leaf=_is_masked)
@@ -110,7 +112,7 @@ def virtual_params(
 
 
 def _is_feedback(x: Any) -> bool:
-    return isinstance(x, ErrorFeedbackState | EControlState)
+    return type(x) in (ErrorFeedbackState, EControlState)  # not stored compressed
 
 
 def _is_masked(x: Any) -> bool:
@@ -151,7 +153,17 @@ def _owed(
     if not isinstance(node, PerWorker):
         return node
     axes = Axes.of("virtual_params", node.axis_name)
-    if axes.bound():
+    if feedback.link.server and isinstance(feedback, EControlState):
+        raise ValueError(
+            "`virtual_params(params, state)` cannot know the iterate of `econtrol` "
+            "with an exchange that compresses the mean again: what that loses acts on "
+            "every later step, and is in no worker's error. Use another `exchange`, or "
+            "`error_feedback`."
+        )
+    by_shard = _lies_by_shard(feedback)
+    if by_shard:
+        owed = regions.read("virtual_params", axes, feedback, _owed_here)
+    elif axes.bound():
         owed = axes.pmean(node.local("`virtual_params`"))
     else:
         owed = jax.tree.map(lambda e: jnp.mean(e, axis=0), node.value)
@@ -166,15 +178,8 @@ def _owed(
                 f"stacked as the state is, got parameters of shape {p.shape} where a "
                 f"worker's residual has shape {e.shape}."
             )
-    if not feedback.link.server:
+    if by_shard or not feedback.link.server:
         return owed
-    if isinstance(feedback, EControlState):
-        raise ValueError(
-            "`virtual_params(params, state)` cannot know the iterate of `econtrol` "
-            "with an exchange that compresses the mean again: what that loses acts on "
-            "every later step, and is in no worker's error. Use another `exchange`, or "
-            "`error_feedback`."
-        )
     if compressor is None:
         raise ValueError(
             "`virtual_params(params, state)` needs `compressor=...` for a state of "
@@ -187,6 +192,21 @@ def _owed(
     unstacked = jax.tree.map(_unstacked, owed, own)
     server = link.owed_by_owners(unstacked, feedback.link.server)
     return jax.tree.map(lambda e, s: e + s.reshape(e.shape), owed, server)
+
+
+def _lies_by_shard(feedback: Any) -> bool:
+    """Whether what is owed is to be read device by device."""
+    node, link = feedback.residual, feedback.link
+    if link.home == () or link.home.specs is None or not link.home.inner:
+        return False
+    bound = Axes.of("virtual_params", node.axis_name).bound()
+    return bound or bool(link.server) or bool(link.flight)
+
+
+def _owed_here(feedback: Any) -> Any:
+    """The same on a mesh, of what one device holds."""
+    residual = feedback.residual.local("`virtual_params`")
+    return feedback.link.home.link.owed_here(residual, feedback.link)
 
 
 def _in_flight(owed: Any, params: Any, feedback: Any, compressor: Any) -> Any:

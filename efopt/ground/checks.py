@@ -93,6 +93,12 @@ def static_float(api: str, name: str, value: Any) -> float:
     return value
 
 
+def share(api: str, name: str, value: Any) -> None:
+    """Raises unless ``value`` is a Python number in [0, 1]."""
+    if static_float(api, name, value) > 1:
+        raise ValueError(f"`{api}({name}=...)` must be in [0, 1], got {value}.")
+
+
 def decay(api: str, name: str, value: Any) -> None:
     """Raises unless a decay is in [0, 1); what is traced cannot be asked."""
     if value is None or (isinstance(value, int | float) and not 0 <= value < 1):

@@ -21,7 +21,7 @@ def diloco(
     compressor: Compressor | None = None,
     exchange: Exchange | str | None = None,
     outer_learning_rate: optax.ScalarOrSchedule = 0.7,
-    momentum: float = 0.9,
+    momentum: float | None = 0.9,
     start: int = 0,
     fragments: Any = None,
     delay: int = 0,
@@ -56,7 +56,7 @@ def diloco(
       compressor: What compresses pseudo-gradients; ``None``: nothing does.
       exchange: As for :func:`efopt.error_feedback`.
       outer_learning_rate: Of the outer step, a float or a schedule over meetings.
-      momentum: Of the outer step, in [0, 1).
+      momentum: Of the outer step, in [0, 1); ``None``: none.
       start: As for :func:`efopt.local_steps`.
       fragments: As there.
       delay: As there.

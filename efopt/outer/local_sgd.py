@@ -2,11 +2,10 @@
 
 import optax
 
-from efopt.compressors import Compressor, identity
+from efopt.compressors import Compressor
 from efopt.exchanges.exchange import Exchange
-from efopt.feedback import compress, error_feedback
 from efopt.ground import checks
-from efopt.outer.local_steps import local_steps
+from efopt.outer.diloco import diloco
 from efopt.workers.axes import AxisName
 
 
@@ -67,14 +66,13 @@ def local_sgd(
       Basu et al, `Qsparse-local-SGD <https://arxiv.org/abs/1906.02367>`_, 2019
       (Algorithm 1)
     """
-    if compressor is None:
-        meet = compress(identity(), axis_name=axis_name, exchange=exchange)
-    else:
-        meet = error_feedback(compressor, axis_name=axis_name, exchange=exchange)
-    return local_steps(
+    return diloco(
         inner,
-        optax.chain(meet, optax.scale(-1.0)),
-        every=every,
         axis_name=axis_name,
+        every=every,
+        compressor=compressor,
+        exchange=exchange,
+        outer_learning_rate=1.0,
+        momentum=None,
         start=start,
     )

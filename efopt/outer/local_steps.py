@@ -179,7 +179,8 @@ def local_steps(
             out, local, outer = meeting.hold(
                 state.count, local, outer, params, is_node(updates)
             )
-            _, local = walker.update(updates, local, params, **extra_args)
+            moved = optax.apply_updates(params, out)
+            _, local = walker.update(updates, local, moved, **extra_args)
             local = meeting.blend(now, local, outer, params)
             return out, LocalStepsState(now, local, outer)
         _, local = walker.update(updates, local, params, **extra_args)

@@ -12,9 +12,10 @@ from jax.tree_util import keystr
 from efopt.codecs.states import is_placeholder
 from efopt.exchanges.home import Home
 from efopt.ground import bits
+from efopt.ground.dtypes import wide
 from efopt.workers.axes import Axes, vary, varying
 from efopt.workers.fragments import Fragments, Labels
-from efopt.workers.local import require_common
+from efopt.workers.local import moved, require_common
 from efopt.workers.node import PerWorker, is_node, laid_out
 from efopt.workers.per_worker import spmd_name
 
@@ -148,9 +149,10 @@ class Meeting:
         if not (self.alpha or self.parts.delay):
             return jnp.zeros_like(d)
         share = 1.0 if self.parts.delay else self.alpha
+        by = wide(moved(p, u)) - wide(p)  # in the dtype of the parameters
 
         def one(d):
-            return (d - u.astype(d.dtype)) * share
+            return (d - by) * share
 
         if self.axes is None:
             return one(d)

@@ -21,7 +21,7 @@ def muloco(
     decay: float = 1.0,
     exchange: Exchange | str | None = None,
     outer_learning_rate: optax.ScalarOrSchedule = 0.7,
-    momentum: float = 0.9,
+    momentum: float | None = 0.9,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Local steps of Muon, two bits a coordinate between workers, and an outer step.
@@ -48,7 +48,7 @@ def muloco(
       decay: What is left of a residual from one round to the next, in [0, 1].
       exchange: As for :func:`efopt.error_feedback`.
       outer_learning_rate: Of the outer step, a float or a schedule over meetings.
-      momentum: Of the outer step, in [0, 1).
+      momentum: Of the outer step, in [0, 1); ``None``: none.
       weight_decay: Of Muon.
 
     Returns:
@@ -68,6 +68,7 @@ def muloco(
     """
     if momentum is not None:
         checks.decay("muloco", "momentum", momentum)
+    checks.share("muloco", "decay", decay)
     feedback = damped_error_feedback(
         quantize(2) if compressor is None else compressor,
         alpha=decay,

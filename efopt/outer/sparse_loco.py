@@ -72,6 +72,7 @@ def sparse_loco(
     """
     if compressor is None:
         compressor = compose(top_k(k=64, tile=(64, 64)), quantize(2))
+    checks.share("sparse_loco", "decay", decay)
     # alpha = beta makes the residual beta e + Delta - q, of which q is compressed
     feedback = damped_error_feedback(
         compressor, alpha=decay, beta=decay, axis_name=axis_name, exchange=exchange

@@ -79,7 +79,7 @@ def _looks_stacked(node: PerWorker) -> bool:
 def _joined(x: Any, axes: int) -> np.ndarray:
     """``(a, b, 1, ...)`` to ``(a b, ...)``, on the host."""
     x = np.asarray(x)
-    return x.reshape(-1, *x.shape[axes + 1 :])
+    return x.reshape(math.prod(x.shape[:axes]), *x.shape[axes + 1 :])
 
 
 def _first(where: str, x: Any, sizes: tuple[int, ...]) -> Any:
@@ -87,7 +87,7 @@ def _first(where: str, x: Any, sizes: tuple[int, ...]) -> Any:
     if np.shape(x)[: len(sizes)] != sizes:
         return x  # kept unstacked
     host = np.asarray(x)
-    rows = host.reshape(-1, *host.shape[len(sizes) :])
+    rows = host.reshape(math.prod(sizes), *host.shape[len(sizes) :])
     first = rows[0].tobytes()
     for i, row in enumerate(rows):
         if row.tobytes() != first:

@@ -100,6 +100,16 @@ def test_a_record_of_another_format_is_not_guessed_at():
         check(saved, of_workers(feedback(), 4))
 
 
+def test_lengths_are_told_of_every_axis_and_by_any_name():
+    mesh = jax.make_mesh((2,), ("workers",))
+    tx = efopt.error_feedback(efopt.sign(), axis_name="workers")
+    state = jax.eval_shape(tx.init, PARAMS)
+    old = target(state, mesh, saved={"workers": 5})
+    assert {x.shape[0] for x in jax.tree.leaves(old.residual.value)} == {5}
+    with pytest.raises(ValueError, match="over the axis 'workers'.*lengths are given"):
+        target(state, mesh, saved={})
+
+
 def test_orbax_restores_another_number_of_workers(tmp_path):
     """By the record, into a target of the old ones; `strict=False` would cut them."""
     tx = optax.chain(

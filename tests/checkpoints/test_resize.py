@@ -264,6 +264,16 @@ def test_a_state_may_come_from_anywhere(way):
     equal(jax.tree.map(np.asarray, placed), expected)
 
 
+def test_leaves_without_coordinates_come_from_a_stack_too():
+    params = {"a": np.zeros((0, 2), np.float32), "b": np.ones(2, np.float32)}
+    tx = optax.chain(
+        efopt.error_feedback(efopt.sign(), axis_name=AXIS), optax.trace(0.9)
+    )
+    state = resize(efopt.stack_workers(tx.init(params), 3), 5)
+    assert state[0].residual.value["a"].shape == (5, 0, 2)
+    assert state[1].trace["a"].shape == (0, 2)
+
+
 def test_as_many_workers_change_nothing():
     """Not even gradients at the reference points are asked for anew."""
     tx = efopt.convex.lsvrg(0.5, axis_name=AXIS, coin="per_worker")

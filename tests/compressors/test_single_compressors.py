@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 from workers_under_test import AXIS, FAST, once, slow
@@ -348,3 +349,30 @@ def test_stratified_draws_need_no_loop_and_no_sort():
         .as_text()
     )
     assert "while" not in text and "sort" not in text
+
+
+# ------------------------------------------------------------- two in one chain
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        [functools.partial(efopt.random_k, fraction=0.5, unbiased=True)] * 2,
+        [functools.partial(efopt.quantize, b, stochastic=True) for b in (3, 2)],
+    ],
+    ids=["random_k", "quantize"],
+)
+def test_two_in_one_chain_are_unbiased_together_with_seeds_of_their_own(first, second):
+    """With one seed they draw alike, and the mean over 500 steps is another."""
+    x = np.random.default_rng(0).standard_normal(64).astype(np.float32)
+
+    def bias(seed):
+        chained = optax.chain(
+            efopt.compress(first(seed=0)), efopt.compress(second(seed=seed))
+        )
+        step = lambda state, _: chained.update(x, state)[::-1]  # noqa: E731
+        run = jax.jit(lambda s: jax.lax.scan(step, s, None, length=500)[1])
+        mean = np.mean(np.asarray(run(chained.init(x)), np.float64), axis=0)
+        return np.linalg.norm(mean - x) / np.linalg.norm(x)
+
+    assert bias(seed=1) < 0.15 < 0.25 < bias(seed=0)

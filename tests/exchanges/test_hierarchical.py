@@ -195,6 +195,119 @@ def test_parameters_are_those_of_pieces_by_hand(case, mesh, entrance):
         assert len({np.asarray(s.data).tobytes() for s in x.addressable_shards}) == 1
 
 
+UNDIVIDED = {"even": (8, 3), "odd": (5, 3), "tall": (9,)}
+DRAWN_BY_DEFAULT = {("random_block", 0, "global"), ("random_k", 1, "manual")}
+DRAWN = {
+    "random_block": lambda **k: efopt.random_block(seed=3, **k),
+    "random_k": lambda **k: efopt.random_k(seed=3, **k),
+    "random_block_unbiased": lambda **k: efopt.random_block(seed=3, unbiased=True, **k),
+}
+
+
+def hashed(*words):
+    """Murmur3's finaliser after each word, in 64 bits and cut to 32."""
+    low, h = np.uint64(0xFFFFFFFF), np.uint64(0x9E3779B9)
+    for word in words:
+        h = h ^ np.asarray(word).astype(np.uint64)
+        h = ((h ^ (h >> np.uint64(16))) * np.uint64(0x85EBCA6B)) & low
+        h = ((h ^ (h >> np.uint64(13))) * np.uint64(0xC2B2AE35)) & low
+        h = ((h ^ (h >> np.uint64(16))) + np.uint64(0x9E3779B9)) & low
+    return h
+
+
+def drawn(name, key, k, size):
+    """Which of ``size`` coordinates a key selects."""
+    if name.startswith("random_block"):
+        return (int(key) % size + np.arange(k)) % size
+    ends = np.cumsum([0] + [size // k + (i < size % k) for i in range(k)])
+    picks = [a + int(hashed(key, i)) % (b - a) for i, (a, b) in enumerate(pairs(ends))]
+    rotated = int(hashed(np.uint64(0xFFFFFFFF) ^ key)) % size
+    return (np.array(picks) + rotated) % size
+
+
+def pairs(ends):
+    return zip(ends[:-1], ends[1:], strict=True)
+
+
+def in_numpy(name, mesh, params, grads, k=2):
+    """Parameters, and what every group owes, both whole.
+
+    What ``m`` does not divide is padded to ``m`` rows; every device of a group selects
+    the same of its row, padding or not. A leaf is one block, numbered in their order.
+    """
+    m, groups = mesh.size("fast"), mesh.size("dcn")
+    params = {n: x.astype(np.float64) for n, x in params.items()}
+    owed = {n: np.zeros((groups, *x.shape)) for n, x in params.items()}
+    for t, g in enumerate(grads):
+        for index, (n, x) in enumerate(params.items()):
+            fits = [d for d, size in enumerate(x.shape) if size % m == 0]
+            rows = (lambda y, a=fits[0]: in_rows(y, a, m)) if fits else flat_rows(m)
+            mean = g[n].astype(np.float64).reshape(groups, m, *x.shape).mean(axis=1)
+            p = np.stack([rows(y) for y in mean + owed[n]])
+            size = p.shape[-1]
+            places = drawn(name, hashed(3, t, index), k, size)
+            sent = np.zeros_like(p)
+            sent[..., places] = p[..., places]
+            if name.endswith("unbiased"):
+                sent *= size / k
+            back = out_of_rows(x.shape, fits[0] if fits else None, m)
+            owed[n] = np.stack([back(y) for y in p - sent])
+            params[n] = x - RATE * back(sent.mean(axis=0))
+    return params, owed
+
+
+def in_rows(y, axis, m):
+    return np.stack([part.reshape(-1) for part in np.split(y, m, axis)])
+
+
+def flat_rows(m):
+    def rows(y):
+        length = -(-y.size // m)
+        return np.pad(y.reshape(-1), (0, m * length - y.size)).reshape(m, length)
+
+    return rows
+
+
+def out_of_rows(shape, axis, m):
+    def whole(rows):
+        if axis is None:
+            return rows.reshape(-1)[: math.prod(shape)].reshape(shape)
+        piece = [s // m if d == axis else s for d, s in enumerate(shape)]
+        return np.concatenate([row.reshape(piece) for row in rows], axis)
+
+    return whole
+
+
+@pytest.mark.parametrize(
+    "name, mesh, entrance",
+    [
+        slow(name, mesh, entrance, when=(name, i, entrance) not in DRAWN_BY_DEFAULT)
+        for name in DRAWN
+        for i, mesh in enumerate([PLAIN, Mesh((2, 3)), Mesh((3, 2))])
+        for entrance in ("manual", "global")
+    ],
+)
+def test_what_m_does_not_divide_is_drawn_as_in_numpy(name, mesh, entrance):
+    draws = np.random.default_rng(1)
+    params = {n: draws.standard_normal(s).astype("f") for n, s in UNDIVIDED.items()}
+    grads = [
+        {
+            n: draws.standard_normal((mesh.n, *x.shape)).astype("f")
+            for n, x in params.items()
+        }
+        for _ in range(STEPS)
+    ]
+    tx = optax.chain(transformation(DRAWN[name](k=2), None), optax.sgd(RATE))
+    step, state, place = made(entrance, tx, mesh, params)
+    for g in grads:
+        state = step(state, place(g))
+    whole, owed = in_numpy(name, mesh, params, grads)
+    for n in params:
+        got = state["params"][n], state["opt"][0].residual.value[n]
+        for x, expected in zip(got, (whole[n], owed[n]), strict=True):
+            np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5, err_msg=n)
+
+
 @functools.cache
 def ran():
     tx = optax.chain(transformation(*SIGN), optax.sgd(RATE))
@@ -219,6 +332,24 @@ def test_nothing_is_lost_and_a_device_keeps_its_part_alone():
     )
     residuals = sum(float(np.asarray(x).mean(0).sum()) for x in residual.values())
     np.testing.assert_allclose(applied / RATE + residuals + owed, came, atol=1e-3)
+
+
+@pytest.mark.parametrize("mapped", [False, slow(True)])
+def test_the_iterate_behind_is_read_from_pieces(mapped):
+    params, grads = task(PLAIN)
+    state = ran()
+
+    def virtual(state):
+        return efopt.virtual_params(state["params"], state["opt"], learning_rate=RATE)
+
+    if mapped:
+        specs = efopt.partition_specs(state)
+        virtual = jax.shard_map(
+            virtual, mesh=PLAIN.make(), in_specs=(specs,), out_specs=P()
+        )
+    for name, x in jax.jit(virtual)(state).items():
+        sgd = params[name] - RATE * sum(g[name].mean(0) for g in grads)
+        np.testing.assert_allclose(x, sgd, rtol=0, atol=2e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("case", ["sign", slow("top_k"), slow("bits")])

@@ -401,3 +401,23 @@ def test_the_sum_over_workers_is_conserved():
     want = written(SKETCH, unpaid.astype(np.float32))["sums"]
     got = state.residual.value["sums"].mean(axis=(0, 1))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [efopt.quantize(8, stochastic=True), efopt.compressors.count_sketch(fraction=0.2)],
+    ids=["int8", "sketch"],
+)
+def test_damping_of_nothing_is_contractive_error_feedback(memory):
+    grads = np.random.default_rng(0).standard_normal((3, 64, 64), np.float32)
+    contractive = efopt.contractive_error_feedback(efopt.top_k(k=9), memory=memory)
+    damped = efopt.feedback.damped_error_feedback(
+        efopt.top_k(k=9), alpha=1.0, beta=1.0, memory=memory
+    )
+    states = [tx.init(grads[0]) for tx in (contractive, damped)]
+    updates = [jax.jit(tx.update) for tx in (contractive, damped)]
+    for g in grads:
+        outs = [update(g, s) for update, s in zip(updates, states, strict=True)]
+        states = [state for _, state in outs]
+        pairs = [(out, state.residual) for out, state in outs]
+        jax.tree.map(np.testing.assert_array_equal, *pairs)

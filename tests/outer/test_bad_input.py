@@ -35,6 +35,13 @@ def test_rounds_that_are_not_static_are_refused(every):
         make(every=every)
 
 
+@pytest.mark.parametrize("name", ["sparse_loco", "muloco"])
+def test_a_decay_that_grows_is_refused_by_its_name(name):
+    first = {"sparse_loco": optax.sgd(0.1), "muloco": 0.1}[name]
+    with pytest.raises(ValueError, match=rf"`{name}\(decay=...\)` must be in \[0, 1\]"):
+        getattr(efopt.outer, name)(first, axis_name=AXIS, decay=1.5)
+
+
 def test_a_traced_length_is_refused_by_inject_hyperparams():
     tx = optax.inject_hyperparams(efopt.outer.diloco)(optax.sgd(0.1), every=2)
     with pytest.raises(TypeError, match=r"static_args=\('every',\)"):

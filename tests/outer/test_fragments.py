@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -31,9 +32,8 @@ def optima(steps):
 def streamed(every, **options):
     mean = efopt.compress(efopt.compressors.identity(), axis_name=AXIS)
     outer = optax.chain(mean, optax.sgd(0.7, momentum=0.5, nesterov=True))
-    return efopt.local_steps(
-        optax.sgd(0.2), outer, every=every, axis_name=AXIS, **options
-    )
+    inner = optax.chain(optax.add_decayed_weights(0.3), optax.sgd(0.2))
+    return efopt.local_steps(inner, outer, every=every, axis_name=AXIS, **options)
 
 
 def run(tx, steps):
@@ -64,7 +64,7 @@ def by_hand(steps, every, of, number, delay, alpha):
     under_way = {}
     for t, optimum in enumerate(optima(steps), 1):
         for k, x in own.items():
-            own[k] = x - 0.2 * (x - optimum[k])
+            own[k] = x - 0.2 * (x - optimum[k] + 0.3 * x)
             offset = (of[k] + 1) * every // number
             if (t - offset) % every == 0 and t >= offset:
                 delta = (common[k] - own[k]).mean(0)
@@ -99,6 +99,24 @@ def test_workers_go_the_way_of_streaming_diloco_by_hand(every, fragments, delay,
             np.testing.assert_allclose(rows, own[k], rtol=0, atol=1e-5)
             if not delay:  # else the common ones are a little ahead of the workers
                 np.testing.assert_allclose(params[k], common[k], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_workers_stay_where_they_are_when_rounded_parameters_move(dtype):
+    """What a narrow dtype rounds of the common parameters is no step of a worker."""
+    mean = efopt.compress(efopt.compressors.identity())
+    outer = optax.chain(mean, optax.sgd(0.3))
+    tx = efopt.local_steps(optax.sgd(2.0**-7), outer, every=4, delay=2)
+    params = jnp.asarray([1.0, 3.0], dtype)
+    grads = jnp.asarray([0.5, 0.75], dtype)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for t in range(1, 6):
+        updates, state = update(grads, state, params)
+        params = params + updates
+        own = np.float32(params) + np.asarray(state.local.drift)
+        expected = np.float32([1.0, 3.0]) - t * 2.0**-7 * np.float32(grads)
+        np.testing.assert_allclose(own, expected, rtol=0, atol=1e-6)
+    assert np.float32(params)[0] < 1
 
 
 def test_a_number_parts_leaves_by_depth_into_equal_sizes():
