@@ -105,6 +105,7 @@ class Codec:
     one_bit: ClassVar[bool] = False  # one sign a coordinate; a tied vote is a zero
     pointwise: ClassVar[bool] = False  # a coordinate is read without its neighbours
     exact: ClassVar[bool] = False  # loses nothing: joining leaves would only copy
+    chooses: ClassVar[bool] = False  # speaks of some coordinates, and can tell which
     spans: ClassVar[bool] = False  # takes the shards behind a worker for one array
     block_size: ClassVar[int | None] = None  # None: whole leaves
 
@@ -192,6 +193,20 @@ class Codec:
         """:meth:`decode`, which may overwrite an array of zeros."""
         del zeros
         return self.decode(payload, blocks, turn)
+
+    def told(
+        self, payload: Payload, blocks: Blocks, turn: Turn
+    ) -> tuple[jax.Array, jax.Array]:
+        """The numbers that a payload has, zero elsewhere, and ones where it has one.
+
+        Of a codec that :attr:`chooses`; ``decode`` is :meth:`unfold` of the first.
+        """
+        raise TypeError(f"`{self}` does not tell which coordinates it speaks of.")
+
+    def unfold(self, x: jax.Array, blocks: Blocks) -> jax.Array:
+        """What numbers as in :meth:`told` stand for: blocks ``(n, *block)``."""
+        del blocks
+        return x
 
     def rest(
         self, x: jax.Array, payload: Payload, blocks: Blocks, turn: Turn

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ class Sparse(Codec, abc.ABC):
     k: int | None = None
     block_size: int | None = None  # type: ignore[misc]
     values: Codec
+    chooses: ClassVar[bool] = True
 
     def arguments(self) -> str:
         """The arguments of the factory, as they are written in a program."""
@@ -67,6 +68,11 @@ class Sparse(Codec, abc.ABC):
         # Like the values: a loop's start has to vary over the workers as they do.
         zeros = jnp.zeros_like(values, shape=shape, dtype=blocks.compute_dtype)
         return self.filled(zeros, values, payload, blocks, turn)
+
+    def told(self, payload, blocks, turn):
+        x = self.decode(payload, blocks, turn)
+        ones = jnp.ones_like(x, shape=(len(x), self.kept(blocks.size)))
+        return x, self.filled(jnp.zeros_like(x), ones, payload, blocks, turn)
 
     def decode_in(self, zeros, payload, blocks, turn):
         values = self.read(payload, blocks, turn)

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from efopt.codecs import nested
+from efopt.codecs.blocks import Blocks, Turn
 from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.identity import Identity
@@ -27,6 +29,7 @@ class DCTTopK(Codec):
     k: int
     tile: int
     values: Codec = Identity()
+    chooses: ClassVar[bool] = True
 
     def __repr__(self):
         outer = f"dct_top_k(k={self.k}, tile={self.tile})"
@@ -70,21 +73,38 @@ class DCTTopK(Codec):
         }
 
     def decode(self, payload, blocks, turn):
-        (rows, columns), (a, b) = blocks.shape, self.sides(blocks.shape)
+        values = self._values(payload, blocks, turn)
+        return self.unfold(self._placed(values, payload, blocks), blocks)
+
+    def told(self, payload, blocks, turn):
+        values = self._values(payload, blocks, turn)
+        some = (values, jnp.ones_like(values))
+        x, marks = (self._placed(v, payload, blocks) for v in some)
+        return x, marks
+
+    def _values(self, payload: Any, blocks: Blocks, turn: Turn) -> jax.Array:
+        """The coefficients that are sent: ``(n, tiles, k)``."""
         kept = self.kept(blocks.shape)
-        values = nested.read(self.values, payload["values"], kept, blocks, turn)
+        return nested.read(self.values, payload["values"], kept, blocks, turn)
+
+    def _placed(self, values: jax.Array, payload: Any, blocks: Blocks) -> jax.Array:
+        """All coefficients of every tile, ``(n * tiles, size)``, the others zero."""
         n, tiles, k = values.shape
         at = (
             jnp.arange(n * tiles, dtype=jnp.int32)[:, None],
             payload["indices"].reshape(n * tiles, k).astype(jnp.int32),
         )
-        x = jnp.zeros_like(values, shape=(n * tiles, a * b))
+        size = math.prod(self.sides(blocks.shape))
+        x = jnp.zeros_like(values, shape=(n * tiles, size))
         values = values.reshape(n * tiles, k)
-        x = x.at[at].add(values, unique_indices=True, mode="promise_in_bounds")
-        x = x.reshape(n, rows // a, columns // b, a, b)
+        return x.at[at].add(values, unique_indices=True, mode="promise_in_bounds")
+
+    def unfold(self, x, blocks):
+        (rows, columns), (a, b) = blocks.shape, self.sides(blocks.shape)
+        x = x.reshape(-1, rows // a, columns // b, a, b)
         x = matmul("nrqij,ia->nrqaj", x, cosines(a, x.dtype))
         x = matmul("nrqaj,jb->nraqb", x, cosines(b, x.dtype))
-        return x.reshape(n, rows, columns)
+        return x.reshape(-1, rows, columns)
 
     def delta(self, shape):
         """The transform keeps lengths: as of top-k, of the largest share of a tile."""

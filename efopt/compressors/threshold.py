@@ -26,6 +26,10 @@ class Threshold(TopK):
         threshold = self.threshold.at(turn.step).astype(x.dtype)
         return jnp.where(jnp.abs(values) < threshold, 0, values), found
 
+    def told(self, payload, blocks, turn):
+        x, marks = super().told(payload, blocks, turn)
+        return x, jnp.where(x == 0, 0, marks)  # places are left over
+
     def delta(self, shape):
         del shape
         return None

@@ -42,7 +42,7 @@ def around(
         mesh = mesh_of(updates, workers)
         _check_stacked(api, workers, updates, mesh)
         home = _home(api, state, axes, mesh)
-        _check_lie(api, home, updates)
+        _check_lie(api, workers, home, updates)
         return _region(home, workers, mesh, (), stacked=True)
     if not workers.bound() or not set(workers.names) <= set(mapped):
         return None  # `vmap`, `pmap`, or an error that is worded better further on
@@ -157,8 +157,8 @@ def _check_stacked(api: str, axes: Axes, updates: PerWorker, mesh: Any) -> None:
             )
 
 
-def _check_lie(api: str, home: Home, updates: PerWorker) -> None:
-    """Raises if types say that rows are sharded otherwise than the state knows."""
+def _check_lie(api: str, axes: Axes, home: Home, updates: PerWorker) -> None:
+    """Raises if types say that rows lie otherwise than the state knows."""
     found, treedef = jax.tree_util.tree_flatten_with_path(updates.value)
     if treedef != home.treedef or home.specs is None:
         return
@@ -166,12 +166,12 @@ def _check_lie(api: str, home: Home, updates: PerWorker) -> None:
         kind = jax.typeof(x).sharding
         if {*kind.mesh.axis_types} != {AxisType.Explicit}:
             continue  # types say nothing
-        behind = P(*kind.spec[1:])
-        if _entries(behind) != _entries(spec):
+        expected = P(axes.key, *spec)
+        if _entries(kind.spec) != _entries(expected):
             raise ValueError(
-                f"{api} got gradients that are sharded behind each worker by {behind} "
+                f"{api} got gradients of the workers that are sharded by {kind.spec} "
                 f"at {jax.tree_util.keystr(path) or 'the root'}, where the state is "
-                f"placed for {spec}. Place parameters and state alike, "
+                f"placed for {expected}. Place parameters and state alike, "
                 "`efopt.distribute({'params': ..., 'opt': ...}, mesh, params_specs)`; "
                 "or `jax.reshard` the gradients before."
             )
@@ -179,7 +179,10 @@ def _check_lie(api: str, home: Home, updates: PerWorker) -> None:
 
 def _entries(spec: P) -> list[tuple[str, ...]]:
     """The axes of every array axis, but for the last ones that have none."""
-    entries = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
+    entries = [
+        () if e is None else e if isinstance(e, tuple) else (e,)
+        for e in spec.partitions
+    ]
     while entries and not entries[-1]:
         entries.pop()
     return entries

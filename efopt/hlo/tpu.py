@@ -27,7 +27,7 @@ _GENERATIONS = {
     "v5p": (1, math.inf),
     "v6e": (1, 2**24),
 }
-_FEWEST_DEVICES = 64
+FEWEST_DEVICES = 64
 _PREFER = {"xla_tpu_prefer_async_allgather_to_allreduce": "true"}
 _OPTIONS = {"v4": _PREFER | {"xla_enable_async_all_gather": "true"}, "v5e": _PREFER}
 
@@ -57,7 +57,7 @@ def tpu_compiler_options(topology: str) -> dict[str, str]:
       {}
     """
     generation, devices = parse(topology, "tpu_compiler_options(topology)")
-    return dict(_OPTIONS.get(generation, {})) if devices >= _FEWEST_DEVICES else {}
+    return dict(_OPTIONS.get(generation, {})) if devices >= FEWEST_DEVICES else {}
 
 
 def parse(topology: str, api: str) -> tuple[str, int]:
@@ -79,7 +79,7 @@ def compiled(c: Collective, topology: str) -> Collective:
     generation, devices = parse(topology, "plan(topology=...)")
     _, largest = _GENERATIONS[generation]
     result = c.operand_bytes * c.group_size
-    everybody = c.group_size == devices >= _FEWEST_DEVICES
+    everybody = c.group_size == devices >= FEWEST_DEVICES
     if c.operation != "all-gather" or not everybody or result > largest:
         return c
     return replace(

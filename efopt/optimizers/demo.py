@@ -37,10 +37,12 @@ def demo(
 
     *What it breaks on purpose.* The momentum decays, so that what waits is forgotten in
     part, and the sign forgets all lengths: nothing is conserved, and the step does not
-    shrink with the gradient. In the authors' code a coefficient is averaged over the
-    workers that have sent it, whose relative sizes differ from those of the sum; here
-    it is the sum, as the paper writes it. A coordinate of which nobody says anything
-    does not move.
+    shrink with the gradient. A coordinate of which nobody says anything does not move.
+
+    *Sum or mean.* Here it is the sign of the sum, as the paper writes it. In its
+    authors' code a coefficient is averaged over the workers that have sent it, and one
+    that a single worker chose counts as much as one that all did:
+    ``exchange=efopt.exchanges.all_gather(senders=True)``, of the same bytes.
 
     Shapes: any tree of floating-point leaves -> the same, dtypes kept.
     Cost: as :func:`efopt.compressors.dct_top_k`, gathered from all workers.

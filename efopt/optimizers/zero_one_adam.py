@@ -84,6 +84,10 @@ def zero_one_adam(
     axis_name, opt_state)``. The paper's buffer :math:`u_i` is
     :math:`-(\sqrt v + \epsilon) d_i`.
 
+    Known faults: those of :func:`efopt.feedback.scale_by_one_bit_adam`, its small
+    ``eps`` above all; a variance that stands still; local steps take two more copies of
+    the parameters on each worker.
+
     Shapes: any tree of floating-point leaves -> the same, dtypes kept.
     Cost: with the default compressor ``1 + 32 / 1024`` bits per coordinate each way; at
     a refresh dense; between meetings nothing. Each is in the program, in a branch.

@@ -10,7 +10,7 @@ from efopt.compressors.power_sgd import power_sgd
 from efopt.compressors.scaled_sign import scaled_sign
 from efopt.exchanges.table import EXCHANGES
 from efopt.hlo.networks import duration
-from efopt.hlo.tpu import tpu_compiler_options
+from efopt.hlo.tpu import FEWEST_DEVICES, tpu_compiler_options
 from efopt.wire.plan_report import Plan
 from efopt.wire.target import Target
 
@@ -81,6 +81,17 @@ def _cost(plan: Plan) -> float:
 
 def _compiler(plan: Plan, target: Target) -> Iterator[str]:
     if target.place is not None:
+        # Pieces are gathered over all devices of a slice, which is behind a worker.
+        slow = set(target.place.axes.names)
+        inner = [c for c in plan.report.collectives if not slow & set(c.axes or ())]
+        gathers = any(c.operation == "all-gather" for c in inner)
+        behind = target.place.mesh.size // target.place.num_workers
+        if target.platform == "tpu" and gathers and behind >= FEWEST_DEVICES:
+            yield (
+                f"On a slice of {behind} devices a TPU's compiler may double the bytes "
+                "of the all-gathers inside it; see "
+                "`efopt.wire.tpu_compiler_options(topology)`."
+            )
         return
     operations = {c.operation for c in plan.report.collectives}
     replaced = any(c.instead_of for c in plan.report.collectives)

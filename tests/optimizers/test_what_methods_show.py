@@ -168,6 +168,13 @@ def zero_one_adam(schedule):
     )
 
 
+def zero_one_adam_local(schedule):
+    """From step 50 on meetings one, two, and then four steps apart."""
+    return efopt.optimizers.zero_one_adam(
+        schedule, freeze=50, refresh=8, longest=4, doubling=25, axis_name=AXIS
+    )
+
+
 def dense_adam(schedule):
     return dense(optax.adam(schedule))
 
@@ -190,3 +197,6 @@ def test_one_bit_momentum_trains_as_adam_and_one_bit_gradients_do_not(seed):
         mine = best(method, SMALL, given)
         assert mine < 1.6 * adam
         assert mine < 0.4 * behind
+    mine = best(zero_one_adam_local, SMALL, given)  # 2202.06009's local steps
+    assert mine < 2 * adam
+    assert mine < 0.4 * behind

@@ -269,6 +269,24 @@ def test_compiler_options_for_a_slice():
     assert wire.tpu_compiler_options("v4:4x4x4")
 
 
+@pytest.mark.parametrize("fsdp, mentioned", [(256, True), (32, False)])
+def test_large_slices_of_a_mesh_are_mentioned(fsdp, mentioned):
+    """Where something is gathered inside them: a bias, in pieces."""
+    tree = {"w": S((1024, 512), jnp.float32), "b": S((512,), jnp.float32)}
+    for chosen, expected in ((tree, mentioned), ({"w": tree["w"]}, False)):
+        specs = {name: jax.P("fsdp") if name == "w" else jax.P() for name in chosen}
+        plan = wire.plan(
+            efopt.scaled_sign(1024),
+            chosen,
+            mesh={"dcn": 4, "fsdp": fsdp},
+            axis_name="dcn",
+            params_specs=specs,
+            exchange="two_phase",
+            platform="tpu",
+        )
+        assert (f"slice of {fsdp} devices" in str(plan)) == expected
+
+
 def test_an_unnamed_slice_is_mentioned():
     text = str(
         wire.plan(

@@ -148,6 +148,13 @@ SCHEMES = {
     "zero_one_adam_local": lambda: efopt.optimizers.zero_one_adam(
         RATES, freeze=1, longest=2, doubling=1, compressor=SIGN, axis_name=AXIS
     ),
+    "senders": lambda: chained(
+        efopt.error_feedback(
+            CODECS["senders"],
+            axis_name=AXIS,
+            exchange=efopt.exchanges.all_gather(senders=True),
+        )
+    ),
     "diana": lambda: chained(
         efopt.convex.diana(ROUND, alpha=0.1, axis_name=AXIS), feedback()
     ),
@@ -155,6 +162,7 @@ SCHEMES = {
 CODECS = {
     "arc_top_k": efopt.compressors.arc_top_k(k=1, rank=1),
     "demo": efopt.compressors.dct_top_k(k=2, tile=4),
+    "senders": efopt.top_k(k=2, block_size=16),
 }
 # Whole scheme families through the entrance that is farthest from the flat case; the
 # others for those whose state is laid out in a way of its own.

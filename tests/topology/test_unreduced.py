@@ -225,14 +225,16 @@ def test_of_a_single_worker():
     refused(r"`axis_name=None`.*unreduced over \['dcn'\].*axis_name='dcn'", tx=tx)
 
 
-def typed(kind, spec, tx=None):
+def typed(kind, spec, stacked=False):
     """An update traced with what has a type alone."""
-    on, tx = meshes.Mesh(kind="explicit").make(), tx or feedback(exchange=None)
+    on, tx = meshes.Mesh(kind="explicit").make(), feedback(exchange=None)
     on = jax.sharding.Mesh(on.devices, on.axis_names, kind) if kind else on
     struct = jax.ShapeDtypeStruct
     state = jax.eval_shape(tx.init, struct((8, 2), jnp.float32))
     state = efopt.distribute(state, on, P("fsdp"))
-    x = struct((8, 2), jnp.float32, sharding=NamedSharding(on, spec))
+    shape = (2, 8, 2) if stacked else (8, 2)
+    x = struct(shape, jnp.float32, sharding=NamedSharding(on, spec))
+    x = efopt.PerWorker(x, "dcn") if stacked else x
     return jax.eval_shape(jax.jit(tx.update), x, state)
 
 
@@ -243,9 +245,14 @@ def test_an_axis_that_is_left_to_the_compiler_behind_the_workers():
 
 
 def test_terms_that_lie_otherwise_than_the_state():
-    words = r"sharded behind each worker by P\(None, None\) at the root.* P\('fsdp'"
+    words = r"sharded by P\('dcn', None, None\) at the root.* P\('dcn', 'fsdp'"
     with pytest.raises(ValueError, match=words):
         typed(None, P(None, None, unreduced={"dcn"}))
+
+
+def test_rows_that_are_not_with_their_workers():
+    with pytest.raises(ValueError, match=r"sharded by P\(None, 'fsdp', None\) at"):
+        typed(None, P(None, "fsdp", None), stacked=True)
 
 
 def test_terms_of_which_the_largest_is_meant():
