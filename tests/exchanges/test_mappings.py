@@ -181,3 +181,11 @@ def test_the_step_that_everything_here_uses_keeps_gradients_local():
         efopt.stack_workers((zeros(), tx.init(zeros())), 8), grads
     )
     np.testing.assert_allclose(out["b"][0], grads["b"].mean(0), atol=1e-6)
+
+
+def test_the_blocks_of_a_very_large_leaf_are_no_constant_of_the_program():
+    tx = efopt.error_feedback(efopt.scaled_sign(1), axis_name=AXIS)
+    leaf = jax.ShapeDtypeStruct((1 << 21,), np.float32)
+    update = jax.vmap(lambda g: tx.update(g, tx.init(g))[0], axis_name=AXIS)
+    text = jax.jit(update).lower(jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype))
+    assert len(text.as_text()) < 1e6
