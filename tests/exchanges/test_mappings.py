@@ -196,3 +196,11 @@ def test_a_group_without_leaves_exchanges_nothing():
     updates, after = jax.eval_shape(update, grads, state)
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, grads)
     assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_the_blocks_of_a_very_large_leaf_are_no_constant_of_the_program():
+    tx = efopt.error_feedback(efopt.scaled_sign(1), axis_name=AXIS)
+    leaf = jax.ShapeDtypeStruct((1 << 21,), np.float32)
+    update = jax.vmap(lambda g: tx.update(g, tx.init(g))[0], axis_name=AXIS)
+    text = jax.jit(update).lower(jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype))
+    assert len(text.as_text()) < 1e6
