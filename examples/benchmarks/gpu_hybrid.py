@@ -252,8 +252,8 @@ class Process:
         sent = 2 * (n - 1) / n * 4 * size
         return 8 * sent / (large - small), small / (2 * (n - 1))
 
-    def train(self, method):
-        """Trains by a method, and describes it."""
+    def training(self, tx, axis, sharded_parameters, *, seed=0, stands_still=False):
+        """A jitted step, its first state, and the parameters' shapes and specs."""
         import jax
         import jax.numpy as jnp
         import optax
@@ -261,24 +261,12 @@ class Process:
         import efopt
 
         settings, mesh = self.settings, self.mesh
-        every, axis = EVERY if method.startswith("local") else 1, "dcn"
-        replicated = method.startswith("hierarchical")
-        if replicated:
-            axis = ("dcn", "fsdp")
-        model = transformer(settings, None if replicated else mesh)
-        shape = (settings["gpus"] * settings["batch"], settings["length"] + 1)
-        over = self.placed(("dcn", "fsdp"))
-        random_tokens = jax.jit(
-            lambda key: jax.random.randint(key, shape, 0, settings["vocabulary"]),
-            out_shardings=over,
-        )
-        tokens = random_tokens(jax.random.key(1))
+        model = self.model(sharded_parameters)
         example = jnp.zeros((mesh.shape["fsdp"], settings["length"]), jnp.int32)
         init = lambda key: model.init(key, example)["params"]  # noqa: E731
         shapes = jax.eval_shape(init, jax.random.key(0))
-        m = 1 if replicated else mesh.shape["fsdp"]
+        m = mesh.shape["fsdp"] if sharded_parameters else 1
         specs = jax.tree.map(lambda x: sharded(x, m), shapes)
-        tx, compressor, exchange = transformation(method)
 
         def begin(key):
             params = init(key)
@@ -289,24 +277,58 @@ class Process:
         state = {"params": shapes, "opt": jax.eval_shape(tx.init, shapes)}
         state = efopt.distribute(state, mesh, specs)
         places = jax.tree.map(lambda x: x.sharding, state)
-        state = jax.jit(begin, out_shardings=places)(jax.random.key(0))
+        state = jax.jit(begin, out_shardings=places)(jax.random.key(seed))
+
+        def step(state, tokens):
+            grad = efopt.value_and_grad(self.loss_fn(model), axis_name=axis)
+            params = efopt.local_params(state["params"], axis, state["opt"])
+            loss, grads = grad(params, tokens)
+            updates, opt = tx.update(grads, state["opt"], state["params"])
+            if stands_still:
+                return state | {"opt": opt}, loss
+            params = optax.apply_updates(state["params"], updates)
+            return {"params": params, "opt": opt}, loss
+
+        step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+        return step, state, shapes, specs
+
+    def model(self, sharded_parameters=True):
+        return transformer(self.settings, self.mesh if sharded_parameters else None)
+
+    def loss_fn(self, model):
+        """That of the next token, in the mean."""
+        import jax.numpy as jnp
+        import optax
 
         def loss_fn(params, tokens):
             logits = model.apply({"params": params}, tokens[:, :-1])
             losses = optax.softmax_cross_entropy_with_integer_labels
             return losses(logits.astype(jnp.float32), tokens[:, 1:]).mean()
 
-        def step(state, tokens):
-            grad = efopt.value_and_grad(loss_fn, axis_name=axis)
-            params = efopt.local_params(state["params"], axis, state["opt"])
-            loss, grads = grad(params, tokens)
-            updates, opt = tx.update(grads, state["opt"], state["params"])
-            if compressor is None:
-                return state | {"opt": opt}, loss
-            params = optax.apply_updates(state["params"], updates)
-            return {"params": params, "opt": opt}, loss
+        return loss_fn
 
-        step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+    def train(self, method):
+        """Trains by a method, and describes it."""
+        import jax
+
+        import efopt
+
+        settings, mesh = self.settings, self.mesh
+        every, axis = EVERY if method.startswith("local") else 1, "dcn"
+        replicated = method.startswith("hierarchical")
+        if replicated:
+            axis = ("dcn", "fsdp")
+        shape = (settings["gpus"] * settings["batch"], settings["length"] + 1)
+        over = self.placed(("dcn", "fsdp"))
+        random_tokens = jax.jit(
+            lambda key: jax.random.randint(key, shape, 0, settings["vocabulary"]),
+            out_shardings=over,
+        )
+        tokens = random_tokens(jax.random.key(1))
+        tx, compressor, exchange = transformation(method)
+        step, state, shapes, specs = self.training(
+            tx, axis, not replicated, stands_still=compressor is None
+        )
         start = time.perf_counter()
         step = step.lower(state, tokens).compile()
         compile_seconds = time.perf_counter() - start

@@ -11,6 +11,12 @@ dense layers, in Flax) is trained by SGD on several workers, simulated by `jax.v
   conef-f32    in a count sketch of a fifth, as published, damped
   conef-f16    the same in float16
 
+`--preset large` trains the transformer of outer_text.py, 57 M parameters, with Adam
+behind the feedback; for a GPU. Each method and seed is saved as it ends, and `--resume`
+goes on where an earlier call has ended: give `--budget` what a call may take.
+
+    python examples/paper/conef_text.py --preset large --seeds 2 --budget 560 --resume
+
 The loss is that of text that is not trained on, in nats a character. The text is
 `--data FILE`, the Shakespeare of `../shared/data/tinyshakespeare` where that is there,
 or else what Python's own `help()` says about the language.
@@ -27,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import optax
+import outer_text
 from text_data import load
 
 import efopt
@@ -71,19 +78,58 @@ def windows(text, starts, context):
     return x[:, :-1], x[:, -1]
 
 
-def run(feedback, args, data):
-    """Losses on the test text, and milliseconds and bytes of a step."""
-    train, test, characters = data
-    model = Network(characters, args.width)
-    params = model.init(jax.random.key(args.seed), train[None, : args.context])
-    rate = optax.cosine_decay_schedule(args.lr, args.steps)
-    tx = optax.chain(feedback, optax.sgd(rate))
-    state = efopt.stack_workers((params, tx.init(params)), args.workers)
+def small(args, data):
+    """The first parameters by key, the loss, and an optimizer."""
+    model = Network(data[2], args.width)
 
     def loss_fn(params, starts, text):
         x, y = windows(text, starts, args.context)
         logits = model.apply(params, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    rate = optax.cosine_decay_schedule(args.lr, args.steps)
+    return lambda key: model.init(key, data[0][None, : args.context]), loss_fn, rate
+
+
+def large(args, data):
+    """The same of the transformer."""
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, args.lr, args.steps // 20, args.steps
+    )
+    return (
+        lambda key: outer_text.init(key, data[2], args),
+        lambda params, starts, text: outer_text.loss_at(params, starts, text, args),
+        rate,
+    )
+
+
+# What each trains, by what, and other defaults.
+PRESETS = {
+    "small": (small, optax.sgd, {}),
+    "large": (
+        large,
+        lambda rate: optax.adam(rate, b2=0.95),
+        {
+            "steps": 1500,
+            "every": 100,
+            "batch": 64,
+            "width": 768,
+            "layers": 8,
+            "context": 128,
+            "lr": 5e-4,
+        },
+    ),
+}
+
+
+def run(feedback, args, data, seed):
+    """Losses on the test text, and milliseconds and bytes of a step."""
+    train, test, _ = data
+    make, optimizer, _ = PRESETS[args.preset]
+    init, loss_fn, rate = make(args, data)
+    params = jax.jit(init)(jax.random.key(seed))
+    tx = optax.chain(feedback, optimizer(rate))
+    state = efopt.stack_workers((params, tx.init(params)), args.workers)
 
     def worker(state, key):
         params, opt_state = state
@@ -94,11 +140,12 @@ def run(feedback, args, data):
         return optax.apply_updates(params, updates), opt_state
 
     step = jax.jit(jax.vmap(worker, axis_name="data"), donate_argnums=0)
-    whole = jnp.arange(0, len(test) - args.context - 1, 7)
+    gap = 7 if args.preset == "small" else 4 * args.context
+    whole = jnp.arange(0, len(test) - args.context - 1, gap)
     tested = jax.jit(lambda params: loss_fn(params, whole, test))
     losses, times = [], []
     for t in range(args.steps):
-        key = jax.random.fold_in(jax.random.key(args.seed + 1), t)
+        key = jax.random.fold_in(jax.random.key(seed + 1), t)
         keys = jax.random.split(key, args.workers)
         start = time.perf_counter()
         state = jax.block_until_ready(step(state, keys))
@@ -109,10 +156,21 @@ def run(feedback, args, data):
     report = efopt.memory_report(feedback, params)
     return {
         "losses": losses,
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "residual_bytes": report.residual_bytes,
         "error_feedback_bytes": report.error_feedback_bytes,
         "step_ms": 1e3 * statistics.median(times[1:] or times),
     }
+
+
+def mean_of(runs):
+    """One row for the seeds of a method: mean losses, and the least of its times."""
+    steps = [t for t, _ in runs[0]["losses"]]
+    losses = zip(*([loss for _, loss in r["losses"]] for r in runs), strict=True)
+    means = [statistics.mean(each) for each in losses]
+    step_ms = min(r["step_ms"] for r in runs)
+    together = {"losses": list(zip(steps, means, strict=True)), "step_ms": step_ms}
+    return {**runs[0], **together}
 
 
 def print_table(results):
@@ -147,6 +205,7 @@ def parse_args():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
+    add("--preset", choices=PRESETS, default="small", help="default: small")
     add("--data", type=Path, help="a text, .gz or plain; default: see above")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     add("--steps", type=int, default=4000, help="default: 4000")
@@ -156,8 +215,12 @@ def parse_args():
     add("--width", type=int, default=512, help="of a layer, default: 512")
     add("--context", type=int, default=24, help="characters, default: 24")
     add("--lr", type=float, default=0.2, help="falls by a cosine, default: 0.2")
-    add("--seed", type=int, default=0, help="default: 0")
+    add("--layers", type=int, default=8, help="of the transformer, default: 8")
+    add("--seeds", type=int, default=1, help="how many, default: 1")
+    add("--resume", action="store_true", help="keep what an earlier call has found")
+    add("--budget", type=float, default=1e9, help="seconds after which none begins")
     add("--output", type=Path, default=Path("."), help="folder, default: this one")
+    parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset][2])
     args = parser.parse_args()
     if args.batch % args.workers:
         parser.error("argument --batch: must be a multiple of --workers")
@@ -171,12 +234,33 @@ def main():
     data = load(args.data)
     kind = jax.devices()[0].device_kind
     print(f"{args.workers} workers on {kind}, {len(data[0]):,} characters of text")
-    results = {name: run(METHODS[name], args, data) for name in args.methods}
+    skipped = ("budget", "resume")
+    options = {
+        k: v
+        for k, v in vars(args).items()
+        if isinstance(v, int | float | str) and k not in skipped
+    }
+    path, began = args.output / "conef_text.json", time.monotonic()
+    written = {"device": kind, "options": options, "runs": {}}
+    if args.resume and path.exists():
+        written = json.loads(path.read_text())
+        if written["options"] != options:
+            raise SystemExit(f"conef_text.py: {path} is of other options")
+    runs = written["runs"]
+    for seed in range(args.seeds):  # a whole table first, then its repetition
+        for name in args.methods:
+            found = runs.setdefault(name, [])
+            if len(found) == seed and time.monotonic() - began < args.budget:
+                found.append(run(METHODS[name], args, data, seed))
+                told = f"seed {seed}, {name}: {found[-1]['losses'][-1][1]:.4f}"
+                print(told, flush=True)
+                path.write_text(json.dumps(written, indent=1))
+    results = {name: mean_of(found) for name, found in runs.items() if found}
     print_table(results)
-    options = {k: v for k, v in vars(args).items() if isinstance(v, int | float)}
-    written = {"device": kind, "options": options, "results": results}
-    (args.output / "conef_text.json").write_text(json.dumps(written, indent=1))
     draw(results, args.output / "conef_text.png")
+    missing = [name for name in args.methods if len(runs[name]) < args.seeds]
+    if missing:
+        print("Not all seeds of:", ", ".join(missing), "(--resume goes on)")
     print(f"Written: {args.output / 'conef_text.json'}, and the curves beside it")
 
 

@@ -1,28 +1,42 @@
 """The image experiments of EF-SGD (Karimireddy et al, 2019) at full scale.
 
-A ResNet-18 on CIFAR-10 or CIFAR-100 by the paper's four methods:
+VGG-19 with batch norm on CIFAR-10, or a ResNet-18, by the paper's four methods:
 
   sgdm         SGD with momentum 0.9
   scaled-sign  the sign times its mean magnitude, no memory, no momentum
   signum       the sign of a running mean
   ef-signsgd   the sign with error feedback
 
-Learning rates are those that the authors tuned for ResNet-18 at batch 128, in
+Learning rates are those that the authors tuned for the network at batch 128, in
 proportion to the batch; weight decay 5e-4 is added to the gradient, and the rate falls
 tenfold after one half and three quarters of the epochs. In the paper there is one
-worker; here several may share a batch, simulated by `jax.vmap` on one accelerator. The
-network computes in bfloat16.
+worker; here several may share a batch, simulated by `jax.vmap` on one accelerator, and
+so are seeds, side by side. The network computes in bfloat16.
 
-Data: `--data DIR` with `x_train.npy` (50000, 32, 32, 3) uint8, `y_train.npy`,
-`x_test.npy` and `y_test.npy`, as made from the original archives. Without it, noise on
-a pattern for each label stands in: right for timing, and for nothing else.
+No epoch is chosen by the test images, as the authors' code does: the result is the last
+one's accuracy. The best stands beside it, to compare with the paper's. What error
+feedback owes is kept where the rate falls.
+
+After every epoch results are in ef_sgd_images.json, and every `--save-every` epochs,
+and before `--budget` seconds are over, all that is needed to go on in `--state`. The
+same command goes on from there, to the same numbers.
+
+    python examples/paper/ef_sgd_images.py --data cifar10 --seeds 2 --budget 560
+
+Data: `--data DIR`, as `cifar10.py` reads it, or with `x_train.npy` (50000, 32, 32, 3)
+uint8, `y_train.npy`, `x_test.npy` and `y_test.npy`. Without it, noise on a pattern for
+each label stands in: right for timing, and for nothing else.
 """
 
 import argparse
 import functools
+import json
+import os
 import time
 from pathlib import Path
+from typing import ClassVar
 
+import cifar10
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -56,11 +70,11 @@ def ef_signsgd(rate):
     return efopt.ef_signsgd(rate, weight_decay=DECAY, axis_name="data")
 
 
-METHODS = {  # and the rate at batch 128
-    "sgdm": (sgdm, 0.01),
-    "scaled-sign": (scaled_sign, 0.056),
-    "signum": (signum, 3.2e-4),
-    "ef-signsgd": (ef_signsgd, 0.056),
+METHODS = {  # and the rate at batch 128, of VGG-19 and of ResNet-18
+    "sgdm": (sgdm, {"vgg19": 0.01, "resnet18": 0.01}),
+    "scaled-sign": (scaled_sign, {"vgg19": 0.056, "resnet18": 0.056}),
+    "signum": (signum, {"vgg19": 5.6e-5, "resnet18": 3.2e-4}),
+    "ef-signsgd": (ef_signsgd, {"vgg19": 0.056, "resnet18": 0.056}),
 }
 
 
@@ -98,6 +112,27 @@ class ResNet18(nn.Module):
         return nn.Dense(self.classes)(x.mean(axis=(1, 2)).astype(jnp.float32))
 
 
+class VGG19(nn.Module):
+    """With batch norm; a stage is layers and width, and ends in a pooling."""
+
+    stages: ClassVar = ((2, 1), (2, 2), (4, 4), (4, 8), (4, 8))
+    classes: int
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, x, train):
+        for layers, wide in self.stages:
+            for _ in range(layers):
+                x = nn.Conv(wide * self.width, (3, 3), dtype=jnp.bfloat16)(x)
+                x = nn.BatchNorm(not train, momentum=0.9, dtype=jnp.bfloat16)(x)
+                x = nn.relu(x)
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        return nn.Dense(self.classes)(x.mean(axis=(1, 2)).astype(jnp.float32))
+
+
+NETWORKS = {"vgg19": VGG19, "resnet18": ResNet18}
+
+
 def normalise(images):
     return (images.astype(jnp.float32) / 255 - MEAN) / STD
 
@@ -113,10 +148,10 @@ def augment(key, images):
     return jnp.where(flipped, images[:, :, ::-1], images)
 
 
-def trainer(model, tx, images, labels):
-    """One epoch over the stacked state of all workers, compiled once."""
+def trainer(model, tx):
+    """One epoch over the stacked state of all workers and seeds, compiled once."""
 
-    def worker(state, batch):
+    def worker(state, batch, images, labels):
         params, stats, opt_state = state
         pick, key = batch
 
@@ -132,15 +167,26 @@ def trainer(model, tx, images, labels):
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), stats, opt_state), loss
 
-    def epoch(state, picks, keys):
-        steps = jax.vmap(worker, axis_name="data")
-        return jax.lax.scan(steps, state, (picks, keys))
+    workers = jax.vmap(worker, (0, 0, None, None), axis_name="data")
 
-    return jax.jit(epoch, donate_argnums=0)
+    def epoch(state, picks, key, images, labels):
+        keys = jax.random.split(key, picks.shape[:2])
+        step = lambda state, batch: workers(state, batch, images, labels)  # noqa: E731
+        state, loss = jax.lax.scan(step, state, (picks, keys))
+        return state, loss.mean()
+
+    seeds = jax.vmap(epoch, (0, 0, 0, None, None))
+    return jax.jit(seeds, donate_argnums=0)
 
 
-def evaluator(model, images, labels, size):
-    def accuracy(params, stats):
+def evaluator(model, size):
+    """Accuracy of each seed's network."""
+
+    def accuracy(state, images, labels):
+        params, stats, _ = state
+        params = jax.tree.map(lambda p: p[0], params)  # all workers hold the same
+        stats = jax.tree.map(lambda s: s.mean(axis=0), stats)
+
         def count(total, pick):
             x = normalise(images[pick])
             out = model.apply({"params": params, "batch_stats": stats}, x, False)
@@ -149,47 +195,96 @@ def evaluator(model, images, labels, size):
         picks = jnp.arange(len(labels) // size * size).reshape(-1, size)
         return jax.lax.scan(count, 0, picks)[0] / picks.size
 
-    return jax.jit(accuracy)
+    return jax.jit(jax.vmap(accuracy, (0, None, None)))
 
 
-def run(name, args, data):
+def is_key(x):
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def save(path, state, record):
+    """The state and what was found so far, in one file that is there or is not."""
+    leaves = (
+        jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(state)
+    )
+    arrays = {f"leaf_{i}": np.asarray(x) for i, x in enumerate(leaves)}
+    unfinished = path.with_suffix(".part")
+    with unfinished.open("wb") as file:
+        np.savez(file, record=json.dumps(record), **arrays)
+    os.replace(unfinished, path)
+
+
+def restore(path, state):
+    """What `save` has written, in the form of ``state``."""
+    with np.load(path) as file:
+        record, leaves = json.loads(str(file["record"])), []
+        for i, x in enumerate(jax.tree.leaves(state)):
+            found = jnp.asarray(file[f"leaf_{i}"])
+            leaves.append(jax.random.wrap_key_data(found) if is_key(x) else found)
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), record
+
+
+def run(name, args, data, deadline, note):
+    """Trains until the epochs or the time are over; whether all epochs are."""
     x, y, test_x, test_y = data
-    make, rate = METHODS[name]
+    make, rates = METHODS[name]
     steps = len(y) // args.batch
-    rate = args.lr or rate * args.batch / 128
+    rate = args.lr or rates[args.network] * args.batch / 128
     cuts = {args.epochs * steps // 2: 0.1, args.epochs * steps * 3 // 4: 0.1}
     tx = make(optax.piecewise_constant_schedule(rate, cuts))
-    model = ResNet18(int(y.max()) + 1, args.width)
-    variables = model.init(jax.random.key(args.seed), normalise(x[:1]), False)
-    params, stats = variables["params"], variables["batch_stats"]
-    state = efopt.stack_workers((params, stats, tx.init(params)), args.workers)
-    epoch = trainer(model, tx, jnp.asarray(x), jnp.asarray(y))
-    test = jnp.asarray(test_x), jnp.asarray(test_y)
-    accuracy = evaluator(model, *test, min(500, len(test_y)))
-    draws, best = np.random.default_rng(args.seed), 0.0
-    for i in range(args.epochs):
-        start = time.perf_counter()
-        picks = draws.permutation(len(y))[: steps * args.batch]
-        picks = picks.reshape(steps, args.workers, -1)
-        key = jax.random.fold_in(jax.random.key(args.seed), i)
-        state, loss = epoch(state, picks, jax.random.split(key, picks.shape[:2]))
-        loss = float(loss.mean())
-        seconds = time.perf_counter() - start
-        params, stats, _ = state
-        params = jax.tree.map(lambda p: p[0], params)  # all workers hold the same
-        stats = jax.tree.map(lambda s: s.mean(axis=0), stats)
-        now = float(accuracy(params, stats))
-        best = max(best, now)
-        print(
-            f"{name:12} {i + 1:4} {loss:8.4f} {now:8.2%} {seconds:8.1f} s", flush=True
-        )
-    return now, best
+    model = NETWORKS[args.network](int(max(y.max(), test_y.max())) + 1, args.width)
+
+    def start(seed):
+        key = jax.random.fold_in(jax.random.key(0), seed)
+        variables = model.init(key, normalise(x[:1]), False)
+        params, stats = variables["params"], variables["batch_stats"]
+        return efopt.stack_workers((params, stats, tx.init(params)), args.workers)
+
+    seeds = jnp.arange(args.seeds)
+    state = jax.jit(jax.vmap(start))(seeds)
+    record = {"rate": rate, "epochs": 0, "loss": [], "test": [], "seconds": []}
+    about = args.network, name, args.batch, args.workers, args.seeds, args.epochs
+    path = args.state / ("-".join(map(str, about)) + ".npz")
+    if path.exists():
+        state, record = restore(path, state)
+    epoch, accuracy = trainer(model, tx), evaluator(model, min(500, len(test_y)))
+    longest, kept = 0.0, record["epochs"]
+    for i in range(record["epochs"], args.epochs):
+        if time.monotonic() + 1.5 * longest > deadline:
+            break
+        begin = time.monotonic()
+        draws = [np.random.default_rng([seed, i]) for seed in range(args.seeds)]
+        picks = np.stack([d.permutation(len(y))[: steps * args.batch] for d in draws])
+        picks = picks.reshape(args.seeds, steps, args.workers, -1).astype(np.int32)
+        keys = jax.vmap(lambda s, i=i: jax.random.fold_in(jax.random.key(s), i))(seeds)
+        state, loss = epoch(state, picks, keys, x, y)
+        test = accuracy(state, test_x, test_y)
+        record["loss"].append(np.asarray(loss, float).tolist())
+        record["test"].append(np.asarray(test, float).tolist())
+        record["seconds"].append(time.monotonic() - begin)
+        record["epochs"] = i + 1
+        if record["epochs"] % args.save_every == 0:
+            save(path, state, record)
+            kept = record["epochs"]
+        longest = max(longest, time.monotonic() - begin)
+        means = np.mean(record["loss"][-1]), np.mean(record["test"][-1])
+        about = f"{name:12} {i + 1:4} {means[0]:8.4f} {means[1]:8.2%}"
+        print(f"{about} {record['seconds'][-1]:8.1f} s", flush=True)
+        note(name, record)
+    if kept < record["epochs"]:
+        save(path, state, record)
+    note(name, record)
+    return record["epochs"] == args.epochs
 
 
 def load(args):
-    if args.data:
+    if args.data and (args.data[0] / "x_train.npy").exists():
         files = "x_train", "y_train", "x_test", "y_test"
-        return [np.load(args.data / f"{f}.npy").squeeze() for f in files]
+        return [np.load(args.data[0] / f"{f}.npy").squeeze() for f in files]
+    if args.data:
+        data = cifar10.load(*args.data)
+        cifar10.check(*data)
+        return list(data)
     rng = np.random.default_rng(0)
     sizes = args.limit or 50_000, (args.limit or 50_000) // 5
     patterns = rng.integers(0, 40, (10, 32, 32, 3))
@@ -205,32 +300,58 @@ def parse_args():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--data", type=Path, help="folder of the four arrays; default: a stand-in")
-    add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+    add("--data", type=Path, nargs="+", help="folder, see above; default: a stand-in")
+    add("--network", choices=NETWORKS, default="vgg19", help="default: vgg19")
+    add("--methods", nargs="+", choices=METHODS, default=[*METHODS], metavar="METHOD")
     add("--epochs", type=int, default=200, help="default: 200")
     add("--batch", type=int, default=128, help="of all workers, default: 128")
     add("--workers", type=int, default=1, help="simulated, default: 1, as in the paper")
+    add("--seeds", type=int, default=1, help="how many, side by side, default: 1")
     add("--lr", type=float, help="default: the paper's, in proportion to the batch")
     add(
         "--width", type=int, default=64, help="channels of the first stage, default: 64"
     )
     add("--limit", type=int, help="images of the stand-in, default: 50000")
-    add("--seed", type=int, default=0, help="default: 0")
+    add("--budget", type=float, default=1e9, help="seconds after which to save and end")
+    add("--save-every", type=int, default=25, help="epochs, default: 25")
+    add("--state", type=Path, default=Path("."), help="folder to go on from")
+    add("--output", type=Path, default=Path("."), help="folder, default: this one")
     args = parser.parse_args()
     if args.batch % args.workers:
         parser.error("argument --batch: must be a multiple of --workers")
+    if min(args.epochs, args.seeds, args.workers, args.save_every) < 1:
+        parser.error("numbers must be at least 1")
+    for folder in (args.state, args.output):
+        if not folder.is_dir():
+            parser.error(f"no folder: {folder}")
     return args
 
 
 def main():
-    args = parse_args()
-    data = load(args)
-    print(f"{jax.devices()[0].device_kind}, {args.workers} workers, batch {args.batch}")
+    args, began = parse_args(), time.monotonic()
+    data = [jax.device_put(a) for a in load(args)]
+    kind, path = jax.devices()[0].device_kind, args.output / "ef_sgd_images.json"
+    about = "network", "batch", "workers", "seeds", "epochs", "width"
+    written = {"device": kind, "data": "CIFAR-10" if args.data else "a stand-in"}
+    written |= {"options": {k: getattr(args, k) for k in about}, "runs": {}}
+
+    def note(name, record):
+        written["runs"][name] = record
+        path.write_text(json.dumps(written, indent=1))
+
+    print(f"{kind}, {args.workers} workers, {args.seeds} seeds, batch {args.batch}")
     print("method       epoch     loss     test     time")
-    results = {name: run(name, args, data) for name in args.methods}
-    print("\nmethod          last      best")
-    for name, (last, best) in results.items():
-        print(f"{name:12} {last:8.2%}  {best:8.2%}")
+    deadline = began + args.budget
+    done = {name: run(name, args, data, deadline, note) for name in args.methods}
+    print("\nmethod       epochs      last  smallest   largest      best")
+    for name, record in written["runs"].items():
+        if record["test"]:
+            last = record["test"][-1]
+            best = np.mean(np.max(record["test"], axis=0))
+            cells = " ".join(f"{f(last):9.2%}" for f in (np.mean, min, max))
+            print(f"{name:12} {record['epochs']:6} {cells} {best:9.2%}")
+    if not all(done.values()):
+        print("Not all epochs are over: the same command goes on.")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +211,98 @@ def test_ef_sgd_images_tells_its_options_and_refuses_what_does_not_divide(tmp_pa
     assert done.returncode == 2 and "multiple of --workers" in done.stderr
 
 
+def example(monkeypatch, folder, name):
+    """A script as a module, without running it."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / folder))
+    return importlib.import_module(name)
+
+
+@pytest.mark.slow
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_ef_sgd_images_goes_on_to_the_same_numbers(monkeypatch, tmp_path):
+    """From what was saved after two epochs of four, where the rate is first cut."""
+    images = example(monkeypatch, "paper", "ef_sgd_images")
+    monkeypatch.setattr(images.VGG19, "stages", ((1, 1),))
+    options = "--width 2 --limit 40 --batch 8 --epochs 4 --seeds 2 --save-every 1"
+    monkeypatch.setattr(sys, "argv", ["ef_sgd_images.py", *options.split()])
+    args = images.parse_args()
+    data = [jax.device_put(a) for a in images.load(args)]
+    args.state, found = tmp_path / "whole", {}
+    (tmp_path / "whole").mkdir()
+
+    def note(name, record):
+        found[args.state.name] = json.loads(json.dumps(record))
+        if args.state.name == "whole" and record["epochs"] == 2:
+            shutil.copytree(tmp_path / "whole", tmp_path / "again")
+
+    assert images.run("ef-signsgd", args, data, math.inf, note)
+    args.state = tmp_path / "again"
+    assert images.run("ef-signsgd", args, data, math.inf, note)
+    for key in ("loss", "test"):
+        assert found["again"][key] == found["whole"][key], key
+    assert np.shape(found["whole"]["loss"]) == (4, 2)
+
+
+@pytest.mark.slow
+def test_cifar10_is_read_as_it_is_packed(monkeypatch, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    cifar10 = example(monkeypatch, "paper", "cifar10")
+    pixels = np.random.default_rng(0).integers(256, size=(4, 32, 32, 3), dtype=np.uint8)
+    rows = pixels.reshape(4, 1024, 3)
+    for name in (*cifar10.BATCHES, cifar10.TEST):
+        image.fromarray(rows).save(tmp_path / f"{name}.png")
+    grid = pixels.reshape(2, 2, 32, 32, 3).swapaxes(1, 2).reshape(64, 64, 3)
+    image.fromarray(grid).save(tmp_path / "again.webp", lossless=True)
+    np.testing.assert_array_equal(cifar10.picture(tmp_path / "again.webp"), pixels)
+    for part, n in (("train", 20), ("test", 4)):
+        (tmp_path / f"{part}_lables.json").write_text(json.dumps(list(range(n))))
+    x, y, test_x, test_y = cifar10.load(tmp_path)
+    np.testing.assert_array_equal(x, np.concatenate([pixels] * 5))
+    np.testing.assert_array_equal(test_x, pixels)
+    assert y.tolist() == list(range(20)) and test_y.tolist() == list(range(4))
+    with pytest.raises(ValueError, match="50000 of 32 by 32"):
+        cifar10.check(x, y, test_x, test_y)
+
+
+@pytest.mark.slow
+def test_scale_plans_for_hosts_and_tells_what_was_measured(tmp_path):
+    sizes = "--layers 1 --width 64 --inner 128 --vocabulary 256 --hosts 4 --chips"
+    options = *sizes.split(), "--methods", "dense float32", "sign outer 30"
+    done = run("benchmarks/scale.py", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "scale.json").read_text())
+    dense, outer = found["rows"]
+    # An all-reduce of four sends 6/4 of a shard's matrices, and vectors in pieces.
+    matrices = 4 * (2 * 256 * 64 + 4 * 64 * 64 + 3 * 64 * 128)
+    assert dense["bytes_of_a_card"] == pytest.approx(1.5 * matrices, rel=0.02)
+    assert outer["most_of_a_card"] == pytest.approx(30 * outer["bytes_of_a_card"])
+    assert outer["most_of_a_card"] < dense["bytes_of_a_card"] / 4  # padded to blocks
+    program = [r for r in found["checked"] if r["what"] == "program"]
+    assert program and all(r["most"][1] < 1.0001 for r in program)
+
+
+@pytest.mark.slow
+def test_curve_compares_seconds_to_a_common_loss(monkeypatch):
+    curve = example(monkeypatch, "benchmarks", "curve")
+    points = {"dense f32": [3.0, 2.0, 2.0, 2.0, 2.0], "sign two_phase": [3.0, 1.0]}
+    points |= {"power_sgd": [3.0, 2.5]}
+    rows = {
+        name: {"points": [(1 + 10 * i, 4.0 * i, loss) for i, loss in enumerate(losses)]}
+        for name, losses in points.items()
+    }
+    found = curve.summary({"0": rows})
+    assert [r["seconds"] for r in found["dense f32"]] == [4.0]
+    assert [r["seconds"] for r in found["sign two_phase"]] == [2.0]
+    assert [r["seconds"] for r in found["power_sgd"]] == [None]
+    assert curve.sooner(found["sign two_phase"], found["dense f32"]) == [2.0]
+    assert curve.sooner(found["power_sgd"], found["dense f32"]) is None
+    settings = {"text": 100_000, "length": 8, "seed": 1, "gpus": 2, "batch": 3}
+    one, two = curve.Text(settings), curve.Text(settings)
+    np.testing.assert_array_equal(one.batch(5), two.batch(5))
+    assert one.batch(5).shape == (6, 9) and not np.array_equal(*map(one.batch, (5, 6)))
+
+
 @pytest.mark.slow
 def test_conef_text_tells_its_options_and_writes_what_it_found(tmp_path):
     script, text = "paper/conef_text.py", tmp_path / "text.txt"
@@ -273,6 +367,16 @@ def test_killed_and_resumed(tmp_path):
     assert len(lines) == 7 and all(line.startswith("ok") for line in lines), lines
     assert sum("the bits of the undisturbed run" in line for line in lines) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_late_exchange_counts_steps(tmp_path):
+    options = "--messages", "top-k 5 %", "--steps", "15", "--seeds", "1"
+    done = run("late_exchange.py", *options, "--target", "2.25", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"(\w+) +(\d+) \([\d.]+\) +(\d+) \([\d.]+\)", done.stdout)
+    assert [row[0] for row in rows] == ["none", "front", "behind"]
+    assert all(0 < int(now) <= int(late) <= 15 for _, now, late in rows)
 
 
 @pytest.mark.slow

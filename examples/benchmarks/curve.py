@@ -1,0 +1,457 @@
+"""Loss against seconds on two GPUs that sockets join: what decides whether to compress.
+
+Trains the decoder of `gpu_hybrid.py` (101 M parameters by default) on the bytes of
+Python's own library, one process a GPU, NCCL over sockets. Each method trains for the
+same time, computation and exchange, and now and then the loss of text that is not
+trained on is taken, while the clock stands:
+
+  dense f32, bf16       AdamW on the mean of gradients
+  sign, int8 two_phase  with error feedback; signs with each worker's own momentum
+                        in front and Adam's second moment behind
+  power_sgd             low rank with error feedback, then AdamW
+  conef block 10 %      a random tenth, the residual in eight bits, then AdamW
+  dion                  orthonormalised momentum of low rank, which is what travels
+  ef21 + muon           compressed changes of the momentum, orthonormalised behind
+  sign outer 30         signs of what 30 steps of AdamW have moved, averaged
+  streaming             the same in four fragments, each taken a step late and blended
+  torch f32, bf16, power_sgd
+                        DistributedDataParallel and its hooks: the same network, AdamW
+                        and order of the text (`curve_torch.py`), where it is installed
+
+Rates are constant behind a warm-up, so that a run may end at any time. A seed draws the
+parameters and the text's order. The table has the seconds to a common loss, the one
+that `dense f32` ends at, as multiples: how many times sooner than `dense f32`, and than
+the best of PyTorch. Found results are kept in curve.json, and the same command goes on
+where it ended: give `--budget` what a call may take.
+
+    python examples/benchmarks/curve.py --seeds 0 1 --seconds 25 --budget 560
+    python examples/benchmarks/curve.py --cpu --layers 1 --width 64 --heads 2 \
+        --length 32 --seconds 3 --every 10 --warm-up 10
+"""
+
+import argparse
+import json
+import shlex
+import signal
+import statistics
+import sys
+import sysconfig
+import time
+from importlib import util
+from pathlib import Path
+
+import numpy as np
+from gpu_hybrid import STYLE, Process, launch, serve
+
+HERE = Path(__file__).parent
+TRAIN_TORCH = HERE / "curve_torch.py"
+SCRIPT = "examples/benchmarks/curve.py"
+EVERY = 30  # steps from one meeting to the next
+METHODS = (
+    "dense f32",
+    "dense bf16",
+    "sign two_phase",
+    "int8 two_phase",
+    "power_sgd",
+    "conef block 10 %",
+    "dion",
+    "ef21 + muon",
+    "sign outer 30",
+    "streaming",
+)
+TORCH = ("torch f32", "torch bf16", "torch power_sgd")
+
+
+# ------------------------------------------------------------------------ the text
+
+
+def library(limit=1 << 24):
+    """The bytes of Python's own library, to train on and to test with."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(p for p in folder.glob("*.py")) + sorted(folder.glob("*/*.py"))
+    paths = [p for p in paths if "site-packages" not in p.parts]
+    parts, size = [], 0
+    for path in paths:
+        parts.append(path.read_bytes())
+        size += len(parts[-1])
+        if size > limit:
+            break
+    held = parts[::20]  # every twentieth file
+    rest = [part for i, part in enumerate(parts) if i % 20]
+    return tuple(np.frombuffer(b"".join(p), np.uint8) for p in (rest, held))
+
+
+class Text:
+    """Windows of the text: the same for every method, by seed and step."""
+
+    def __init__(self, settings):
+        self.train, self.test = library(settings["text"])
+        self.length, self.seed = settings["length"], settings["seed"]
+        self.rows = settings["gpus"] * settings["batch"]
+
+    def windows(self, text, starts):
+        return text[starts[:, None] + np.arange(self.length + 1)].astype(np.int32)
+
+    def batch(self, step):
+        """Of all workers: the rows of a worker are next to each other."""
+        draws = np.random.default_rng([self.seed, step])
+        starts = draws.integers(len(self.train) - self.length - 1, size=self.rows)
+        return self.windows(self.train, starts)
+
+    def unseen(self, batches):
+        """The same windows at every test."""
+        draws = np.random.default_rng(0)
+        size = batches, self.rows
+        starts = draws.integers(len(self.test) - self.length - 1, size=size)
+        return [self.windows(self.test, s) for s in starts]
+
+
+def curve(settings, step, tested, latest):
+    """Losses by seconds: `step(t)` trains, `tested()` is a loss, `latest` agrees.
+
+    The clock runs while steps are taken, and only then. Workers end together: the time
+    that counts is that of the slowest.
+    """
+    step(0)  # compiled, and connections made
+    points, clock, t = [(1, 0.0, tested())], 0.0, 1
+    while clock < settings["seconds"]:
+        start = time.perf_counter()
+        for _ in range(settings["every"]):
+            wait = step(t)
+            t += 1
+        wait()
+        clock = latest(clock + time.perf_counter() - start)
+        points.append((t, clock, tested()))
+    return points
+
+
+# ------------------------------------------------------------------------ with JAX
+
+
+def transformation(method, settings):
+    """A method's transformation."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import efopt
+
+    def warm(rate):
+        return optax.linear_schedule(0.0, rate, settings["warm_up"])
+
+    def hidden(params):
+        """Matrices that are neither the embedding nor places."""
+        outer = ("embed", "place")
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x.ndim == 2 and path[0].key not in outer, params
+        )
+
+    adam = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.1}
+    adamw = optax.adamw(warm(settings["lr"]), **adam)
+    at = {"axis_name": "dcn"}
+    sign, two = efopt.scaled_sign(1024), {"exchange": "two_phase"}
+    if method.startswith("dense"):
+        half = method == "dense bf16"
+        cast = efopt.compressors.cast(jnp.bfloat16) if half else None
+        mean = efopt.compress(cast or efopt.compressors.identity(), **at)
+        return optax.chain(mean, adamw)
+    if method == "sign two_phase":
+        return optax.chain(
+            efopt.per_worker(optax.ema(0.9), **at),
+            efopt.error_feedback(sign, **at, **two),
+            optax.adamw(warm(settings["lr"]), **{**adam, "b1": 0.0}),
+        )
+    if method == "int8 two_phase":
+        return optax.chain(efopt.error_feedback(efopt.quantize(8), **at, **two), adamw)
+    if method == "conef block 10 %":
+        return optax.chain(
+            efopt.contractive_error_feedback(
+                efopt.random_block(fraction=0.1),
+                memory=efopt.quantize(8, stochastic=True),
+                **at,
+            ),
+            adamw,
+        )
+    rank = settings["rank"]
+    if method == "power_sgd":
+        return optax.chain(efopt.error_feedback(efopt.power_sgd(rank), **at), adamw)
+
+    if method == "dion":
+        return efopt.optimizers.dion(
+            warm(settings["matrix_lr"]),
+            rank=rank,
+            fallback=adamw,
+            matrices=hidden,
+            weight_decay=0.1,
+            **at,
+        )
+    if method == "ef21 + muon":
+        top = efopt.top_k(fraction=0.05, block_size=1024)
+        return optax.chain(
+            efopt.feedback.ef21(top, beta=0.95, start=1, **at, **two),
+            optax.contrib.muon(
+                warm(settings["matrix_lr"]),
+                beta=0.0,
+                nesterov=False,
+                weight_decay=0.1,
+                adam_b1=0.0,
+                adam_b2=0.95,
+                adam_learning_rate=warm(settings["lr"]),
+                muon_weight_dimension_numbers=lambda params: jax.tree.map(
+                    lambda yes: optax.contrib.MuonDimensionNumbers() if yes else None,
+                    hidden(params),
+                ),
+            ),
+        )
+    fading = efopt.feedback.damped_error_feedback(
+        efopt.scaled_sign(4096), alpha=0.95, beta=0.95, **at, **two
+    )
+    streams = {"fragments": 4, "delay": 1, "alpha": 0.5}
+    return efopt.local_steps(
+        adamw,
+        optax.chain(fading, optax.scale(-1.0)),
+        every=EVERY,
+        **at,
+        **(streams if method == "streaming" else {}),
+    )
+
+
+class Trained(Process):
+    """One of the processes, with one GPU."""
+
+    def train(self, method):
+        """Trains by a method, and tells its curve."""
+        import jax
+        from jax.experimental import multihost_utils
+
+        import efopt
+
+        settings = self.settings
+        text, over = Text(settings), self.placed(("dcn", "fsdp"))
+        tx = transformation(method, settings)
+        step, state, shapes, _ = self.training(tx, "dcn", True, seed=settings["seed"])
+
+        def placed(rows):
+            return jax.make_array_from_callback(rows.shape, over, lambda i: rows[i])
+
+        loss_fn = self.loss_fn(self.model())
+        measure = jax.jit(loss_fn)
+        unseen = [placed(rows) for rows in text.unseen(settings["tests"])]
+        step = step.lower(state, placed(text.batch(0))).compile()
+        sent = efopt.wire.measure(step, mesh=self.mesh).bytes_over("dcn").link
+        cell = [state]
+        del state
+
+        def once(t):
+            cell[0], loss = step(cell[0], placed(text.batch(t)))
+            return loss.block_until_ready
+
+        def tested():
+            losses = [measure(cell[0]["params"], rows) for rows in unseen]
+            return float(np.mean([float(loss) for loss in losses]))
+
+        def latest(clock):
+            return float(multihost_utils.process_allgather(np.float64(clock)).max())
+
+        points = curve(settings, once, tested, latest)
+        return {
+            "points": points,
+            "sent": sent,
+            "parameters": sum(x.size for x in jax.tree.leaves(shapes)),
+            "device": jax.local_devices()[0].device_kind,
+            "version": f"jax {jax.__version__}",
+        }
+
+
+# ------------------------------------------------------------------------ output
+
+
+def reached(points, target):
+    """Seconds until the loss is at most the target, on a line between two tests."""
+    for (_, before, high), (_, after, low) in zip(points, points[1:], strict=False):
+        if low <= target:
+            share = (high - target) / (high - low) if high > low else 0.0
+            return before + min(1.0, max(0.0, share)) * (after - before)
+    return None
+
+
+def summary(runs):
+    """By method: the last loss, milliseconds of a step, and seconds to the target.
+
+    The target of a seed is what `dense f32` ends at, the mean of its last three tests.
+    """
+    out = {}
+    for seed, rows in runs.items():
+        if "dense f32" not in rows:
+            continue
+        ends = [loss for *_, loss in rows["dense f32"]["points"][-3:]]
+        target = statistics.mean(ends)
+        for name, row in rows.items():
+            steps, clock, loss = row["points"][-1]
+            about = {
+                "seed": seed,
+                "target": target,
+                "loss": loss,
+                "step_seconds": clock / max(1, steps - 1),
+                "seconds": reached(row["points"], target),
+                "sent": row.get("sent"),
+            }
+            out.setdefault(name, []).append(about)
+    return out
+
+
+def sooner(rows, than):
+    """How many times sooner than another method, by seed; None where one is not."""
+    pairs = [
+        (a["seconds"], b["seconds"])
+        for a in rows
+        for b in than
+        if a["seed"] == b["seed"]
+    ]
+    if not pairs or any(a is None or b is None for a, b in pairs):
+        return None
+    return [b / max(a, 1e-9) for a, b in pairs]
+
+
+def print_table(found):
+    rows = summary(found["runs"])
+    line = "{:16} {:>6} {:>9} {:>9} {:>14} {:>11} {:>18} {:>18}".format
+    heads = "seeds", "loss", "step ms", "sent", "seconds"
+    print("\n" + line("method", *heads, "sooner than dense", "than PyTorch"))
+    torches = [n for n in TORCH if n in rows]
+    timed = {n: [r["seconds"] for r in rows[n]] for n in torches}
+    whole = [n for n in torches if None not in timed[n]]
+    best = min(whole, key=lambda n: statistics.mean(timed[n]), default=None)
+    for name, mine in rows.items():
+        times = [r["seconds"] for r in mine]
+        cells = ["never" if None in times else f"{statistics.mean(times):.1f}"]
+        for other in ("dense f32", best):
+            ratios = sooner(mine, rows[other]) if other else None
+            cells.append(f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "-")
+        loss = statistics.mean(r["loss"] for r in mine)
+        ms = 1e3 * statistics.mean(r["step_seconds"] for r in mine)
+        sent = f"{mine[0]['sent']:,.0f}" if mine[0]["sent"] is not None else "-"
+        print(line(name, len(mine), f"{loss:.4f}", f"{ms:.1f}", sent, *cells))
+    print("sent: of a device in a step with a meeting; PyTorch's best:", best)
+
+
+def draw(found, path):
+    """Loss by seconds, a line a method, a thin one a seed."""
+    import matplotlib.pyplot as plt
+
+    plt.style.use(STYLE)
+    names = [
+        n for n in (*METHODS, *TORCH) if any(n in r for r in found["runs"].values())
+    ]
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    colours = {name: plt.get_cmap("tab10")(i % 10) for i, name in enumerate(names)}
+    for name in names:
+        style = {"color": colours[name], "ls": "--" if name in TORCH else "-"}
+        label = name
+        for rows in found["runs"].values():
+            if name not in rows:
+                continue
+            points = [p for p in rows[name]["points"] if p[1] > 0]
+            axes.plot(
+                [p[1] for p in points], [p[2] for p in points], label=label, **style
+            )
+            label = None
+    axes.set(xscale="log", xlabel="seconds of training", ylabel="loss of unseen text")
+    axes.set_title(f"{found['machine']}, {found['parameters'] / 1e6:.3g} M parameters")
+    figure.legend(loc="outside right upper")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def parse_args():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    every = [*METHODS, *(TORCH if util.find_spec("torch") else ())]
+    add("--methods", nargs="+", choices=every, default=every, metavar="METHOD")
+    add("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
+    add("--seconds", type=float, default=25, help="of training, default: 25")
+    add("--budget", type=float, default=3600, help="seconds after which none begins")
+    add("--gpus", type=int, default=2, help="an even number, default: 2")
+    add("--cpu", action="store_true", help="processes of one CPU device each")
+    add("--layers", type=int, default=8)
+    add("--width", type=int, default=1024)
+    add("--heads", type=int, default=8)
+    add("--length", type=int, default=256, help="of a sequence, default: 256")
+    add("--batch", type=int, default=16, help="sequences of a device, default: 16")
+    add("--every", type=int, default=30, help="steps between tests, default: 30")
+    add("--tests", type=int, default=4, help="batches of a test, default: 4")
+    add("--lr", type=float, default=5e-4, help="of AdamW, default: 5e-4")
+    add("--matrix-lr", type=float, default=0.01, help="of Dion and Muon, default: 0.01")
+    add("--rank", type=int, default=32, help="of PowerSGD and Dion, default: 32")
+    add("--warm-up", type=int, default=60, help="steps, default: 60")
+    add("--text", type=int, default=1 << 24, help="bytes of it, default: 16 MiB")
+    add("--limit", type=int, default=150, help="seconds for a method, default: 150")
+    add("--output", type=Path, default=Path("."), help="folder, default: this one")
+    args = parser.parse_args()
+    if args.gpus < 2 or args.gpus % 2:
+        parser.error("--gpus must be even")
+    if args.every < 1 or EVERY % args.every:
+        parser.error(f"--every must divide {EVERY}: common parameters meet then")
+    if args.width % args.heads:
+        parser.error("--heads must divide --width")
+    if not args.output.is_dir():
+        parser.error(f"argument --output: no folder: {args.output}")
+    return args
+
+
+def main():
+    args = parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    path, began = args.output / "curve.json", time.monotonic()
+    command = shlex.join(["python", SCRIPT, *sys.argv[1:]])
+    about = {k: v for k, v in vars(args).items() if isinstance(v, int | float)}
+    about.pop("budget")
+    found = {"command": command, "machine": None, "settings": about, "runs": {}}
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        if earlier["settings"] != about:
+            sys.exit(f"curve.py: {path} is of other settings: choose another folder")
+        found |= {k: earlier[k] for k in ("machine", "parameters", "runs")}
+    ours = argparse.Namespace(**vars(args), one_host=False, vocabulary=256)
+    del ours.seeds
+    for seed in args.seeds:
+        rows = found["runs"].setdefault(str(seed), {})
+        for name in (*METHODS, *TORCH):
+            if name not in args.methods or name in rows:
+                continue
+            if time.monotonic() - began > args.budget:
+                continue
+            ours.seed = seed
+            script = TRAIN_TORCH if name in TORCH else __file__
+            for _, row in launch(script, [name], ours):
+                kind, version = row.pop("device"), row.pop("version")
+                found["parameters"] = row.pop("parameters")
+                if not found["machine"]:
+                    found["machine"] = f"{args.gpus} x {kind}, {version}"
+                rows[name] = row
+                _, clock, loss = row["points"][-1]
+                print(
+                    f"seed {seed}, {name}: {loss:.4f} after {clock:.1f} s", flush=True
+                )
+                path.write_text(json.dumps(found, indent=1))
+    if not any(found["runs"].values()):
+        sys.exit("curve.py: nothing could be measured")
+    print_table(found)
+    if util.find_spec("matplotlib"):
+        draw(found, args.output / "curve.png")
+    missing = [
+        f"{name}, seed {seed}"
+        for seed in args.seeds
+        for name in args.methods
+        if name not in found["runs"][str(seed)]
+    ]
+    if missing:
+        print("missing, for the next call:", "; ".join(missing))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--process"]:
+        serve(Trained(int(sys.argv[2]), json.loads(sys.argv[3])))
+    else:
+        main()
