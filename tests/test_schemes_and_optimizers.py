@@ -27,9 +27,16 @@ STEPS = 3
 
 
 def each(rows, by_default=lambda row: True):
-    """One case a row; `pytest -m slow` takes variants, and those that are named."""
-    params = [slow(r, when=r.slow or not by_default(r), id=r.name) for r in rows]
-    return pytest.mark.parametrize("row", params)
+    """One case a row; `pytest -m slow` takes variants, and those that are named.
+
+    Both at once, a variant in a long test, are left to `pytest -m exhaustive`.
+    """
+
+    def case(row):
+        long = not by_default(row)
+        return slow(row, when=row.slow or long, rare=row.slow and long, id=row.name)
+
+    return pytest.mark.parametrize("row", [case(row) for row in rows])
 
 
 each_row = each(ROWS)

@@ -27,9 +27,10 @@ def once(tx, updates, state=None):
     return jax.jit(tx.update, compiler_options=FAST)(updates, state)
 
 
-def slow(*values, when=True, **kwargs):
-    """A case that `pytest -m slow` runs."""
-    return pytest.param(*values, marks=[pytest.mark.slow] if when else [], **kwargs)
+def slow(*values, when=True, rare=False, **kwargs):
+    """A case of `pytest -m slow`, or of `-m exhaustive` where others stand for it."""
+    mark = pytest.mark.exhaustive if rare else pytest.mark.slow
+    return pytest.param(*values, marks=[mark] if when else [], **kwargs)
 
 
 def make_mesh(how, n=8):

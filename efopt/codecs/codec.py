@@ -71,8 +71,10 @@ class Batch:
     """A computation that many conversations ask for at once, done once for all alike.
 
     Attributes:
-      function: Works on each block on its own; equal if it is the same one.
-      x: Blocks ``(n, ...)``.
+      function: Works on each block on its own and keeps its shape; equal if it is the
+        same one. Zeros behind the rows of a block must not change what becomes of the
+        rows, so that blocks of unequal heights can share one program.
+      x: Blocks ``(n, rows, ...)``.
     """
 
     function: Callable[[jax.Array], jax.Array]

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from efopt.codecs.blocks import Turn
 from efopt.codecs.codec import Batch, Message
 from efopt.codecs.layout import Layout
+from efopt.ground.barriers import cut_once, kind, once
 
 Meet = Callable[[dict[int, Message]], dict[int, Message]]
 
@@ -61,7 +61,7 @@ def converse(
                     batches[i] = said
                 else:
                     asked[i] = said
-            replies = _computed(layout, batches)
+            replies = computed(batches)
         replies = meet(dict(sorted(asked.items()))) if asked else {}
     averages, rests, after = [], [], []
     for i in range(len(talks)):
@@ -72,20 +72,37 @@ def converse(
     return averages, rests, after
 
 
-def _computed(layout: Layout, batches: Mapping[int, Batch]) -> dict[int, jax.Array]:
-    """The results of batches, those alike in one: a few programs for many leaves."""
+def computed(batches: Mapping[int, Batch]) -> dict[int, jax.Array]:
+    """The results of batches, those alike in one: a few programs for many leaves.
+
+    Blocks up to twice as high as others are alike: zeros fill the lower ones up.
+    """
     alike: dict[Any, list[int]] = {}
     for i, batch in batches.items():
-        x, kind = batch.x, layout.buckets[i].kind
-        alike.setdefault((batch.function, x.shape[1:], x.dtype, kind), []).append(i)
+        x, height = batch.x, (batch.x.shape[1] - 1).bit_length()
+        key = batch.function, height, x.shape[2:], x.dtype, kind(x)
+        alike.setdefault(key, []).append(i)
     out: dict[int, jax.Array] = {}
+    shared = []
     for (function, *_), members in alike.items():
         xs = [batches[i].x for i in members]
-        joined = xs[0] if len(xs) == 1 else jnp.concatenate(xs)
-        ends = np.cumsum([len(x) for x in xs])
-        parts = jnp.split(function(joined), ends[:-1])
-        out.update(zip(members, parts, strict=True))
+        top = max(x.shape[1] for x in xs)
+        if len(xs) == 1:
+            out[members[0]] = function(xs[0])
+        else:
+            joined = once(jnp.concatenate([_filled_up(x, top) for x in xs]))
+            shared.append((members, function(joined)))
+    lengths = [[len(batches[i].x) for i in members] for members, _ in shared]
+    parts = cut_once([y for _, y in shared], lengths)
+    for (members, _), ys in zip(shared, parts, strict=True):
+        for i, y in zip(members, ys, strict=True):
+            out[i] = y[:, : batches[i].x.shape[1]]
     return out
+
+
+def _filled_up(x: jax.Array, rows: int) -> jax.Array:
+    rest = rows - x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, rest), *((0, 0) for _ in x.shape[2:])))
 
 
 def alone(messages: dict[int, Message]) -> dict[int, Message]:

@@ -18,7 +18,7 @@ from jax import lax
 
 from efopt.codecs.blocks import Blocks
 from efopt.codecs.codec import Codec
-from efopt.ground.barriers import once, once_with
+from efopt.ground.barriers import cut_once, once
 from efopt.ground.dtypes import compute_dtype
 
 # Coordinates that may be joined in one bucket; a larger leaf has a bucket of its own.
@@ -145,13 +145,11 @@ class Layout:
                     arrays[i] = b.codec.unflatten(flat, self.shapes[i])
         if not shared:
             return arrays
-        whole, starts = once_with(
-            [x.reshape(-1) for _, x in shared], [b.starts() for b, _ in shared]
-        )
-        for (b, _), flat, offsets in zip(shared, whole, starts, strict=True):
-            for i, size, offset in zip(b.leaves, b.sizes, offsets, strict=True):
-                piece = lax.dynamic_slice(flat, (offset,), (size,))
-                arrays[i] = b.codec.unflatten(piece, self.shapes[i])
+        flat = [x.reshape(-1) for _, x in shared]
+        sizes, starts = zip(*((b.sizes, b.starts()) for b, _ in shared), strict=True)
+        for (b, _), parts in zip(shared, cut_once(flat, sizes, starts), strict=True):
+            for i, part in zip(b.leaves, parts, strict=True):
+                arrays[i] = b.codec.unflatten(part, self.shapes[i])
         return arrays
 
     def join_blocked(self, trees: Sequence[Any]) -> list[Any]:
@@ -164,11 +162,25 @@ class Layout:
     def part_blocked(self, joined: Sequence[Any], before: Sequence[Any]) -> list[Any]:
         """Inverse of :meth:`join_blocked`; leaves in no bucket keep what was before."""
         out = list(before)
-        for b, tree in zip(self.buckets, joined, strict=True):
-            end = 0
-            for i, n in zip(b.leaves, b.num_blocks, strict=True):
-                start, end = end, end + n
-                out[i] = jax.tree.map(lambda x, s=start, e=end: x[s:e], tree)
+        flat = [jax.tree.flatten(tree) for tree in joined]
+        shared = [
+            (b, arrays)
+            for b, (arrays, _) in zip(self.buckets, flat, strict=True)
+            if len(b.leaves) > 1
+        ]
+        pieces = iter(
+            cut_once(
+                [x for _, arrays in shared for x in arrays],
+                [b.num_blocks for b, arrays in shared for _ in arrays],
+            )
+        )
+        for b, (arrays, treedef) in zip(self.buckets, flat, strict=True):
+            if len(b.leaves) == 1:
+                out[b.leaves[0]] = treedef.unflatten(arrays)
+                continue
+            parts = [next(pieces) for _ in arrays]
+            for j, i in enumerate(b.leaves):
+                out[i] = treedef.unflatten([part[j] for part in parts])
         return out
 
 

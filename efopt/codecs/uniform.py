@@ -23,8 +23,10 @@ ROUNDED_UP = 1 + 2.0**-7  # by how much a step may exceed scale / levels
 class Uniform(Codec, abc.ABC):
     """Multiples of a step, from ``-levels`` to ``levels`` of them, packed.
 
-    Rounding is done in integers, on coordinates in fixed point: the same result on
-    every backend, with and without ``jit``.
+    Rounding is done in integers, on coordinates in fixed point: the same result with
+    and without ``jit``, and on every backend whose division is correctly rounded. On
+    NVIDIA GPUs XLA's float32 ``1 / step`` is not: there a coordinate next to a tie may
+    become its other neighbour, on all devices alike.
     """
 
     pointwise: ClassVar[bool] = True

@@ -18,7 +18,7 @@ from efopt.compressors.shards import Shards
 from efopt.ground import checks
 from efopt.ground.checks import keyword_only
 from efopt.ground.dtypes import compute_dtype
-from efopt.ground.randomness import hash_words, normals
+from efopt.ground.randomness import hash_words, normal
 
 UNROLLED = 8  # columns that are orthonormalised without a loop
 
@@ -108,11 +108,12 @@ class PowerSGD(Codec):
         if self.shards is not None:  # drawn at the first step, where devices are known
             return jnp.zeros((n, columns, self.rank), compute_dtype(dtype))
         index = jnp.arange(n, dtype=jnp.uint32)
-        return self._start(index, columns, jnp.uint32(0), compute_dtype(dtype))
+        return normal(self._words(index, columns, jnp.uint32(0)), compute_dtype(dtype))
 
     def rounds(self, x, blocks, state, turn):
         rows, columns = blocks.shape
-        q = self._start(blocks.index, columns, turn.draw, x.dtype)
+        words = self._words(blocks.index, columns, turn.draw)
+        q = yield Batch(_normal(x.dtype), words)
         if self.warm_start:
             # A column that has died out, as in a matrix of lower rank, starts anew.
             state = state.astype(x.dtype)
@@ -135,16 +136,18 @@ class PowerSGD(Codec):
         rest = x - matmul("bnr,bmr->bnm", back, own)
         return plain(average, blocks, turn), rest, mean if self.warm_start else ()
 
-    def _start(self, index, columns, step, dtype):
-        """Normal numbers ``(n, columns, rank)``, the same on every worker."""
-        key = hash_words(np.uint32(self.seed), step, index)
-        if self.shards is None:
-            numbers = normals(key, columns * self.rank, dtype)
-        else:
-            ours = self.shards.column_numbers()[:, None] * np.uint32(self.rank)
-            ours = ours + jnp.arange(self.rank, dtype=jnp.uint32)[None, :]
-            numbers = normals(key, ours.reshape(-1), dtype)
-        return numbers.reshape(-1, columns, self.rank)
+    def _words(self, index, columns, step):
+        """What the start is drawn from, the same on every worker.
+
+        Random words ``(n, columns, rank)``.
+        """
+        key = hash_words(np.uint32(self.seed), step, index)[:, None, None]
+        column = jnp.arange(columns, dtype=jnp.uint32)
+        if self.shards is not None:
+            column = self.shards.column_numbers()
+        rank = np.uint32(self.rank)
+        place = column[:, None] * rank + jnp.arange(rank, dtype=jnp.uint32)[None, :]
+        return hash_words(key, place[None])
 
     def _left(self, product, ask):
         """The mean over workers of ``M Q``, orthonormal: this device's rows."""
@@ -173,6 +176,11 @@ class PowerSGD(Codec):
             return None
         _, rows, columns = self.block_shape(shape)
         return self.rank / min(rows, columns)
+
+
+@functools.cache
+def _normal(dtype):  # one function, so that all leaves draw in one batch
+    return functools.partial(normal, dtype=dtype)
 
 
 def matmul(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from jax import lax
 from efopt.codecs.layout import BUCKET_SIZE
 from efopt.exchanges.exchange import Exchange
 from efopt.ground import bits
+from efopt.ground.barriers import cut_once
 from efopt.workers.axes import Axes
 
 
@@ -121,22 +122,19 @@ def _joined_mean(tree: Any, axes: Axes) -> Any:
         groups.setdefault((x.dtype, i if alone else None), []).append(i)
     joined = [_concatenate([arrays[i] for i in members]) for members in groups.values()]
     means = mean_in_range(joined, axes)
+    shared = []
     for mean, members in zip(means, groups.values(), strict=True):
-        for i, part in zip(
-            members, _cut(mean, [arrays[i] for i in members]), strict=True
-        ):
-            arrays[i] = part
+        if len(members) == 1:
+            arrays[members[0]] = mean
+        else:
+            shared.append((members, mean))
+    sizes = [[arrays[i].size for i in members] for members, _ in shared]
+    parts = cut_once([mean for _, mean in shared], sizes)
+    for (members, _), own in zip(shared, parts, strict=True):
+        for i, part in zip(members, own, strict=True):
+            arrays[i] = part.reshape(arrays[i].shape)
     return treedef.unflatten(arrays)
 
 
 def _concatenate(xs: Sequence[jax.Array]) -> jax.Array:
     return xs[0] if len(xs) == 1 else jnp.concatenate([x.reshape(-1) for x in xs])
-
-
-def _cut(joined: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
-    """Inverse of :func:`_concatenate`."""
-    if len(like) == 1:
-        return [joined]
-    ends = np.cumsum([x.size for x in like])
-    parts = jnp.split(joined, ends[:-1])
-    return [part.reshape(x.shape) for part, x in zip(parts, like, strict=True)]

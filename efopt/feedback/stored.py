@@ -71,14 +71,14 @@ class StoredResidual:
             return jnp.zeros([])
         layout, turn = self.layout(params), Turn(jnp.uint32(0), jnp.uint32(0))
 
-        def zeros(b: Bucket) -> Any:
+        payloads: list[Any] = [()] * len(leaves)
+        for b in layout.buckets:
             x = jax.ShapeDtypeStruct(b.shape, compute_dtype(b.dtype))
-            payload = jax.eval_shape(lambda x: b.codec.encode(x, b.blocks(), turn), x)
-            return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), payload)
-
-        payloads = layout.part_blocked(
-            [zeros(b) for b in layout.buckets], [()] * len(leaves)
-        )
+            encode = lambda x, b=b: b.codec.encode(x, b.blocks(), turn)  # noqa: E731
+            like = jax.eval_shape(encode, x)
+            for i, n in zip(b.leaves, b.num_blocks, strict=True):
+                zeros = lambda a, n=n: jnp.zeros((n, *a.shape[1:]), a.dtype)  # noqa: E731
+                payloads[i] = jax.tree.map(zeros, like)
         return treedef.unflatten(payloads)
 
     def marked(self, link: Link, params: Any) -> Any:

@@ -38,8 +38,7 @@ def once_with(
     """
     kinds: dict[Any, list[int]] = {}
     for i, x in enumerate(arrays):  # a wall makes all that it holds of one type
-        kind = getattr(jax.typeof(x), "mat", None)
-        kinds.setdefault(kind and kind.varying, []).append(i)
+        kinds.setdefault(kind(x), []).append(i)
     out, unknown = list(arrays), [list(map(jnp.int32, n)) for n in numbers]
     for members in kinds.values():
         held = [arrays[i] for i in members], [numbers[i] for i in members]
@@ -47,6 +46,38 @@ def once_with(
         for i, x, n in zip(members, whole, told, strict=True):
             out[i], unknown[i] = x, n
     return out, unknown
+
+
+def cut_once(
+    joined: Sequence[jax.Array],
+    sizes: Sequence[Sequence[int]],
+    starts: Sequence[Sequence[int]] | None = None,
+) -> list[list[jax.Array]]:
+    """Cuts arrays along their first axis into parts, each array computed once.
+
+    Parts of one size share one program, wherever they stand.
+
+    Args:
+      joined: The arrays.
+      sizes: The lengths of the parts of each.
+      starts: Where they start; ``None``: each behind the one before it.
+    """
+    if starts is None:
+        starts = [[0, *map(int, np.cumsum(some)[:-1])] for some in sizes]
+    whole, unknown = once_with(joined, starts)
+    return [
+        [
+            lax.dynamic_slice_in_dim(x, start, size)
+            for start, size in zip(offsets, some, strict=True)
+        ]
+        for x, offsets, some in zip(whole, unknown, sizes, strict=True)
+    ]
+
+
+def kind(x: jax.Array) -> Any:
+    """What arrays must have in common to be joined: where their type says they vary."""
+    known = getattr(jax.typeof(x), "mat", None)
+    return known and known.varying
 
 
 def zeros_after(done: jax.Array, like: jax.Array) -> jax.Array:

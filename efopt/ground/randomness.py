@@ -66,8 +66,12 @@ def normals(
       dtype: Theirs, at least float32.
     """
     place = jnp.arange(number, dtype=jnp.uint32) if isinstance(number, int) else number
-    word = hash_words(key[:, None], place[None, :]) >> np.uint32(8)
-    uniform = (2 * word + 1).astype(jnp.int32) - np.int32(2**24)
+    return normal(hash_words(key[:, None], place[None, :]), dtype)
+
+
+def normal(word: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The normal number that belongs to each random word, uint32."""
+    uniform = (2 * (word >> np.uint32(8)) + 1).astype(jnp.int32) - np.int32(2**24)
     return lax.erf_inv(uniform.astype(dtype) * 2.0**-24) * math.sqrt(2)
 
 

@@ -228,14 +228,14 @@ METHODS = {
     ),
     "0/1 Adam": Method("Adam", zero_one(1), ADAM, zero_one_shares(1)),
     "0/1 Adam, local steps": Method("Adam", zero_one(4), ADAM, zero_one_shares(4)),
-    "Lion, dense": Method("sign", lambda s, n: dense(optax.lion(s)), LION),
+    "Lion, dense": Method("signs", lambda s, n: dense(optax.lion(s)), LION),
     "Distributed Lion, votes": Method(
-        "sign",
+        "signs",
         lambda s, n: efopt.optimizers.distributed_lion(s, axis_name=AXIS),
         LION,
     ),
     "Lion Cub, 4 bits": Method(
-        "sign",
+        "signs",
         lambda s, n: efopt.optimizers.distributed_lion(
             s, compressor=efopt.quantize(4), average_momentum=10, axis_name=AXIS
         ),
@@ -243,12 +243,12 @@ METHODS = {
         lambda n: {"all-reduce": 1 / 10},
     ),
     "DeMo, 4 of 64": Method(
-        "sign",
+        "signs",
         lambda s, n: efopt.optimizers.demo(s, decay=0.95, k=4, tile=8, axis_name=AXIS),
         LION,
     ),
     "DeMo, mean of senders": Method(
-        "sign",
+        "signs",
         lambda s, n: efopt.optimizers.demo(
             s,
             decay=0.95,
@@ -259,9 +259,11 @@ METHODS = {
         ),
         LION,
     ),
-    "Muon, dense": Method("matrix", lambda s, n: dense(muon(s)), MUON),
-    "EF21-Muon, top 5 %": Method("matrix", ef21_muon, MUON, first_dense("all-gather")),
-    "Dion, rank 8": Method("matrix", dion, MUON),
+    "Muon, dense": Method("matrices", lambda s, n: dense(muon(s)), MUON),
+    "EF21-Muon, top 5 %": Method(
+        "matrices", ef21_muon, MUON, first_dense("all-gather")
+    ),
+    "Dion, rank 8": Method("matrices", dion, MUON),
 }
 
 
@@ -429,30 +431,36 @@ def step_times(programs, rounds, turn=5):
 
 
 def draw(rows, path):
-    """Loss against bytes, a mark a method and a colour a family."""
+    """Loss against bytes: a panel a family, in front of all others."""
     plt.style.use(STYLE)
-    figure, axes = plt.subplots(figsize=(8, 4.6))
     families = list(dict.fromkeys(row["family"] for row in rows.values()))
-    for family in families:
+    figure, panels = plt.subplots(
+        2, 2, figsize=(9, 6.4), sharex=True, sharey=True, squeeze=False
+    )
+    means = {name: statistics.mean(row["losses"]) for name, row in rows.items()}
+    everywhere = [row["bytes"] for row in rows.values()]
+    for panel, family in zip(panels.flat, families, strict=False):
+        panel.scatter(everywhere, means.values(), color="0.85", zorder=1)
         some = {n: r for n, r in rows.items() if r["family"] == family}
-        sent = [row["bytes"] for row in some.values()]
-        means = [statistics.mean(row["losses"]) for row in some.values()]
-        low = [m - min(r["losses"]) for m, r in zip(means, some.values(), strict=True)]
-        high = [max(r["losses"]) - m for m, r in zip(means, some.values(), strict=True)]
-        mark = axes.errorbar(sent, means, (low, high), fmt="o", label=family)
-        for name, x, y in zip(some, sent, means, strict=True):
-            axes.annotate(
+        some = sorted(some.items(), key=lambda item: means[item[0]])
+        for i, (name, row) in enumerate(some):
+            x, y = row["bytes"], means[name]
+            low, high = y - min(row["losses"]), max(row["losses"]) - y
+            mark = panel.errorbar(x, y, [[low], [high]], fmt="o", zorder=2)
+            left = x > 1e5 or (i % 2 and x > 1e4)
+            panel.annotate(
                 name,
                 (x, y),
-                xytext=(5, 3),
+                xytext=(-6 if left else 6, -2),
                 textcoords="offset points",
+                ha="right" if left else "left",
                 fontsize=7,
                 color=mark[0].get_color(),
             )
-    axes.set(xscale="log", yscale="log", xlabel="bytes that leave a worker in a step")
-    axes.set(ylabel="training loss at the end")
-    axes.margins(x=0.18)
-    axes.legend(title="steps of")
+        panel.set(title=f"steps of {family}", xscale="log", yscale="log")
+    figure.supxlabel("bytes that leave a worker in a step")
+    figure.supylabel("training loss at the end")
+    panels[0, 0].set_xlim(1e3, 4e5)
     figure.savefig(path)
 
 
@@ -474,6 +482,13 @@ def main():
         draw(json.loads(args.results.read_text())["methods"], args.output)
         return
     jax.config.update("jax_num_cpu_devices", WORKERS)
+    about = {"steps": args.steps, "workers": WORKERS, "jax": jax.__version__}
+    known = {}
+    if args.results.exists():
+        stored = json.loads(args.results.read_text())
+        known = stored.pop("methods")
+        if stored != about:
+            parser.error(f"{args.results} is of {stored}, and this of {about}")
     rows, programs = {}, {}
     for name in args.methods:
         method = METHODS[name]
@@ -496,17 +511,9 @@ def main():
         test = f"{statistics.mean(row['recognised']):.1%}"
         sent, kept = f"{row['bytes']:,.0f}", f"{row['memory']:.2f}"
         print(line(name, *numbers, test, sent, kept, f"{row['step']:.2f}"))
-    about = {"steps": args.steps, "workers": WORKERS, "jax": jax.__version__}
-    known = {}
-    if args.results.exists():
-        stored = json.loads(args.results.read_text())
-        known = stored.pop("methods")
-        if stored != about:
-            parser.error(f"{args.results} is of {stored}, and this of {about}")
     rows = {name: rows.get(name, known.get(name)) for name in METHODS}
     rows = {name: row for name, row in rows.items() if row is not None}
-    stored = json.dumps({**about, "methods": rows}, indent=1)
-    args.results.write_text(stored + "\n")
+    args.results.write_text(json.dumps({**about, "methods": rows}, indent=1) + "\n")
     draw(rows, args.output)
     print(f"Written: {args.results}, {args.output}")
 

@@ -11,7 +11,9 @@ import pytest
 from workers_under_test import AXIS, FAST, once, slow
 
 import efopt
+from efopt.codecs import conversation
 from efopt.codecs.blocks import Blocks, Turn
+from efopt.codecs.codec import Batch
 from efopt.compressors.power_sgd import orthonormalise
 from efopt.ground import randomness
 from efopt.ground.randomness import private_bits
@@ -376,3 +378,38 @@ def test_two_in_one_chain_are_unbiased_together_with_seeds_of_their_own(first, s
         return np.linalg.norm(mean - x) / np.linalg.norm(x)
 
     assert bias(seed=1) < 0.15 < 0.25 < bias(seed=0)
+
+
+# --------------------------------------------------- matrices of unequal heights
+
+
+def test_power_sgd_orthonormalises_matrices_of_like_heights_in_one_program():
+    tx = efopt.error_feedback(efopt.power_sgd(2, min_compression=0))
+
+    def roots(heights):
+        params = [jax.ShapeDtypeStruct((rows, 9), np.float32) for rows in heights]
+        state = jax.eval_shape(tx.init, params)
+        return (
+            jax.jit(tx.update).lower(params, state).as_text().count(" = stablehlo.sqrt")
+        )
+
+    assert roots([17]) > 0
+    assert roots([17, 20, 29, 32]) == roots([17])
+    assert roots([17, 33]) == 2 * roots([17])
+
+
+def test_heights_in_one_program_are_orthonormalised_as_alone():
+    rng = np.random.default_rng(0)
+    shapes = [(2, 17, 3), (1, 32, 3), (3, 20, 3)]
+    xs = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    xs[0][0, :, 2] = xs[0][0, :, 1]  # a dependent column
+
+    def together(xs):
+        batches = {i: Batch(orthonormalise, x) for i, x in enumerate(xs)}
+        return conversation.computed(batches), [orthonormalise(x) for x in xs]
+
+    got, alone = jax.jit(together)(xs)
+    for i, want in enumerate(alone):
+        assert got[i].shape == want.shape
+        np.testing.assert_allclose(got[i], want, atol=2e-6)
+    assert not np.asarray(got[0])[0, :, 2].any()

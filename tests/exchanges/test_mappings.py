@@ -181,3 +181,26 @@ def test_the_step_that_everything_here_uses_keeps_gradients_local():
         efopt.stack_workers((zeros(), tx.init(zeros())), 8), grads
     )
     np.testing.assert_allclose(out["b"][0], grads["b"].mean(0), atol=1e-6)
+
+
+def test_a_group_without_leaves_exchanges_nothing():
+    one = efopt.error_feedback(
+        efopt.scaled_sign(32), axis_name=AXIS, exchange="two_phase"
+    )
+    everything = jax.tree.map(lambda _: "all", zeros())
+    tx = optax.partition({"all": one, "none": one}, everything)
+    fresh = lambda params: efopt.stack_workers(tx.init(params), 2)  # noqa: E731
+    state = jax.eval_shape(fresh, zeros())
+    update = jax.vmap(tx.update, axis_name=AXIS)
+    grads = {k: jax.ShapeDtypeStruct((2, *s), np.float32) for k, s in SHAPES.items()}
+    updates, after = jax.eval_shape(update, grads, state)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, grads)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_the_blocks_of_a_very_large_leaf_are_no_constant_of_the_program():
+    tx = efopt.error_feedback(efopt.scaled_sign(1), axis_name=AXIS)
+    leaf = jax.ShapeDtypeStruct((1 << 21,), np.float32)
+    update = jax.vmap(lambda g: tx.update(g, tx.init(g))[0], axis_name=AXIS)
+    text = jax.jit(update).lower(jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype))
+    assert len(text.as_text()) < 1e6

@@ -19,11 +19,13 @@ MIXED = efopt.compressors.partition(
     {"signs": efopt.scaled_sign(64), "dense": efopt.compressors.identity()},
     {"matrix": "signs", "vector": "dense", "none": "dense"},
 )
-# Every exchange and kind of payload once by default, all rows by `pytest -m slow`.
+# Every exchange and kind of payload once by default, all rows by `pytest -m slow`, and
+# four workers, between two and eight, by `-m exhaustive`.
 CASES = [
     slow(
         *(row.make(), exchange, n),
         when=n < 8 or not (row.one_bit or (row.kind and exchange == row.exchanges[-1])),
+        rare=n == 4,
         id=f"{row.name}-{exchange}-{n}",
     )
     for row in COMPRESSORS

@@ -46,7 +46,8 @@ WAYS = {
     "random block": (compressors.random_block(fraction=0.1), None),
     "bf16": (compressors.cast("bfloat16"), None),
 }
-# Each entrance, and each kind of exchange and of mesh; all of them by `-m slow`.
+# Each entrance, and each kind of exchange and of mesh; all of them on two meshes by
+# `-m slow`, on the others by `-m exhaustive`.
 QUICK = {
     ("sign two_phase", "2x4", "nested"),
     ("sign two_phase", "2x2x2, in the middle", "global"),
@@ -54,7 +55,11 @@ QUICK = {
     ("top_k", "4x2", "nested"),
 }
 STEPS = [
-    slow(way, mesh, how, when=(way, mesh, how) not in QUICK)
+    slow(
+        *(way, mesh, how),
+        when=(way, mesh, how) not in QUICK,
+        rare=mesh in ("4x2", "2x2x2"),
+    )
     for way in WAYS
     for mesh in MESHES
     for how in ("nested", "global")

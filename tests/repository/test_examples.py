@@ -370,6 +370,16 @@ def test_killed_and_resumed(tmp_path):
 
 
 @pytest.mark.slow
+def test_late_exchange_counts_steps(tmp_path):
+    options = "--messages", "top-k 5 %", "--steps", "15", "--seeds", "1"
+    done = run("late_exchange.py", *options, "--target", "2.25", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"(\w+) +(\d+) \([\d.]+\) +(\d+) \([\d.]+\)", done.stdout)
+    assert [row[0] for row in rows] == ["none", "front", "behind"]
+    assert all(0 < int(now) <= int(late) <= 15 for _, now, late in rows)
+
+
+@pytest.mark.slow
 def test_methods_are_compared(tmp_path):
     """Two of them, from a shell; what is stored and not named is kept."""
     dense, local = "SGD with momentum, dense", "0/1 Adam, local steps"
