@@ -13,6 +13,9 @@ from pathlib import Path
 # holds some of the threads and waits for the rest, until XLA aborts the process after
 # 40 seconds. XLA takes the size of the pool from NPROC; 32 threads are enough.
 os.environ.setdefault("NPROC", "32")
+# Eight devices that factorise matrices at once, each on all processors, wait for each
+# other most of the time.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # The suite is about eight devices, which a CPU can play anywhere. To run it on
 # accelerators instead, say so: JAX_PLATFORMS=cuda pytest -n 0.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
