@@ -21,11 +21,11 @@ is left out where it is not installed (`pip install torch`).
     python examples/benchmarks/cluster.py --rates 100mbit 1gbit
     python examples/benchmarks/cluster.py --kill  # and what becomes of the others
     python examples/benchmarks/cluster.py --hybrid --rates 100mbit 1gbit
-    python examples/benchmarks/cluster.py --outer --rates 100mbit --steps 93
+    python examples/benchmarks/cluster.py --outer --rates 100mbit
 
 With `--outer` workers meet at every thirtieth step, beside those that do at every one
-and those that never do; seconds of a step are then means over whole rounds, HLO bytes
-those of a meeting, and the file is cluster_outer.json.
+and those that never do; seconds of a step are then means over whole rounds but the first,
+HLO bytes those of a meeting, and the file is cluster_outer.json.
 
 With `--hybrid` a host has four virtual devices and parameters are sharded over them:
 two hosts are a mesh of `dcn` 2 x `fsdp` 4, compressed over `dcn` alone. HLO bytes are
@@ -234,7 +234,7 @@ def parse_args(arguments=None):
     add("--rates", nargs="*", metavar="RATE", help=f"of {known}; default: all")
     add("--workers", type=int, default=2, help=f"2 to {MAX_WORKERS}, default: 2")
     add("--methods", nargs="+", metavar="METHOD", help=f"of {scripts}")
-    add("--steps", type=int, default=20, help="of a method in a round, default: 20")
+    add("--steps", type=int, help="of a method in a round, default: 20 (outer: 153)")
     add("--rounds", type=int, default=3, help="of all methods, default: 3")
     add("--batch", type=int, default=8, help="images of a worker, default: 8")
     add("--port", type=int, default=0, help="on localhost, default: one that is free")
@@ -269,7 +269,10 @@ def parse_args(arguments=None):
         )
     if not 0 <= args.port <= 65535:
         parser.error(f"argument --port: must be 0 to 65535, got {args.port}")
-    for name, least in {"steps": WARM_UP + 1, "rounds": 1, "batch": 1}.items():
+    first = cluster_outer.FIRST if args.outer else WARM_UP  # steps that do not count
+    if args.steps is None:
+        args.steps = first + 4 * cluster_outer.EVERY if args.outer else 20
+    for name, least in {"steps": first + 1, "rounds": 1, "batch": 1}.items():
         value = getattr(args, name)
         if value < least:
             parser.error(f"argument --{name}: must be at least {least}, got {value}")

@@ -4,11 +4,12 @@ import sys
 
 import cluster_jax
 import optax
-from cluster_task import LEARNING_RATE, MOMENTUM, task_of
+from cluster_task import LEARNING_RATE, MOMENTUM, WARM_UP, task_of
 
 import efopt
 
 EVERY = 30
+FIRST = EVERY + WARM_UP  # steps that do not count, a meeting among them
 NEVER = 10**9  # steps of a round: that there is none
 SIGN = efopt.scaled_sign(1024)
 
@@ -36,7 +37,7 @@ def main():
     mesh, results = cluster_jax.joined(task), {}
     for name in task.methods:
         training = cluster_jax.Training(METHODS[name](), mesh)
-        timed = task.time(training.step)
+        timed = task.time(training.step, FIRST)
         wire = training.wire(next(task.batches()))
         sent = sum(c.link_bytes for c in wire.collectives)  # of a meeting, if any
         # In the mean: a median would not see the few steps that meet.

@@ -50,20 +50,23 @@ class Task:
             picks = draws.integers(len(labels), size=(self.workers, self.batch))
             yield images[picks[self.rank]], labels[picks[self.rank]]
 
-    def time(self, step):
-        """Runs `step`, which takes a batch and returns the loss, on every batch."""
+    def time(self, step, warm_up=WARM_UP):
+        """Runs `step`, which takes a batch and returns the loss, on every batch.
+
+        The first `warm_up` steps do not count.
+        """
         seconds, losses, sent = [], [], 0
         for i, batch in enumerate(self.batches()):
-            if i == WARM_UP:
+            if i == warm_up:
                 Path(self.report).with_suffix(".ready").touch()
                 sent = self._sent()
             start = time.perf_counter()
             losses.append(step(batch))
             seconds.append(time.perf_counter() - start)
-        sent = (self._sent() - sent) / (self.steps - WARM_UP)
+        sent = (self._sent() - sent) / (self.steps - warm_up)
         return {
-            "step_seconds": statistics.median(seconds[WARM_UP:]),
-            "mean_seconds": statistics.mean(seconds[WARM_UP:]),
+            "step_seconds": statistics.median(seconds[warm_up:]),
+            "mean_seconds": statistics.mean(seconds[warm_up:]),
             "losses": losses,
             # The loopback interface carries the bytes of all workers, and others'.
             "interface_bytes": None if self.interface == "lo" else sent,
