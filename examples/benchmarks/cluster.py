@@ -24,7 +24,7 @@ is left out where it is not installed (`pip install torch`).
     python examples/benchmarks/cluster.py --outer --rates 100mbit
 
 With `--outer` workers meet at every thirtieth step, beside those that do at every one
-and those that never do; seconds of a step are then means over whole rounds but the first,
+and those that never do; seconds of a step are then means over all rounds but the first,
 HLO bytes those of a meeting, and the file is cluster_outer.json.
 
 With `--hybrid` a host has four virtual devices and parameters are sharded over them:
