@@ -447,7 +447,8 @@ def draw(rows, path):
             x, y = row["bytes"], means[name]
             low, high = y - min(row["losses"]), max(row["losses"]) - y
             mark = panel.errorbar(x, y, [[low], [high]], fmt="o", zorder=2)
-            left = x > 1e5 or (i % 2 and x > 1e4)
+            room = len(name) < 22  # between the axis and the first marks
+            left = x > 1e5 or (i % 2 if x > 1e4 else room)
             panel.annotate(
                 name,
                 (x, y),
