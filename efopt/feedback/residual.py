@@ -83,13 +83,16 @@ def open_residual(
 def placed(state: Any, mesh: Any, spec_of: Any) -> Any:
     """A state with a ``residual``, laid out for a mesh.
 
-    Where it is stored, its payloads are those of shards, made anew.
+    Where it is stored, its payloads are those of shards, made anew; else it lies as
+    anything of a worker's own does.
     """
     link = state.link.placed(mesh, spec_of)
     if state.link.home == () or state.link.home.specs is not None:
         return state._replace(link=link)
     home, residual = link.home, state.residual
-    if home.inner and residual.store is not None:
+    if residual.store is None:
+        residual = residual.placed(mesh, spec_of)
+    elif home.inner:
         require_fresh(home.link.api, residual)
         store, axes = residual.store, home.link.axes
         made = home.treedef.flatten_up_to(store.init(home.pieces()))
