@@ -19,9 +19,9 @@ COMPRESSORS = {
     "contract": "test_contract.py::test_update_keeps_structure_shapes_and_dtypes",
     "oracle": "test_contract.py::test_every_(?:step_is_that_of_the_oracle|coordinate)",
     "loses nothing": "test_contract.py::test_error_feedback_loses_nothing",
-    "global": r"test_entrances.py::test_parameters\w*\[global-",
-    "nested": r"test_entrances.py::test_parameters\w*\[nested-",
-    "manual": r"test_entrances.py::test_parameters\w*\[manual-",
+    "global": r"test_entrances.py::test_parameters\w*\[\S+-global\]",
+    "nested": r"test_entrances.py::test_parameters\w*\[\S+-nested\]",
+    "manual": r"test_entrances.py::test_parameters\w*\[\S+-manual\]",
 }
 SCHEMES = {
     "one worker": "test_a_step_changes_the_parameters_and_stays_finite",
