@@ -95,7 +95,12 @@ def sparse_noise(method, key):
 
 
 def wilson(n, rng):
-    """Points to train on and to test with: half of 2 n, in 12 n dimensions."""
+    """Points to train on and to test with: half of 2 n, in 12 n dimensions.
+
+    After Wilson et al, 2017. Column 0 is the label, 1 and 2 are constant, and every
+    point has a block of its own: one 1 for a positive label, five for a negative one.
+    Training on n of the points never touches the private columns of the others.
+    """
     y = rng.choice([-1.0, 1.0], 2 * n)
     a = np.zeros((2 * n, 12 * n))
     a[:, 0], a[:, 1:3] = y, 1

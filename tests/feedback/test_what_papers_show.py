@@ -4,8 +4,10 @@ Small sizes, seeds fixed. `notebooks/why_error_feedback.ipynb` draws the same pi
 """
 
 import functools
+import importlib
 import itertools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ import pytest
 from workers_under_test import FAST, slow
 
 import efopt
+
+PAPERS = Path(__file__).resolve().parents[2] / "examples" / "paper"
 
 
 def scaled_sign(rate):
@@ -129,23 +133,6 @@ def test_example_3_nor_if_the_function_is_smooth(name):
 # ------------------------------------------- over-parameterised least squares
 
 
-def wilson(n, rng):
-    """Train and test data of 2 n points in 12 n dimensions, after Wilson et al, 2017.
-
-    Column 0 is the label, 1 and 2 are constant, and every point has a block of its own:
-    one 1 for a positive label, five for a negative one. Training on n of the points
-    never touches the private columns of the others.
-    """
-    y = rng.choice([-1.0, 1.0], 2 * n)
-    a = np.zeros((2 * n, 12 * n))
-    a[:, 0], a[:, 1:3] = y, 1
-    for r in range(2 * n):
-        a[r, 3 + 5 * r : 3 + 5 * r + (1 if y[r] > 0 else 5)] = 1
-    order = rng.permutation(2 * n)
-    a, y = a[order].astype(np.float32), y[order].astype(np.float32)
-    return a[:n], y[:n], a[n:], y[n:]
-
-
 def by_hand(feedback, sign):
     """(EF-)signSGD with a sign of one's own."""
 
@@ -182,10 +169,12 @@ LEAST_SQUARES = {
 
 
 @pytest.mark.slow
-def test_least_squares_only_what_stays_in_the_span_generalises():
+def test_least_squares_only_what_stays_in_the_span_generalises(monkeypatch):
+    monkeypatch.syspath_prepend(PAPERS)
+    points = importlib.import_module("small_problems").wilson
     test_loss, distance = {}, {}
     for draw in range(6):
-        a, y, b, z = wilson(100, np.random.default_rng(draw))
+        a, y, b, z = points(100, np.random.default_rng(draw))
         q, _ = np.linalg.qr(a.astype(np.float64).T)
         for name, tx in LEAST_SQUARES.items():
             x = _train(tx, a, y)
