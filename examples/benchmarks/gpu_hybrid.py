@@ -98,11 +98,13 @@ def launch(script, methods, args):
     settings = {k: v for k, v in vars(args).items() if k != "output"}
     settings |= {"methods": methods, "port": free_port()}
     processes = []
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = seen.split(",") if seen else [str(i) for i in range(args.gpus)]
     for i in range(args.gpus):
         env = os.environ | (CPU if args.cpu else HALVES)
         if not args.cpu:
-            half = 0 if args.one_host else i // (args.gpus // 2)
-            env |= {"CUDA_VISIBLE_DEVICES": str(i), "NCCL_HOSTID": f"half{half}"}
+            half = 0 if args.one_host else 2 * i // args.gpus
+            env |= {"CUDA_VISIBLE_DEVICES": gpus[i], "NCCL_HOSTID": f"half{half}"}
         command = [sys.executable, str(script), "--process", str(i)]
         command.append(json.dumps(settings))
         pipe = subprocess.PIPE if i == 0 else subprocess.DEVNULL
@@ -114,13 +116,19 @@ def launch(script, methods, args):
         for p in processes:
             p.kill()
 
-    late = threading.Timer(args.limit * len(methods), stop)
-    late.start()
+    def watched():
+        late = threading.Timer(args.limit, stop)
+        late.start()
+        return late
+
+    late = watched()
     try:
         for line in processes[0].stdout:
             if line.startswith("{"):
+                late.cancel()
                 found = json.loads(line)
                 yield found.pop("method"), found
+                late = watched()
     finally:
         late.cancel()
         stop()
@@ -199,7 +207,8 @@ class Process:
         jax.distributed.initialize(address, n, index, **local)
         devices = sorted(jax.devices(), key=lambda d: d.process_index)
         auto = (jax.sharding.AxisType.Auto,) * 2
-        self.mesh = jax.make_mesh((2, n // 2), ("dcn", "fsdp"), auto, devices=devices)
+        shape = (2, n // 2) if n > 1 else (1, 1)
+        self.mesh = jax.make_mesh(shape, ("dcn", "fsdp"), auto, devices=devices)
 
     def placed(self, *names):
         import jax
@@ -252,8 +261,8 @@ class Process:
         sent = 2 * (n - 1) / n * 4 * size
         return 8 * sent / (large - small), small / (2 * (n - 1))
 
-    def training(self, tx, axis, sharded_parameters, *, seed=0, stands_still=False):
-        """A jitted step, its first state, and the parameters' shapes and specs."""
+    def training(self, tx, axis, sharded_parameters, *, stands_still=False):
+        """A jitted step, the first state by a key, and parameters' shapes and specs."""
         import jax
         import jax.numpy as jnp
         import optax
@@ -277,7 +286,7 @@ class Process:
         state = {"params": shapes, "opt": jax.eval_shape(tx.init, shapes)}
         state = efopt.distribute(state, mesh, specs)
         places = jax.tree.map(lambda x: x.sharding, state)
-        state = jax.jit(begin, out_shardings=places)(jax.random.key(seed))
+        begin = jax.jit(begin, out_shardings=places)
 
         def step(state, tokens):
             grad = efopt.value_and_grad(self.loss_fn(model), axis_name=axis)
@@ -290,7 +299,7 @@ class Process:
             return {"params": params, "opt": opt}, loss
 
         step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-        return step, state, shapes, specs
+        return step, begin, shapes, specs
 
     def model(self, sharded_parameters=True):
         return transformer(self.settings, self.mesh if sharded_parameters else None)
@@ -326,9 +335,10 @@ class Process:
         )
         tokens = random_tokens(jax.random.key(1))
         tx, compressor, exchange = transformation(method)
-        step, state, shapes, specs = self.training(
+        step, begin, shapes, specs = self.training(
             tx, axis, not replicated, stands_still=compressor is None
         )
+        state = begin(jax.random.key(0))
         start = time.perf_counter()
         step = step.lower(state, tokens).compile()
         compile_seconds = time.perf_counter() - start
