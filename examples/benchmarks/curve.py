@@ -171,7 +171,7 @@ def search(loss_at):
     for factor in (1.0, 2.0, 0.5):
         take(factor)
     for _ in range(2):
-        best = min(tried, key=tried.get)
+        best = min(tried, key=lambda factor: tried[factor])
         if best == max(tried):
             take(2 * best)
         elif best == min(tried):
@@ -466,7 +466,7 @@ def draw(found, path):
 def print_rates(tried):
     for name, each in tried.items():
         losses = {float(f): loss for f, loss in each.items()}
-        best = min(losses, key=losses.get)
+        best = min(losses, key=lambda factor: losses[factor])
         told = ", ".join(f"x {f:g}: {losses[f]:.4f}" for f in sorted(losses))
         print(f"{name:16} {told}; best: x {best:g}")
 
@@ -588,7 +588,7 @@ def main():
     rates = {}
     for path in args.rates:
         tried = json.loads(path.read_text())["tried"]
-        rates |= {n: float(min(t, key=t.get)) for n, t in tried.items()}
+        rates |= {n: float(min(t, key=lambda f: t[f])) for n, t in tried.items()}
     found = Found(args, "curve.json", "runs")
     for seed in args.seeds:
         rows = found.all["runs"].setdefault(str(seed), {})
