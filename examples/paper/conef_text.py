@@ -18,8 +18,9 @@ goes on where an earlier call has ended: give `--budget` what a call may take.
     python examples/paper/conef_text.py --preset large --seeds 2 --budget 560 --resume
 
 The loss is that of text that is not trained on, in nats a character. The text is
-`--data FILE`, the Shakespeare of `../shared/data/tinyshakespeare` where that is there,
-or else what Python's own `help()` says about the language.
+`--data FILE`, or the Python programs in that folder, the Shakespeare of
+`../shared/data/tinyshakespeare` where that is there, or else what Python's own `help()`
+says about the language.
 """
 
 import argparse
@@ -206,7 +207,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="small", help="default: small")
-    add("--data", type=Path, help="a text, .gz or plain; default: see above")
+    add("--data", type=Path, help="a text, .gz or plain, or a folder of programs")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     add("--steps", type=int, default=4000, help="default: 4000")
     add("--every", type=int, default=200, help="steps between tests, default: 200")

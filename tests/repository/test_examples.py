@@ -360,7 +360,8 @@ def test_outer_text_tells_what_meetings_send_and_writes_what_it_found(tmp_path):
     options += " --workers 2 --batch 2 --methods dense average sparse streaming"
     done = run(script, "--data", text, *options.split(), folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "outer_text.json").read_text())["results"]
+    (setting,) = json.loads((tmp_path / "outer_text.json").read_text())["settings"]
+    found = setting["results"]
     assert list(found) == ["dense", "average", "sparse", "streaming"]
     assert all(np.isfinite(r["losses"][-1][1]).all() for r in found.values())
     assert found["average"]["bytes"] == found["dense"]["bytes"] / 4
