@@ -288,7 +288,7 @@ def run(name, seeds, args, data, deadline, note):
     cuts = {args.epochs * steps // 2: 0.1, args.epochs * steps * 3 // 4: 0.1}
     tx = make(optax.piecewise_constant_schedule(rate, cuts), axis)
     classes = int(max(y.max(), test_y.max())) + 1
-    model = NETWORKS[args.network](classes, args.width, len(seeds) > 1)
+    model = NETWORKS[args.network](classes, args.width, args.together)
 
     def start(seed):
         key = jax.random.fold_in(jax.random.key(0), seed)

@@ -411,6 +411,7 @@ def main():
             loss, lr, shape = np.mean(result["losses"][-1][1]), *kinds[i]
             print(f"  {name}, batch {batch}, {lr:g} {shape}: {loss:.4f}", flush=True)
         path.write_text(json.dumps({**head, "settings": settings}, indent=1))
+    settings = [s for s in settings if s["results"]]
     for some in settings:
         print_table(some)
     print(
