@@ -49,7 +49,7 @@ import sys
 import sysconfig
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from importlib import util
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -311,17 +311,23 @@ class Trained(Process):
         self.text, self.over = Text(settings), self.placed(("dcn", "fsdp"))
         self.ready = {}
         if settings["ahead"]:  # side by side, before any clock runs
-            names = settings["methods"]
-            with ThreadPoolExecutor(len(names)) as pool:
+            names, first = settings["methods"], None
+            with futures.ThreadPoolExecutor(len(names) + 1) as pool:
                 for name in names:
                     try:
-                        self.ready[name] = self.programs(name, pool)
+                        self.ready[name] = self.programs(name, pool, first)
                     except Exception:  # the others may work
                         print(f"{name} failed:", file=sys.stderr)
                         traceback.print_exc()
+                        continue
+                    first = first or self.ready[name][1]
 
-    def programs(self, method, pool):
-        """The first state by a key, and the step: futures, and how many parameters."""
+    def programs(self, method, pool, before=None):
+        """The first state by a key, and the step: futures, and how many parameters.
+
+        A compiler tries kernels for what it has not yet seen, most of which is in any
+        step: so one of them comes before the others.
+        """
         import jax
         import jax.numpy as jnp
 
@@ -337,7 +343,13 @@ class Trained(Process):
         )
         lowered = step.lower(state, tokens)
         size = sum(x.size for x in jax.tree.leaves(shapes))
-        return pool.submit(begin.compile), pool.submit(lowered.compile), size
+
+        def compiled():
+            if before is not None:
+                futures.wait([before])
+            return lowered.compile()
+
+        return pool.submit(begin.compile), pool.submit(compiled), size
 
     def train(self, method):
         """Trains by a method, and tells its curve, or its losses by rates."""
@@ -349,7 +361,7 @@ class Trained(Process):
         settings, text = self.settings, self.text
         start = time.perf_counter()
         if method not in self.ready:
-            with ThreadPoolExecutor(1) as pool:
+            with futures.ThreadPoolExecutor(1) as pool:
                 self.ready[method] = self.programs(method, pool)
         begin, step, size = self.ready.pop(method)
         begin, step = begin.result(), step.result()
