@@ -27,13 +27,13 @@ multiples: how many times sooner than `dense f32`, and than the best of PyTorch.
 Rates are found beforehand by `--search STEPS`: every method, at seed 0, with rates a
 factor of two apart around `--lr` and `--matrix-lr`, further outward while the last is
 the best. That asks for steps and not for seconds, so `--one-host` may have it over the
-fast link. Both dense ones and PyTorch's share what `dense f32` found, both PowerSGDs
-what `power_sgd` did.
+fast link. What feeds AdamW shares what `dense f32` found: dense ones, 8 bits, PowerSGD,
+ConEF, local steps and PyTorch's.
 
 Found results are kept in rates.json and curve.json, and the same command goes on where
 it ended: give `--budget` what a call may take. `--join` adds what other calls found.
 
-    python examples/benchmarks/curve.py --search 210 --one-host
+    python examples/benchmarks/curve.py --search 180 --one-host
     python examples/benchmarks/curve.py --rates rates.json --budget 560
     python examples/benchmarks/curve.py --gpus 1 --search 30  # a small trial
     python examples/benchmarks/curve.py --cpu --layers 1 --width 64 --heads 2 \
@@ -48,6 +48,8 @@ import statistics
 import sys
 import sysconfig
 import time
+import traceback
+from concurrent import futures
 from importlib import util
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,12 +74,7 @@ METHODS = (
     "streaming",
 )
 TORCH = ("torch f32", "torch bf16", "torch power_sgd")
-SHARED = {  # the rate of one is that of the other
-    "dense bf16": "dense f32",
-    "torch f32": "dense f32",
-    "torch bf16": "dense f32",
-    "torch power_sgd": "power_sgd",
-}
+OWN = ("dense f32", "sign two_phase", "dion", "ef21 + muon")  # have rates of their own
 
 
 # ------------------------------------------------------------------------ the text
@@ -171,7 +168,7 @@ def search(loss_at):
     for factor in (1.0, 2.0, 0.5):
         take(factor)
     for _ in range(2):
-        best = min(tried, key=tried.get)
+        best = min(tried, key=lambda factor: tried[factor])
         if best == max(tried):
             take(2 * best)
         elif best == min(tried):
@@ -311,6 +308,48 @@ class Trained(Process):
 
         super().__init__(index, settings)
         self.measure = jax.jit(self.loss_fn(self.model()))
+        self.text, self.over = Text(settings), self.placed(("dcn", "fsdp"))
+        self.ready = {}
+        if settings["ahead"]:  # side by side, before any clock runs
+            names, first = settings["methods"], None
+            with futures.ThreadPoolExecutor(len(names) + 1) as pool:
+                for name in names:
+                    try:
+                        self.ready[name] = self.programs(name, pool, first)
+                    except Exception:  # the others may work
+                        print(f"{name} failed:", file=sys.stderr)
+                        traceback.print_exc()
+                        continue
+                    first = first or self.ready[name][1]
+
+    def programs(self, method, pool, before=None):
+        """The first state by a key, and the step: futures, and how many parameters.
+
+        A compiler tries kernels for what it has not yet seen, most of which is in any
+        step: so one of them comes before the others.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        step, begin, shapes, _ = self.training(
+            transformation(method, self.settings), "dcn", True
+        )
+        begin = begin.lower(jax.random.key(0))
+        rows = (self.text.rows, self.text.length + 1)
+        tokens = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=self.over)
+        state = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            *(begin.out_info, self.places),
+        )
+        lowered = step.lower(state, tokens)
+        size = sum(x.size for x in jax.tree.leaves(shapes))
+
+        def compiled():
+            if before is not None:
+                futures.wait([before])
+            return lowered.compile()
+
+        return pool.submit(begin.compile), pool.submit(compiled), size
 
     def train(self, method):
         """Trains by a method, and tells its curve, or its losses by rates."""
@@ -319,23 +358,27 @@ class Trained(Process):
 
         import efopt
 
-        settings = self.settings
-        text, over = Text(settings), self.placed(("dcn", "fsdp"))
-        tx = transformation(method, settings)
-        step, begin, shapes, _ = self.training(tx, "dcn", True)
+        settings, text = self.settings, self.text
+        start = time.perf_counter()
+        if method not in self.ready:
+            with futures.ThreadPoolExecutor(1) as pool:
+                self.ready[method] = self.programs(method, pool)
+        begin, step, size = self.ready.pop(method)
+        begin, step = begin.result(), step.result()
+        compile_seconds = time.perf_counter() - start
 
         def first(factor):
             return at_rate(begin(jax.random.key(settings["seed"])), factor)
 
         def placed(rows):
-            return jax.make_array_from_callback(rows.shape, over, lambda i: rows[i])
+            return jax.make_array_from_callback(
+                rows.shape, self.over, lambda i: rows[i]
+            )
 
         unseen = [placed(rows) for rows in text.unseen(settings["tests"])]
-        factor = settings["rates"].get(SHARED.get(method, method), 1.0)
+        own = method if method in OWN else "dense f32"
+        factor = settings["rates"].get(own, 1.0)
         cell = [first(factor)]
-        start = time.perf_counter()
-        step = step.lower(cell[0], placed(text.batch(0))).compile()
-        compile_seconds = time.perf_counter() - start
         sent = efopt.wire.measure(step, mesh=self.mesh).bytes_over("dcn").link
 
         def once(t):
@@ -367,7 +410,7 @@ class Trained(Process):
         return found | {
             "compile_seconds": compile_seconds,
             "memory": needs.argument_size_in_bytes + needs.temp_size_in_bytes,
-            "parameters": sum(x.size for x in jax.tree.leaves(shapes)),
+            "parameters": size,
             "device": jax.local_devices()[0].device_kind,
             "version": f"jax {jax.__version__}",
         }
@@ -466,7 +509,7 @@ def draw(found, path):
 def print_rates(tried):
     for name, each in tried.items():
         losses = {float(f): loss for f, loss in each.items()}
-        best = min(losses, key=losses.get)
+        best = min(losses, key=lambda factor: losses[factor])
         told = ", ".join(f"x {f:g}: {losses[f]:.4f}" for f in sorted(losses))
         print(f"{name:16} {told}; best: x {best:g}")
 
@@ -487,6 +530,7 @@ def parse_args():
     add("--gpus", type=int, default=2, help="1 or an even number, default: 2")
     add("--one-host", action="store_true", help="over the fast link instead")
     add("--cpu", action="store_true", help="processes of one CPU device each")
+    add("--ahead", action="store_true", help="compile all before any trains")
     add("--layers", type=int, default=8)
     add("--width", type=int, default=1024)
     add("--heads", type=int, default=8)
@@ -522,7 +566,7 @@ class Found:
         self.args, self.path = args, args.output / name
         command = shlex.join(["python", SCRIPT, *sys.argv[1:]])
         about = {k: v for k, v in vars(args).items() if isinstance(v, int | float)}
-        for key in ("budget", "limit"):
+        for key in ("budget", "limit", "ahead"):
             about.pop(key)
         head = {"command": command, "machine": None, "settings": about}
         self.all, self.rows = {**head, rows: {}}, rows
@@ -547,7 +591,7 @@ class Found:
         for name in ("seeds", "join", "output"):
             delattr(ours, name)
         for script, known in ((__file__, METHODS), (TRAIN_TORCH, TORCH)):
-            left = [n for n in known if n in names and n not in into]
+            left = [n for n in names if n in known and n not in into]
             if not left or time.monotonic() - BEGAN > self.args.budget:
                 continue
             ours.target = target_of(into)
@@ -572,7 +616,7 @@ def target_of(rows):
 
 def find_rates(args):
     found = Found(args, "rates.json", "tried")
-    into, names = found.all["tried"], [n for n in args.methods if n not in SHARED]
+    into, names = found.all["tried"], [n for n in args.methods if n in OWN]
     for name, row in found.train(names, into, rates={}, seed=0):
         into[name] = row.pop("tried")
         found.write()
@@ -588,7 +632,7 @@ def main():
     rates = {}
     for path in args.rates:
         tried = json.loads(path.read_text())["tried"]
-        rates |= {n: float(min(t, key=t.get)) for n, t in tried.items()}
+        rates |= {n: float(min(t, key=lambda f: t[f])) for n, t in tried.items()}
     found = Found(args, "curve.json", "runs")
     for seed in args.seeds:
         rows = found.all["runs"].setdefault(str(seed), {})

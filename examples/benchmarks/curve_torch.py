@@ -11,7 +11,7 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from curve import SHARED, Text, curve
+from curve import Text, curve
 from gpu_hybrid import serve
 from gpu_hybrid_torch import Decoder
 from torch import nn
@@ -57,7 +57,7 @@ class Trained:
         as_in_flax(decoder)
         model = nn.parallel.DistributedDataParallel(decoder)
         self.hook(model, method)
-        factor = settings["rates"].get(SHARED[method], 1.0)
+        factor = settings["rates"].get("dense f32", 1.0)
         optimizer = torch.optim.AdamW(
             model.parameters(),
             factor * settings["lr"],

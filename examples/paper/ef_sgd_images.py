@@ -288,7 +288,7 @@ def run(name, seeds, args, data, deadline, note):
     cuts = {args.epochs * steps // 2: 0.1, args.epochs * steps * 3 // 4: 0.1}
     tx = make(optax.piecewise_constant_schedule(rate, cuts), axis)
     classes = int(max(y.max(), test_y.max())) + 1
-    model = NETWORKS[args.network](classes, args.width, len(seeds) > 1)
+    model = NETWORKS[args.network](classes, args.width, args.together)
 
     def start(seed):
         key = jax.random.fold_in(jax.random.key(0), seed)
@@ -358,8 +358,8 @@ def load(args):
     return data
 
 
-def table(folder):
-    """One file and a table of all results that lie in a folder."""
+def table(folder, picture):
+    """One file, a table and a picture of all results that lie in a folder."""
     found, runs = [], {}
     for path in sorted(folder.glob("*-*.json")):
         result = json.loads(path.read_text())
@@ -389,6 +389,35 @@ def table(folder):
         epochs = str(epochs) if done == epochs else f"{done}/{epochs}"
         print(f"{network:9} {batch:5} {epochs:>7}  {method:12} {len(group):5}", end=" ")
         print(f"{cells} {best:9.2%} {loss:9.5f} {seconds:8.2f}")
+    if picture:
+        draw(runs, picture)
+
+
+def draw(runs, path):
+    """Wrong test images by epoch: of each seed pale, of their mean strong."""
+    import matplotlib.pyplot as plt
+
+    plt.style.use(Path(__file__).parents[1] / "pictures.mplstyle")
+    tables = list(dict.fromkeys(key[:3] for key in runs))
+    figure, panels = plt.subplots(
+        1, len(tables), figsize=(4.6 * len(tables), 3.4), squeeze=False
+    )
+    for table, panel in zip(tables, panels[0], strict=True):
+        for i, method in enumerate(METHODS):
+            group = runs.get((*table, method), ())
+            wrong = [100 - 100 * np.array(r["test"]) for r in group]
+            for line in wrong:
+                panel.plot(range(1, len(line) + 1), line, f"C{i}", alpha=0.25, lw=0.7)
+            if wrong:
+                mean = np.mean([w[: min(map(len, wrong))] for w in wrong], axis=0)
+                panel.plot(range(1, len(mean) + 1), mean, f"C{i}", label=method)
+        panel.set(title=f"batch {table[1]}", yscale="log")
+        panel.set(xlabel="epoch", ylabel="wrong test images, %")
+        panel.set_yticks([5, 7, 10, 15, 20, 30, 50, 90], [5, 7, 10, 15, 20, 30, 50, 90])
+        panel.minorticks_off()
+    panels[0, 0].legend()
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def parse_args():
@@ -413,6 +442,7 @@ def parse_args():
     add("--state", type=Path, default=Path("."), help="folder to go on from")
     add("--output", type=Path, default=Path("."), help="folder, default: this one")
     add("--table", type=Path, help="folder of results to show; nothing is trained")
+    add("--picture", type=Path, help="file of their picture; default: none")
     args = parser.parse_args()
     if args.batch % args.workers:
         parser.error("argument --batch: must be a multiple of --workers")
@@ -427,7 +457,7 @@ def parse_args():
 def main():
     args, began = parse_args(), time.monotonic()
     if args.table:
-        return table(args.table)
+        return table(args.table, args.picture)
     data = [jax.device_put(a) for a in load(args)]
     kind = jax.devices()[0].device_kind
     options = "network", "batch", "workers", "epochs", "width"

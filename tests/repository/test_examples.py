@@ -250,7 +250,7 @@ def test_ef_sgd_images_goes_on_to_the_same_numbers(
     for key in ("loss", "test"):
         assert found["again"][key] == found["whole"][key], key
     assert np.shape(found["whole"]["loss"]) == (4, len(args.seeds))
-    images.table(tmp_path)
+    images.table(tmp_path, None)
     rows = json.loads((tmp_path / "ef_sgd_images.json").read_text())
     assert [row["seed"] for row in rows] == args.seeds
     assert [row["loss"] for row in rows] == np.transpose(
