@@ -110,7 +110,7 @@ def meet_later(trip: Trip, before: Kept) -> Back:
         late = trip.axes is not None and trip.ways[i].pays_average
         x = x - mean if late else x
         message = buckets[i].codec.write(x, blocks[i], turns[i])
-        rests.append(x if late else message.rest(x))
+        rests.append(x if late else message.rest(trip.again[i]))
         means.append(plain(mean, blocks[i], turns[i]))
         written.append(message.payload)
     _require_same(trip.api, payloads, tuple(written))

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+# Coordinates from which a wall is worth the time to compile it.
+LARGE = 1 << 16
+
 
 def once(tree: Any, by: jax.Array | None = None) -> Any:
     """The arrays of ``tree``, each computed once and kept in one piece.
@@ -46,6 +49,30 @@ def once_with(
         for i, x, n in zip(members, whole, told, strict=True):
             out[i], unknown[i] = x, n
     return out, unknown
+
+
+def anew(*trees: Any) -> tuple[Any, ...]:
+    """The arrays of trees, which a GPU's compiler does not know to be the same.
+
+    What is computed of them is computed in the pass that reads it, and not written by
+    one pass for another to read: two arrays are added faster than their sum is written.
+
+    Args:
+      trees: Trees of arrays of numbers. Small ones come back as they are.
+    """
+    arrays, treedef = jax.tree.flatten(trees)
+    large = [i for i, x in enumerate(arrays) if x.size >= LARGE]
+
+    def unknown(xs):
+        return [lax.optimization_barrier(x) for x in xs]
+
+    if large:
+        xs = lax.platform_dependent(
+            [arrays[i] for i in large], cuda=unknown, rocm=unknown, default=list
+        )
+        for i, x in zip(large, xs, strict=True):
+            arrays[i] = x
+    return treedef.unflatten(arrays)
 
 
 def cut_once(
