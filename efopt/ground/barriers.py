@@ -125,6 +125,25 @@ def zeros_after(done: jax.Array, like: jax.Array) -> jax.Array:
     )
 
 
+def known_after(done: Any, xs: Sequence[jax.Array]) -> list[jax.Array]:
+    """The same floating-point arrays, used no sooner than ``done`` has been computed.
+
+    Args:
+      done: A tree of arrays of numbers.
+      xs: Arrays that need not wait for them by themselves.
+    """
+    last = [a for a in jax.tree.leaves(done) if a.size]
+    if not last:
+        return list(xs)
+    words = [lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") for x in xs]
+    none = {w.dtype: jnp.zeros((), w.dtype) for w in words}
+    none = {dtype: zeros_after(last[-1], zero) for dtype, zero in none.items()}
+    return [
+        lax.bitcast_convert_type(w | none[w.dtype], x.dtype)
+        for w, x in zip(words, xs, strict=True)
+    ]
+
+
 def _walled(arrays: Any, numbers: Any, by: jax.Array | None) -> Any:
     def told(numbers):
         return [[jnp.int32(i) for i in some] for some in numbers]
