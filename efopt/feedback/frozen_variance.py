@@ -279,13 +279,13 @@ def warmed_up(
 ) -> optax.GradientTransformationExtraArgs:
     """:func:`scale_by_one_bit_adam`, of this name in errors."""
     checks.static_int(api, "warmup", warmup, least=1)
-    compressor, exchange = one_bit(compressor, axis_name, exchange)
+    chosen, way = one_bit(compressor, axis_name, exchange)
     return frozen_variance(
         api,
         lambda count: count < warmup,
-        compressor=compressor,
+        compressor=chosen,
         axis_name=axis_name,
-        exchange=exchange,
+        exchange=way,
         **decays,
     )
 

@@ -327,6 +327,23 @@ def test_curve_compares_seconds_to_a_common_loss(monkeypatch):
     assert [r["seconds"] for r in found["power_sgd"]] == [None]
     assert curve.sooner(found["sign two_phase"], found["dense f32"]) == [2.0]
     assert curve.sooner(found["power_sgd"], found["dense f32"]) is None
+    tried = curve.search(lambda rate: abs(rate - 3.9))
+    assert sorted(tried) == [
+        0.5,
+        1.0,
+        2.0,
+        4.0,
+        8.0,
+    ]  # outward, and one beyond the best
+    assert curve.search(lambda rate: float("nan"))[1.0] == 99.0
+    losses = iter([3.0, 2.5, 2.0, 1.5])
+    told = {"target": 2.0, "seconds": 1e9, "least": 0.0, "every": 2}
+    step = lambda t: lambda: None  # noqa: E731
+    points = curve.curve(told, step, lambda: next(losses), lambda clock: 1.0 + clock)
+    assert [(t, loss) for t, _, loss in points] == [(1, 3.0), (3, 2.5), (5, 2.0)]
+    state = {"opt": (curve.Held(np.int32(3), np.float32(0.5)), np.float32(1.0))}
+    held, other = curve.at_rate(state, 2.0)["opt"]
+    assert (held.count, held.held_rate, other) == (3, 1.0, 1.0)
     settings = {"text": 100_000, "length": 8, "seed": 1, "gpus": 2, "batch": 3}
     one, two = curve.Text(settings), curve.Text(settings)
     np.testing.assert_array_equal(one.batch(5), two.batch(5))
