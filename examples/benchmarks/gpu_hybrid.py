@@ -317,7 +317,7 @@ class Process:
         # Laid out in one program: each array by itself would be compiled for long.
         state = {"params": shapes, "opt": jax.eval_shape(tx.init, shapes)}
         state = efopt.distribute(state, mesh, specs)
-        self.places = places = jax.tree.map(lambda x: x.sharding, state)
+        places = jax.tree.map(lambda x: x.sharding, state)
         begin = jax.jit(begin, out_shardings=places)
 
         def step(state, tokens):
