@@ -7,7 +7,7 @@ averaged and is *sent* the average.
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Hashable
 from typing import Any, ClassVar
 
 import jax
@@ -47,7 +47,7 @@ class Message:
 
     def once(self) -> "Message":
         """The same message; if it is large, its payload is computed only once."""
-        if self.blocks.index.size * self.blocks.size < LARGE:
+        if self.blocks.coordinates < LARGE:
             return self
         return self.with_payload(once(self.payload))
 
@@ -157,6 +157,15 @@ class Codec:
 
         A reason in words, and the cure, for an error that names the codec before it.
         """
+        return None
+
+    def lane(self, size: int) -> Hashable:
+        """What whole leaves have in common that may stand side by side in one batch.
+
+        Of a codec that is written for :class:`efopt.codecs.lanes.Lanes`, whose blocks
+        are of unequal sizes; ``None``: leaves of one size alone share a batch.
+        """
+        del size
         return None
 
     def block_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
