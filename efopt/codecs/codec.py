@@ -159,11 +159,12 @@ class Codec:
         """
         return None
 
-    def lane(self, size: int) -> Hashable:
-        """What whole leaves have in common that may stand side by side in one batch.
+    def lane(self, size: int) -> tuple[int, Hashable] | None:
+        """In what lanes a whole leaf may stand, beside others of other sizes.
 
-        Of a codec that is written for :class:`efopt.codecs.lanes.Lanes`, whose blocks
-        are of unequal sizes; ``None``: leaves of one size alone share a batch.
+        Of a codec that is written for :class:`efopt.codecs.lanes.Lanes`, the rows into
+        which leaves are folded, and what those must have in common that share lanes.
+        ``None``: leaves of one size alone share a batch.
         """
         del size
         return None

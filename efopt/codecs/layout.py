@@ -25,9 +25,6 @@ from efopt.ground.dtypes import compute_dtype
 # Coordinates that may be joined in one bucket; a larger leaf has a bucket of its own.
 BUCKET_SIZE = 1 << 20
 
-# Coordinates up to which whole leaves of unequal sizes stand side by side in a bucket.
-LANE_SIZE = 1 << 16
-
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
@@ -42,7 +39,8 @@ class Bucket:
       dtype: The leaves' dtype.
       kind: What else they have in common.
       numbers: The number of each leaf's first block in the whole tree.
-      lanes: Whether leaves of unequal sizes, whole, stand side by side.
+      rows: Into which leaves of unequal sizes are folded, side by side; 0: blocks are
+        equal.
     """
 
     codec: Codec
@@ -53,20 +51,20 @@ class Bucket:
     dtype: np.dtype
     kind: Hashable
     numbers: tuple[int, ...]
-    lanes: bool = False
+    rows: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (1 if self.lanes else sum(self.num_blocks), *self.block)
+        return (1 if self.rows else sum(self.num_blocks), *self.block)
 
     def parted(self, x: jax.Array) -> jax.Array:
         """The bucket as an array whose last axis is cut into leaves."""
-        return x.reshape(lanes.ROWS, -1) if self.lanes else x.reshape(-1)
+        return x.reshape(self.rows or 1, -1)
 
     def lengths(self) -> tuple[int, ...]:
         """How much of that axis each leaf takes: more than belongs to it, if padded."""
-        if self.lanes:
-            return lanes.widths(self.sizes)
+        if self.rows:
+            return lanes.widths(self.sizes, self.rows)
         return tuple(n * math.prod(self.block) for n in self.num_blocks)
 
     def starts(self) -> list[int]:
@@ -87,7 +85,7 @@ class Bucket:
         for i, coordinates, n, number in zip(
             self.leaves, self.sizes, self.num_blocks, self.numbers, strict=True
         ):
-            size = coordinates if self.lanes else math.prod(self.block)
+            size = coordinates if self.rows else math.prod(self.block)
             index.append(np.arange(n, dtype=np.uint32) + np.uint32(number))
             if i in valid:
                 dynamic, before = True, np.arange(n) * size
@@ -99,7 +97,7 @@ class Bucket:
         index = np.concatenate(index)
         if not dynamic:
             count = np.concatenate(counts)
-            if not self.lanes and (count == math.prod(self.block)).all():
+            if not self.rows and (count == math.prod(self.block)).all():
                 return Blocks(jnp.asarray(index), None, None, self.block, self.dtype)
             weight, count = 1 / count, count.astype(np.int32)
         else:
@@ -107,7 +105,9 @@ class Bucket:
             weight = jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0)
         weight = jnp.asarray(weight, compute_dtype(self.dtype))
         known = (jnp.asarray(index), jnp.asarray(count), weight, self.block, self.dtype)
-        return lanes.Lanes(*known, self.sizes) if self.lanes else Blocks(*known)
+        if not self.rows:
+            return Blocks(*known)
+        return lanes.Lanes(*known, self.sizes, self.rows, dynamic)
 
     def _blocks_of_one(self) -> Blocks:
         """The blocks of one very large leaf, counted where they are used."""
@@ -164,7 +164,7 @@ class Layout:
             return arrays
         pieces = cut_once(
             [b.parted(x) for b, x in shared],
-            [b.lengths() if b.lanes else b.sizes for b, _ in shared],
+            [b.lengths() if b.rows else b.sizes for b, _ in shared],
             [b.starts() for b, _ in shared],
             axis=-1,
         )
@@ -207,8 +207,8 @@ class Layout:
 
 
 def _join(b: Bucket, arrays: Sequence[jax.Array]) -> jax.Array:
-    if b.lanes:
-        folded = [lanes.fold(b.codec.flatten(arrays[i])) for i in b.leaves]
+    if b.rows:
+        folded = [lanes.fold(b.codec.flatten(arrays[i]), b.rows) for i in b.leaves]
         return jnp.concatenate(folded, axis=1).reshape(b.shape)
     parts = []
     for i, n, size in zip(b.leaves, b.num_blocks, b.sizes, strict=True):
@@ -232,8 +232,8 @@ def lay_out(
       shapes: Its shape.
       dtypes: Its dtype.
       kinds: Leaves of different ones are never joined.
-      side_by_side: Whether small whole leaves of unequal sizes may share a bucket, if
-        their codec reads lanes; no array of their payload is then one leaf's.
+      side_by_side: Whether whole leaves of unequal sizes may share a bucket, where
+        their codec reads lanes: no array of their payload is then a leaf's.
     """
     kinds = [None] * len(shapes) if kinds is None else kinds
     groups: dict[Any, list[tuple[int, int]]] = {}
@@ -257,25 +257,26 @@ def lay_out(
 
 
 def _side_by_side(buckets: Sequence[Bucket]) -> list[Bucket]:
-    """Buckets of small whole leaves as lanes, where their sizes differ."""
+    """Buckets of whole leaves as lanes, where a codec wants it and sizes differ."""
     groups: dict[Any, list[Bucket]] = {}
     for i, b in enumerate(buckets):
-        lane = b.codec.lane(b.sizes[0]) if b.sizes[0] <= LANE_SIZE else None
+        lane = b.codec.lane(b.sizes[0])
         alike = i if lane is None else (b.codec, lane, b.dtype, b.kind)
         groups.setdefault(alike, []).append(b)
     out = []
     for same in groups.values():
+        first, leaves = same[0], []
         if len({b.block for b in same}) == 1:
             out.extend(same)
             continue
-        first, leaves = same[0], []
         for b in same:
             leaves.extend(zip(b.leaves, b.sizes, b.numbers, strict=True))
+        (rows, _) = first.codec.lane(first.sizes[0])
         for run in _runs([(leaf, leaf[1]) for leaf in leaves], 1, False):
             chosen, sizes, numbers = zip(*(leaf for leaf, _ in run), strict=True)
-            block, ones = (lanes.ROWS * sum(lanes.widths(sizes)),), (1,) * len(sizes)
+            block, ones = (rows * sum(lanes.widths(sizes, rows)),), (1,) * len(sizes)
             alike = (chosen, sizes, ones, block, first.dtype, first.kind, numbers)
-            out.append(Bucket(first.codec, *alike, lanes=True))
+            out.append(Bucket(first.codec, *alike, rows))
     return out
 
 

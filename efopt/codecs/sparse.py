@@ -64,7 +64,10 @@ class Sparse(Codec, abc.ABC):
 
     def encode(self, x, blocks, turn):
         values, found = self.select(x, blocks, turn)
-        return {"values": nested.write(self.values, values, blocks.whole(), turn), **found}
+        return {
+            "values": nested.write(self.values, values, blocks.whole(), turn),
+            **found,
+        }
 
     def decode(self, payload, blocks, turn):
         values = self.read(payload, blocks, turn)

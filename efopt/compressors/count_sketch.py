@@ -20,6 +20,7 @@ from efopt.ground.sums import block_sum
 HASHES = ("structured", "random")
 OFFSET = 0x5BD1E995  # tells what places are hashed to from their signs
 UNROLLED = 16  # lines whose sums are one expression
+LANE = 1 << 13  # coordinates of a leaf up to which one in lanes is the faster
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,9 +169,9 @@ class CountSketch(Codec):
         return zeros.at[:, self._bucket(key, blocks)[0]].add(signed)
 
     def lane(self, size):
-        if self.block_size is not None or self.hash != "structured":
+        if self.block_size or self.hash != "structured" or size > LANE:
             return None
-        return "sketch", self.lines(size).bit_length()  # lines that all walk through
+        return 8, self.lines(size).bit_length()  # all walk through the most lines
 
     def omega(self, shape):
         size = self.block_shape(shape)[1]

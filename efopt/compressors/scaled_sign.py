@@ -13,6 +13,8 @@ from efopt.codecs.compressor import Compressor, make
 from efopt.codecs.signs import fair_signs, signed
 from efopt.ground import checks
 
+LANE = 1 << 16  # coordinates of a leaf up to which one in lanes is the faster
+
 
 @dataclasses.dataclass(frozen=True)
 class ScaledSign(Codec):
@@ -38,7 +40,7 @@ class ScaledSign(Codec):
         return signed(payload["signs"], scale, blocks)
 
     def lane(self, size):
-        return None if self.block_size else "signs"
+        return None if self.block_size or size > LANE else (8, "signs")
 
     def delta(self, shape):
         return 1 / self.block_shape(shape)[1]

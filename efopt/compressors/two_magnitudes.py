@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.codecs.signs import fair_signs, signed
-from efopt.compressors.scaled_sign import mean_magnitude
+from efopt.compressors.scaled_sign import LANE, mean_magnitude
 from efopt.ground import bits, checks
 from efopt.ground.checks import keyword_only
 
@@ -49,7 +49,7 @@ class TwoMagnitudes(Codec):
         return signed(payload["signs"], jnp.where(high, large, low), blocks)
 
     def lane(self, size):
-        return None if self.block_size else "signs"
+        return None if self.block_size or size > LANE else (8, "signs")
 
     def delta(self, shape):
         return 1 / self.block_shape(shape)[1]
