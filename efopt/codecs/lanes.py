@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efopt.codecs.blocks import Blocks
-from efopt.codecs.runs import Runs, UnequalRuns, run_sums
+from efopt.codecs.runs import UnequalRuns, run_sums
 from efopt.ground.barriers import once
 
 

@@ -261,17 +261,16 @@ def _side_by_side(buckets: Sequence[Bucket]) -> list[Bucket]:
     groups: dict[Any, list[Bucket]] = {}
     for i, b in enumerate(buckets):
         lane = b.codec.lane(b.sizes[0])
-        alike = i if lane is None else (b.codec, lane, b.dtype, b.kind)
+        alike = (0, i) if lane is None else (lane[0], lane, b.codec, b.dtype, b.kind)
         groups.setdefault(alike, []).append(b)
     out = []
-    for same in groups.values():
+    for (rows, *_), same in groups.items():
         first, leaves = same[0], []
         if len({b.block for b in same}) == 1:
             out.extend(same)
             continue
         for b in same:
             leaves.extend(zip(b.leaves, b.sizes, b.numbers, strict=True))
-        (rows, _) = first.codec.lane(first.sizes[0])
         for run in _runs([(leaf, leaf[1]) for leaf in leaves], 1, False):
             chosen, sizes, numbers = zip(*(leaf for leaf, _ in run), strict=True)
             block, ones = (rows * sum(lanes.widths(sizes, rows)),), (1,) * len(sizes)
