@@ -16,13 +16,11 @@ import numpy as np
 
 from efopt.codecs.blocks import Blocks, Turn
 from efopt.ground import bits
-from efopt.ground.barriers import once
-
-# Coordinates from which a wall around a payload is worth the time to compile it.
-LARGE = 1 << 16
+from efopt.ground.barriers import LARGE, once
 
 Payload = Any
-Rounds = Generator["Message | Batch", Any, tuple["Message", jax.Array, Any]]
+Rest = jax.Array | Callable[[jax.Array], jax.Array]
+Rounds = Generator["Message | Batch", Any, tuple["Message", Rest, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,6 +104,7 @@ class Codec:
     one_message: ClassVar[bool] = True  # has a single payload: no dialogue
     one_bit: ClassVar[bool] = False  # one sign a coordinate; a tied vote is a zero
     pointwise: ClassVar[bool] = False  # a coordinate is read without its neighbours
+    apart: ClassVar[bool] = False  # what is read last is sooner computed than kept
     exact: ClassVar[bool] = False  # loses nothing: joining leaves would only copy
     chooses: ClassVar[bool] = False  # speaks of some coordinates, and can tell which
     spans: ClassVar[bool] = False  # takes the shards behind a worker for one array
@@ -262,11 +261,12 @@ class Codec:
 
         Yields messages; is sent a message of the mean over workers of each; returns
         (that of ``x``, what this worker's own do not say of ``x``, new state). May
-        yield a :class:`Batch` in between; is sent its result.
+        yield a :class:`Batch` in between; is sent its result. What is not said may be
+        a function of ``x``, which is then called with ``x`` computed anew.
         """
         message = self.write(x, blocks, turn)
         mean = yield message
-        return mean, message.rest(x), state
+        return mean, message.rest, state
 
     def write(self, x: jax.Array, blocks: Blocks, turn: Turn) -> Message:
         """The message about ``x``; a large one's payload is computed once."""

@@ -27,7 +27,8 @@ def fair_signs(x: jax.Array, blocks: Blocks, turn: Turn) -> jax.Array:
     The signs of ``-x`` are the opposite of those of ``x`` wherever ``x`` is not zero,
     and those of zeros at steps ``2 k`` and ``2 k + 1`` are the opposite of each other.
     """
-    positive, zero = bits.pack_bits(x > 0), bits.pack_bits(x == 0)
+    positive = bits.pack_tests(x, lambda lane: lane > 0)
+    zero = bits.pack_tests(x, lambda lane: lane == 0)
     return positive | (zero & _coins(blocks, turn))
 
 

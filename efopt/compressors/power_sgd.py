@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import operator
 from typing import ClassVar
 
 import jax
@@ -16,6 +17,7 @@ from efopt.codecs.compressor import Compressor, make
 from efopt.compressors.identity import Identity, plain
 from efopt.compressors.shards import Shards
 from efopt.ground import checks
+from efopt.ground.barriers import LARGE
 from efopt.ground.checks import keyword_only
 from efopt.ground.dtypes import compute_dtype
 from efopt.ground.randomness import hash_words, normal
@@ -128,12 +130,11 @@ class PowerSGD(Codec):
         ask = functools.partial(nested.ask, self.values, blocks=blocks, turn=turn)
         ask = functools.partial(ask, dtype=x.dtype)
         p = yield from self._left(product, ask)  # lines 4 and 5
-        # Rows of thin factors, and not columns: six times faster on a CPU.
-        product = matmul("bnr,bnm->brm", p * scale, x).swapaxes(1, 2)  # line 6
+        product = across(p * scale, x)  # line 6
         mean, own = yield from self._right(product, ask)  # line 7
         back = p * (1 / scale)
-        average = matmul("bnr,bmr->bnm", back, mean)  # line 11
-        rest = x - matmul("bnr,bmr->bnm", back, own)
+        average = of_factors(back, mean)  # line 11
+        rest = x - of_factors(back, own)
         return plain(average, blocks, turn), rest, mean if self.warm_start else ()
 
     def _words(self, index, columns, step):
@@ -186,6 +187,45 @@ def _normal(dtype):  # one function, so that all leaves draw in one batch
 def matmul(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """A batch of products in full precision, also where the default is lower."""
     return jnp.einsum(subscripts, a, b, precision=lax.Precision.HIGHEST)
+
+
+def across(p: jax.Array, x: jax.Array) -> jax.Array:
+    """The products ``x^T p``, ``(n, columns, rank)``."""
+
+    def whole(p, x):  # rows of thin factors, not columns: six times faster on a CPU
+        return matmul("bnr,bnm->brm", p, x).swapaxes(1, 2)
+
+    def in_parts(p, x):
+        n, height, _ = x.shape
+        cut = lambda a: a.reshape(n * parts, height // parts, -1)  # noqa: E731
+        y = matmul("bnr,bnm->brm", cut(p), cut(x))
+        return jnp.sum(y.reshape(n, parts, *y.shape[1:]), axis=1).swapaxes(1, 2)
+
+    # A GPU's compiler splits a long sum in powers of two, and pads rows that are no
+    # multiple of them, with a copy of the matrix.
+    parts = max(i for i in range(1, 65) if x.shape[1] % i == 0)
+    if parts in (1, 64) or x.size < LARGE:
+        return whole(p, x)
+    return lax.platform_dependent(p, x, cuda=in_parts, rocm=in_parts, default=whole)
+
+
+def of_factors(p: jax.Array, q: jax.Array) -> jax.Array:
+    """The matrices ``p q^T`` of thin factors.
+
+    On a GPU term by term, in the pass that reads them: a product of its own would write
+    them first, a third of all that this codec moves.
+    """
+
+    def product(p, q):
+        return matmul("bnr,bmr->bnm", p, q)
+
+    def terms(p, q):
+        parts = [p[:, :, None, j] * q[:, None, :, j] for j in range(p.shape[2])]
+        return functools.reduce(operator.add, parts)
+
+    if p.shape[2] > UNROLLED:
+        return product(p, q)
+    return lax.platform_dependent(p, q, cuda=terms, rocm=terms, default=product)
 
 
 def orthonormalise(p: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ class Sign(Codec):
     def encode(self, x, blocks, turn):  # Algorithm 1: sign(g)
         if self.zero == "fair":
             return {"signs": fair_signs(x, blocks, turn)}
-        return {"signs": bits.pack_bits(x >= 0)}
+        return {"signs": bits.pack_tests(x, lambda lane: lane >= 0)}
 
     def decode(self, payload, blocks, turn):
         del turn

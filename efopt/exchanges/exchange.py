@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from efopt.codecs.codec import LARGE, Codec, Message
+from efopt.codecs.codec import Codec, Message
 from efopt.exchanges import carrier
+from efopt.ground.barriers import LARGE
 from efopt.workers.axes import Axes, zeros_like
 
 # Payloads that are read in one pass. Of 268 M coordinates in signs an H100 averaged two

@@ -19,6 +19,7 @@ from efopt.exchanges import owners
 from efopt.exchanges.meeting import Meeting
 from efopt.exchanges.trip import Back, Kept, Trip
 from efopt.ground import checks
+from efopt.ground.barriers import known_after
 from efopt.workers import node
 from efopt.workers.axes import Axes
 from efopt.workers.node import PerWorker
@@ -110,9 +111,13 @@ def meet_later(trip: Trip, before: Kept) -> Back:
         late = trip.axes is not None and trip.ways[i].pays_average
         x = x - mean if late else x
         message = buckets[i].codec.write(x, blocks[i], turns[i])
-        rests.append(x if late else message.rest(x))
-        means.append(plain(mean, blocks[i], turns[i]))
+        rests.append(x if late else message.rest(trip.again[i]))
+        means.append(mean)
         written.append(message.payload)
+    # Else what a new parameter is made of joins what the forward pass makes of the old
+    # one, in one kernel that reads it once, and the step waits for the exchange.
+    means = known_after(written, means)
+    means = [plain(x, blocks[i], turns[i]) for i, x in enumerate(means)]
     _require_same(trip.api, payloads, tuple(written))
     marked = _wrapped(tuple(written), flight.payloads)
     flight = InFlight(marked, trip.turn.step.astype(jnp.int32))

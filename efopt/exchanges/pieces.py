@@ -104,7 +104,7 @@ def spare_axes(x: jax.Array, workers: Axes) -> tuple[str, ...]:
 
 
 def gather(cuts: Sequence[Cut], pieces: Sequence[jax.Array]) -> list[jax.Array]:
-    """Leaves from their pieces, in one collective for each kind of cut.
+    """Leaves from their pieces: small ones of one kind of cut travel together.
 
     Words travel, as in an exchange: of floats a TPU's compiler may make the sum of
     zero-padded buffers, and a CPU's may widen them.
@@ -113,7 +113,8 @@ def gather(cuts: Sequence[Cut], pieces: Sequence[jax.Array]) -> list[jax.Array]:
     groups: dict[object, list[int]] = {}
     for i, (cut, piece) in enumerate(zip(cuts, pieces, strict=True)):
         if cut.names:
-            groups.setdefault((cut.names, varying(piece)), []).append(i)
+            alone = i if piece.size > BUCKET_SIZE else None  # what is joined is copied
+            groups.setdefault((cut.names, varying(piece), alone), []).append(i)
     for members in groups.values():
         own = [pieces[i].reshape(1, -1) for i in members]
         words = Axes(cuts[members[0]].names).all_gather(carrier.pack(own, 1)[0])

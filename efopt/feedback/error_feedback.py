@@ -259,6 +259,7 @@ def feedback_through(
             state.link,
             state.count,
             like=updates,
+            again=store.again(updates, owed, turn, ratio),
             ratio=ratio,
             keep=store.keeper(updates, owed, turn, ratio),
         )

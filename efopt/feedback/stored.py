@@ -168,6 +168,12 @@ class StoredResidual:
         ]
         return treedef.unflatten(layout.part(xs, structs))
 
+    def again(
+        self, updates: Any, residual: Any, turn: Turn, ratio: Any
+    ) -> Callable[[], Any] | None:
+        """What computes :meth:`recall` anew; ``None``: it is kept."""
+        del updates, residual, turn, ratio
+
     def keeper(
         self, updates: Any, residual: Any, turn: Turn, ratio: Any
     ) -> Callable[[Any], Any]:
@@ -192,7 +198,7 @@ class StoredResidual:
             ):
                 if not self.adds(layout, b):
                     if _is_large(b):
-                        new.append(_encode_in_pieces(x, b, payload, quiet))
+                        new.append(_encode_large(x, b, payload, quiet))
                     else:
                         new.append(b.codec.encode(x, b.blocks(), quiet))
                     continue
@@ -288,6 +294,25 @@ def _joined_small(layout: Layout, arrays: Sequence[jax.Array]) -> list[jax.Array
 def _blocked(x: jax.Array, b: Bucket) -> jax.Array:
     """A flat leaf as padded blocks."""
     return jnp.pad(x, (0, math.prod(b.shape) - x.size)).reshape(b.shape)
+
+
+def _encode_large(x: jax.Array, b: Bucket, payload: Any, turn: Turn) -> Any:
+    """The payload of a flat leaf, in the place of an older one.
+
+    A GPU computes what is read coordinate by coordinate where it is read: it needs no
+    room for a whole leaf, and would wait for pieces.
+    """
+
+    def whole(x, payload):
+        del payload
+        return b.codec.encode(_blocked(x, b), b.blocks(), turn)
+
+    def in_pieces(x, payload):
+        return _encode_in_pieces(x, b, payload, turn)
+
+    if not b.codec.pointwise:
+        return in_pieces(x, payload)
+    return lax.platform_dependent(x, payload, cuda=whole, rocm=whole, default=in_pieces)
 
 
 def _encode_in_pieces(x: jax.Array, b: Bucket, payload: Any, turn: Turn) -> Any:

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+# Coordinates from which a wall is worth the time to compile it.
+LARGE = 1 << 16
+
 
 def once(tree: Any, by: jax.Array | None = None) -> Any:
     """The arrays of ``tree``, each computed once and kept in one piece.
@@ -46,6 +49,30 @@ def once_with(
         for i, x, n in zip(members, whole, told, strict=True):
             out[i], unknown[i] = x, n
     return out, unknown
+
+
+def anew(*trees: Any) -> tuple[Any, ...]:
+    """The arrays of trees, which a GPU's compiler does not know to be the same.
+
+    What is computed of them is computed in the pass that reads it, and not written by
+    one pass for another to read: two arrays are added faster than their sum is written.
+
+    Args:
+      trees: Trees of arrays of numbers. Small ones come back as they are.
+    """
+    arrays, treedef = jax.tree.flatten(trees)
+    large = [i for i, x in enumerate(arrays) if x.size >= LARGE]
+
+    def unknown(xs):
+        return [lax.optimization_barrier(x) for x in xs]
+
+    if large:
+        xs = lax.platform_dependent(
+            [arrays[i] for i in large], cuda=unknown, rocm=unknown, default=list
+        )
+        for i, x in zip(large, xs, strict=True):
+            arrays[i] = x
+    return treedef.unflatten(arrays)
 
 
 def cut_once(
@@ -98,6 +125,25 @@ def zeros_after(done: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.broadcast_to(
         lax.cond(_never(done), lambda: one, lambda: zero), like.shape
     )
+
+
+def known_after(done: Any, xs: Sequence[jax.Array]) -> list[jax.Array]:
+    """The same floating-point arrays, used no sooner than ``done`` has been computed.
+
+    Args:
+      done: A tree of arrays of numbers.
+      xs: Arrays that need not wait for them by themselves.
+    """
+    last = [a for a in jax.tree.leaves(done) if a.size]
+    if not last:
+        return list(xs)
+    words = [lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") for x in xs]
+    none = {w.dtype: jnp.zeros((), w.dtype) for w in words}
+    none = {dtype: zeros_after(last[-1], zero) for dtype, zero in none.items()}
+    return [
+        lax.bitcast_convert_type(w | none[w.dtype], x.dtype)
+        for w, x in zip(words, xs, strict=True)
+    ]
 
 
 def _walled(arrays: Any, numbers: Any, by: jax.Array | None) -> Any:

@@ -8,6 +8,7 @@ rounding error that error feedback exists to keep.
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +26,20 @@ def pack_bits(bits: jax.Array) -> jax.Array:
     reads eight long runs instead of one strided one. Unused bits are zero.
     """
     return _pack_field(bits, 1)
+
+
+def pack_tests(x: jax.Array, test: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """:func:`pack_bits` of a test of numbers ``(n, size)``, which -1 fails.
+
+    Each run is cut out before it is tested. XLA's compiler for GPUs then computes ``x``
+    where it is read; else it writes that first, beyond some size, and reads it again.
+    """
+    n, size = x.shape
+    run = -(-size // 8)
+    x = jnp.pad(x, ((0, 0), (0, 8 * run - size)), constant_values=-1)
+    lanes = x.reshape(n, 8, run)
+    shifted = [test(lanes[:, j]).astype(jnp.uint8) << np.uint8(j) for j in range(8)]
+    return functools.reduce(operator.or_, shifted)
 
 
 def unpack_bits(packed: jax.Array, size: int) -> jax.Array:

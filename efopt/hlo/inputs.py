@@ -1,4 +1,4 @@
-"""What a collective waits for: the arguments of a program that it depends on."""
+"""What waits for what: the arguments that collectives and results depend on."""
 
 from efopt.hlo.program import Body, Program, names
 from efopt.hlo.read import collectives
@@ -31,6 +31,18 @@ def inputs_of_collectives(text: str) -> dict[str, frozenset[int]]:
             computation, name = _caller(program, computation)
         found[collective.name] = _arguments(name, program.bodies[computation])
     return found
+
+
+def inputs_of_results(text: str) -> list[frozenset[int]]:
+    """The arguments that each result of a program depends on, as above.
+
+    Args:
+      text: As for :func:`inputs_of_collectives`, of a program with several results.
+    """
+    program = Program.parse(text)
+    body = program.bodies[program.entry()]
+    root = next(x for x in body.values() if x["root"])
+    return [_arguments(name, body) for name in names(root["operands"])]
 
 
 def _caller(program: Program, called: str) -> tuple[str, str]:

@@ -100,16 +100,18 @@ class Meeting:
         states = [outer] if self.parts.given is None else list(outer)
         outs, drifts = [], []
         for j in range(labels.number):
-            take, skip = self._branches(self.parts.part(labels, params, j), stacked)
-            drift = self.parts.part(labels, own.drift, j)
+            common = self.parts.part(labels, params, j)
+            take, skip = self._branches(common, stacked)
+            drift, due = self.parts.part(labels, own.drift, j), True
             if self.parts.every == 1:
-                out, drift, states[j] = take(drift, states[j])
+                out, states[j] = take(drift, states[j])
             else:
                 due = self.parts.due(steps, j, labels.number)
-                out, drift, states[j] = lax.cond(
-                    due, take, skip, drift, laid_out(states[j])
-                )
-            outs, drifts = [*outs, out], [*drifts, drift]
+                out, states[j] = lax.cond(due, take, skip, drift, laid_out(states[j]))
+            # Outside of the branch: what passes through one is copied at every step.
+            rest = lambda d, u, p, due=due: self._rest(d, u, p, due, stacked)  # noqa: E731
+            drifts = [*drifts, jax.tree.map(rest, drift, out, common)]
+            outs = [*outs, out]
         local = _with_drift(local, self.parts.join(labels, drifts))
         after = states[0] if self.parts.given is None else tuple(states)
         return self.parts.join(labels, outs), local, after
@@ -118,7 +120,7 @@ class Meeting:
         """What is done of some leaves where they meet, and where they do not."""
 
         def take(drift: Any, outer: Any) -> Any:
-            # 2311.08105 Algorithm 1, lines 12 and 14, and the start of a new round
+            # 2311.08105 Algorithm 1, lines 12 and 14
             minus: Any = jax.tree.map(
                 lambda d, p: self._minus(d, p, stacked), drift, params
             )
@@ -128,14 +130,12 @@ class Meeting:
             for path, u in jax.tree_util.tree_flatten_with_path(out)[0]:
                 if self.axes is not None and set(self.axes.names) & varying(u):
                     raise ValueError(self._no_exchange(path))
-            out = bits.cast_like(out, params)
-            rest = lambda d, u, p: self._rest(d, u, p, stacked)  # noqa: E731
-            return out, jax.tree.map(rest, drift, out, params), outer
+            return bits.cast_like(out, params), outer
 
         def skip(drift, outer):
             out = jax.eval_shape(take, drift, outer)[0]
             zeros = lambda u, p: vary(jnp.zeros_like(p), *varying(u))  # noqa: E731
-            return jax.tree.map(zeros, out, params), drift, outer
+            return jax.tree.map(zeros, out, params), outer
 
         return take, skip
 
@@ -144,15 +144,17 @@ class Meeting:
         minus = bits.cast(-d, jnp.result_type(p))
         return minus if self.axes is None or stacked else minus.reshape(d.shape[1:])
 
-    def _rest(self, d: jax.Array, u: jax.Array, p: jax.Array, stacked: bool) -> Any:
-        """What parts a worker from the new common parameters, or a share of it."""
-        if not (self.alpha or self.parts.delay):
-            return jnp.zeros_like(d)
+    def _rest(
+        self, d: jax.Array, u: jax.Array, p: jax.Array, due: Any, stacked: bool
+    ) -> Any:
+        """A drift; at a meeting what parts it from the new parameters, or a share."""
+        if not (self.alpha or self.parts.delay):  # a new round starts, line 3
+            return jnp.where(due, jnp.zeros_like(d), d)
         share = 1.0 if self.parts.delay else self.alpha
         by = wide(moved(p, u)) - wide(p)  # in the dtype of the parameters
 
         def one(d):
-            return (d - by) * share
+            return jnp.where(due, (d - by) * share, d)
 
         if self.axes is None:
             return one(d)

@@ -1,9 +1,9 @@
 """Loss against seconds on two GPUs that sockets join: what decides whether to compress.
 
 Trains the decoder of `gpu_hybrid.py` (101 M parameters by default) on the bytes of
-Python's own library, one process a GPU, NCCL over sockets. Each method trains for the
-same time, computation and exchange, and now and then the loss of text that is not
-trained on is taken, while the clock stands:
+Python's own library, one process a GPU, NCCL over sockets. Each method trains, computes
+and exchanges against the clock, and now and then the loss of text that is not trained
+on is taken, while the clock stands:
 
   dense f32, bf16       AdamW on the mean of gradients
   sign, int8 two_phase  with error feedback; signs with each worker's own momentum
@@ -19,14 +19,25 @@ trained on is taken, while the clock stands:
                         and order of the text (`curve_torch.py`), where it is installed
 
 Rates are constant behind a warm-up, so that a run may end at any time. A seed draws the
-parameters and the text's order. The table has the seconds to a common loss, the one
-that `dense f32` ends at, as multiples: how many times sooner than `dense f32`, and than
-the best of PyTorch. Found results are kept in curve.json, and the same command goes on
-where it ended: give `--budget` what a call may take.
+parameters and the text's order. `dense f32` trains for `--seconds`, and where it ends
+is the common loss; the others end there too, but not before `--least` seconds, or are
+given up after 1.5 times as long. The table has the seconds to the common loss as
+multiples: how many times sooner than `dense f32`, and than the best of PyTorch.
 
-    python examples/benchmarks/curve.py --seeds 0 1 --seconds 25 --budget 560
+Rates are found beforehand by `--search STEPS`: every method, at seed 0, with rates a
+factor of two apart around `--lr` and `--matrix-lr`, further outward while the last is
+the best. That asks for steps and not for seconds, so `--one-host` may have it over the
+fast link. What feeds AdamW shares what `dense f32` found: dense ones, 8 bits, PowerSGD,
+ConEF, local steps and PyTorch's.
+
+Found results are kept in rates.json and curve.json, and the same command goes on where
+it ended: give `--budget` what a call may take. `--join` adds what other calls found.
+
+    python examples/benchmarks/curve.py --search 180 --one-host
+    python examples/benchmarks/curve.py --rates rates.json --budget 560
+    python examples/benchmarks/curve.py --gpus 1 --search 30  # a small trial
     python examples/benchmarks/curve.py --cpu --layers 1 --width 64 --heads 2 \
-        --length 32 --seconds 3 --every 10 --warm-up 10
+        --length 32 --seconds 3 --least 1 --every 10 --warm-up 10
 """
 
 import argparse
@@ -37,8 +48,11 @@ import statistics
 import sys
 import sysconfig
 import time
+import traceback
+from concurrent import futures
 from importlib import util
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from gpu_hybrid import STYLE, Process, launch, serve
@@ -60,6 +74,7 @@ METHODS = (
     "streaming",
 )
 TORCH = ("torch f32", "torch bf16", "torch power_sgd")
+OWN = ("dense f32", "sign two_phase", "dion", "ef21 + muon")  # have rates of their own
 
 
 # ------------------------------------------------------------------------ the text
@@ -112,9 +127,17 @@ def curve(settings, step, tested, latest):
     The clock runs while steps are taken, and only then. Workers end together: the time
     that counts is that of the slowest.
     """
-    step(0)  # compiled, and connections made
+    target, seconds = settings.get("target"), settings["seconds"]
+    step(0)()  # compiled, and connections made
     points, clock, t = [(1, 0.0, tested())], 0.0, 1
-    while clock < settings["seconds"]:
+
+    def done():
+        if target is None:
+            return clock >= seconds
+        there = reached(points, target) is not None and clock >= settings["least"]
+        return there or clock >= 1.5 * seconds
+
+    while not done():
         start = time.perf_counter()
         for _ in range(settings["every"]):
             wait = step(t)
@@ -125,7 +148,53 @@ def curve(settings, step, tested, latest):
     return points
 
 
+def reached(points, target):
+    """Seconds until the loss is at most the target, on a line between two tests."""
+    for (_, before, high), (_, after, low) in zip(points, points[1:], strict=False):
+        if low <= target:
+            share = (high - target) / (high - low) if high > low else 0.0
+            return before + min(1.0, max(0.0, share)) * (after - before)
+    return None
+
+
+def search(loss_at):
+    """Losses by rate, as multiples: outward from one, while the last is the best."""
+    tried = {}
+
+    def take(factor):
+        loss = loss_at(factor)
+        tried[factor] = loss if loss < 99 else 99.0  # nor NaN
+
+    for factor in (1.0, 2.0, 0.5):
+        take(factor)
+    for _ in range(2):
+        best = min(tried, key=lambda factor: tried[factor])
+        if best == max(tried):
+            take(2 * best)
+        elif best == min(tried):
+            take(best / 2)
+    return tried
+
+
 # ------------------------------------------------------------------------ with JAX
+
+
+class Held(NamedTuple):
+    """A rate that the state holds: another one is no other program."""
+
+    count: Any
+    held_rate: Any
+
+
+def at_rate(state, factor):
+    """Another rate for all that a state holds."""
+    import jax
+
+    def other(path, x):
+        held = getattr(path[-1], "name", None) == "held_rate"
+        return x * np.float32(factor) if held else x
+
+    return jax.tree_util.tree_map_with_path(other, state)
 
 
 def transformation(method, settings):
@@ -136,8 +205,17 @@ def transformation(method, settings):
 
     import efopt
 
-    def warm(rate):
-        return optax.linear_schedule(0.0, rate, settings["warm_up"])
+    def held(rate):
+        def init(params):
+            return Held(jnp.zeros([], jnp.int32), jnp.full([], rate, jnp.float32))
+
+        def update(updates, state, params=None):
+            warm = jnp.minimum(1.0, state.count / settings["warm_up"])
+            scale = warm * state.held_rate
+            updates = jax.tree.map(lambda u: scale * u, updates)
+            return updates, state._replace(count=state.count + 1)
+
+        return optax.GradientTransformation(init, update)
 
     def hidden(params):
         """Matrices that are neither the embedding nor places."""
@@ -146,8 +224,12 @@ def transformation(method, settings):
             lambda path, x: x.ndim == 2 and path[0].key not in outer, params
         )
 
-    adam = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.1}
-    adamw = optax.adamw(warm(settings["lr"]), **adam)
+    def adamw_of(b1):
+        adamw = optax.adamw(1.0, b1=b1, b2=0.95, weight_decay=0.1)
+        return optax.chain(adamw, held(settings["lr"]))
+
+    adamw = adamw_of(0.9)
+    share = settings["lr"] / settings["matrix_lr"]
     at = {"axis_name": "dcn"}
     sign, two = efopt.scaled_sign(1024), {"exchange": "two_phase"}
     if method.startswith("dense"):
@@ -159,7 +241,7 @@ def transformation(method, settings):
         return optax.chain(
             efopt.per_worker(optax.ema(0.9), **at),
             efopt.error_feedback(sign, **at, **two),
-            optax.adamw(warm(settings["lr"]), **{**adam, "b1": 0.0}),
+            adamw_of(0.0),
         )
     if method == "int8 two_phase":
         return optax.chain(efopt.error_feedback(efopt.quantize(8), **at, **two), adamw)
@@ -177,31 +259,33 @@ def transformation(method, settings):
         return optax.chain(efopt.error_feedback(efopt.power_sgd(rank), **at), adamw)
 
     if method == "dion":
-        return efopt.optimizers.dion(
-            warm(settings["matrix_lr"]),
+        dion = efopt.optimizers.dion(
+            1.0,
             rank=rank,
-            fallback=adamw,
+            fallback=optax.adamw(share, b1=0.9, b2=0.95, weight_decay=0.1),
             matrices=hidden,
             weight_decay=0.1,
             **at,
         )
+        return optax.chain(dion, held(settings["matrix_lr"]))
     if method == "ef21 + muon":
         top = efopt.top_k(fraction=0.05, block_size=1024)
         return optax.chain(
             efopt.feedback.ef21(top, beta=0.95, start=1, **at, **two),
             optax.contrib.muon(
-                warm(settings["matrix_lr"]),
+                1.0,
                 beta=0.0,
                 nesterov=False,
                 weight_decay=0.1,
                 adam_b1=0.0,
                 adam_b2=0.95,
-                adam_learning_rate=warm(settings["lr"]),
+                adam_learning_rate=share,
                 muon_weight_dimension_numbers=lambda params: jax.tree.map(
                     lambda yes: optax.contrib.MuonDimensionNumbers() if yes else None,
                     hidden(params),
                 ),
             ),
+            held(settings["matrix_lr"]),
         )
     fading = efopt.feedback.damped_error_feedback(
         efopt.scaled_sign(4096), alpha=0.95, beta=0.95, **at, **two
@@ -219,45 +303,114 @@ def transformation(method, settings):
 class Trained(Process):
     """One of the processes, with one GPU."""
 
+    def __init__(self, index, settings):
+        import jax
+
+        super().__init__(index, settings)
+        self.measure = jax.jit(self.loss_fn(self.model()))
+        self.text, self.over = Text(settings), self.placed(("dcn", "fsdp"))
+        self.ready = {}
+        if settings["ahead"]:  # side by side, before any clock runs
+            names, first = settings["methods"], None
+            with futures.ThreadPoolExecutor(len(names) + 1) as pool:
+                for name in names:
+                    try:
+                        self.ready[name] = self.programs(name, pool, first)
+                    except Exception:  # the others may work
+                        print(f"{name} failed:", file=sys.stderr)
+                        traceback.print_exc()
+                        continue
+                    first = first or self.ready[name][1]
+
+    def programs(self, method, pool, before=None):
+        """The first state by a key, and the step: futures, and how many parameters.
+
+        A compiler tries kernels for what it has not yet seen, most of which is in any
+        step: so one of them comes before the others.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        step, begin, shapes, _ = self.training(
+            transformation(method, self.settings), "dcn", True
+        )
+        begin = begin.lower(jax.random.key(0))
+        rows = (self.text.rows, self.text.length + 1)
+        tokens = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=self.over)
+        state = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            *(begin.out_info, self.places),
+        )
+        lowered = step.lower(state, tokens)
+        size = sum(x.size for x in jax.tree.leaves(shapes))
+
+        def compiled():
+            if before is not None:
+                futures.wait([before])
+            return lowered.compile()
+
+        return pool.submit(begin.compile), pool.submit(compiled), size
+
     def train(self, method):
-        """Trains by a method, and tells its curve."""
+        """Trains by a method, and tells its curve, or its losses by rates."""
         import jax
         from jax.experimental import multihost_utils
 
         import efopt
 
-        settings = self.settings
-        text, over = Text(settings), self.placed(("dcn", "fsdp"))
-        tx = transformation(method, settings)
-        step, state, shapes, _ = self.training(tx, "dcn", True, seed=settings["seed"])
+        settings, text = self.settings, self.text
+        start = time.perf_counter()
+        if method not in self.ready:
+            with futures.ThreadPoolExecutor(1) as pool:
+                self.ready[method] = self.programs(method, pool)
+        begin, step, size = self.ready.pop(method)
+        begin, step = begin.result(), step.result()
+        compile_seconds = time.perf_counter() - start
+
+        def first(factor):
+            return at_rate(begin(jax.random.key(settings["seed"])), factor)
 
         def placed(rows):
-            return jax.make_array_from_callback(rows.shape, over, lambda i: rows[i])
+            return jax.make_array_from_callback(
+                rows.shape, self.over, lambda i: rows[i]
+            )
 
-        loss_fn = self.loss_fn(self.model())
-        measure = jax.jit(loss_fn)
         unseen = [placed(rows) for rows in text.unseen(settings["tests"])]
-        step = step.lower(state, placed(text.batch(0))).compile()
+        own = method if method in OWN else "dense f32"
+        factor = settings["rates"].get(own, 1.0)
+        cell = [first(factor)]
         sent = efopt.wire.measure(step, mesh=self.mesh).bytes_over("dcn").link
-        cell = [state]
-        del state
 
         def once(t):
             cell[0], loss = step(cell[0], placed(text.batch(t)))
             return loss.block_until_ready
 
         def tested():
-            losses = [measure(cell[0]["params"], rows) for rows in unseen]
+            losses = [self.measure(cell[0]["params"], rows) for rows in unseen]
             return float(np.mean([float(loss) for loss in losses]))
 
         def latest(clock):
             return float(multihost_utils.process_allgather(np.float64(clock)).max())
 
-        points = curve(settings, once, tested, latest)
-        return {
-            "points": points,
-            "sent": sent,
-            "parameters": sum(x.size for x in jax.tree.leaves(shapes)),
+        def loss_at(factor):
+            cell[0] = None
+            cell[0] = first(factor)
+            for t in range(settings["search"]):
+                once(t)
+            return tested()
+
+        if settings["search"]:
+            found = {"tried": search(loss_at)}
+        else:
+            points = curve(settings, once, tested, latest)
+            if method == "dense f32":
+                settings["target"] = points[-1][-1]
+            found = {"points": points, "factor": factor, "sent": sent}
+        needs = step.memory_analysis()
+        return found | {
+            "compile_seconds": compile_seconds,
+            "memory": needs.argument_size_in_bytes + needs.temp_size_in_bytes,
+            "parameters": size,
             "device": jax.local_devices()[0].device_kind,
             "version": f"jax {jax.__version__}",
         }
@@ -266,26 +419,16 @@ class Trained(Process):
 # ------------------------------------------------------------------------ output
 
 
-def reached(points, target):
-    """Seconds until the loss is at most the target, on a line between two tests."""
-    for (_, before, high), (_, after, low) in zip(points, points[1:], strict=False):
-        if low <= target:
-            share = (high - target) / (high - low) if high > low else 0.0
-            return before + min(1.0, max(0.0, share)) * (after - before)
-    return None
-
-
 def summary(runs):
     """By method: the last loss, milliseconds of a step, and seconds to the target.
 
-    The target of a seed is what `dense f32` ends at, the mean of its last three tests.
+    The target of a seed is what `dense f32` ends at.
     """
     out = {}
     for seed, rows in runs.items():
         if "dense f32" not in rows:
             continue
-        ends = [loss for *_, loss in rows["dense f32"]["points"][-3:]]
-        target = statistics.mean(ends)
+        target = rows["dense f32"]["points"][-1][-1]
         for name, row in rows.items():
             steps, clock, loss = row["points"][-1]
             about = {
@@ -363,6 +506,14 @@ def draw(found, path):
     plt.close(figure)
 
 
+def print_rates(tried):
+    for name, each in tried.items():
+        losses = {float(f): loss for f, loss in each.items()}
+        best = min(losses, key=lambda factor: losses[factor])
+        told = ", ".join(f"x {f:g}: {losses[f]:.4f}" for f in sorted(losses))
+        print(f"{name:16} {told}; best: x {best:g}")
+
+
 def parse_args():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
@@ -370,10 +521,16 @@ def parse_args():
     every = [*METHODS, *(TORCH if util.find_spec("torch") else ())]
     add("--methods", nargs="+", choices=every, default=every, metavar="METHOD")
     add("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
-    add("--seconds", type=float, default=25, help="of training, default: 25")
+    add("--seconds", type=float, default=40, help="of dense f32, default: 40")
+    add("--least", type=float, default=10, help="seconds of others, default: 10")
+    add("--search", type=int, default=0, help="steps, to find rates; see above")
+    add("--rates", type=Path, nargs="+", default=[], help="what --search has written")
+    add("--join", type=Path, nargs="+", default=[], help="curve.json of other calls")
     add("--budget", type=float, default=3600, help="seconds after which none begins")
-    add("--gpus", type=int, default=2, help="an even number, default: 2")
+    add("--gpus", type=int, default=2, help="1 or an even number, default: 2")
+    add("--one-host", action="store_true", help="over the fast link instead")
     add("--cpu", action="store_true", help="processes of one CPU device each")
+    add("--ahead", action="store_true", help="compile all before any trains")
     add("--layers", type=int, default=8)
     add("--width", type=int, default=1024)
     add("--heads", type=int, default=8)
@@ -389,10 +546,12 @@ def parse_args():
     add("--limit", type=int, default=150, help="seconds for a method, default: 150")
     add("--output", type=Path, default=Path("."), help="folder, default: this one")
     args = parser.parse_args()
-    if args.gpus < 2 or args.gpus % 2:
-        parser.error("--gpus must be even")
+    if args.gpus < 1 or args.gpus > 1 and args.gpus % 2:
+        parser.error("--gpus must be 1 or even")
     if args.every < 1 or EVERY % args.every:
         parser.error(f"--every must divide {EVERY}: common parameters meet then")
+    if args.search % EVERY:
+        parser.error(f"--search must be a multiple of {EVERY}")
     if args.width % args.heads:
         parser.error("--heads must divide --width")
     if not args.output.is_dir():
@@ -400,54 +559,101 @@ def parse_args():
     return args
 
 
+class Found:
+    """What was found, in a file: earlier calls' too."""
+
+    def __init__(self, args, name, rows):
+        self.args, self.path = args, args.output / name
+        command = shlex.join(["python", SCRIPT, *sys.argv[1:]])
+        about = {k: v for k, v in vars(args).items() if isinstance(v, int | float)}
+        for key in ("budget", "limit", "ahead"):
+            about.pop(key)
+        head = {"command": command, "machine": None, "settings": about}
+        self.all, self.rows = {**head, rows: {}}, rows
+        for path in (self.path, *(args.join if rows == "runs" else ())):
+            if path.exists():
+                self.add(path)
+
+    def add(self, path):
+        earlier = json.loads(path.read_text())
+        if earlier["settings"] != self.all["settings"]:
+            sys.exit(f"curve.py: {path} is of other settings: choose another folder")
+        for name, found in earlier.pop(self.rows).items():
+            self.all[self.rows].setdefault(name, {}).update(found)
+        self.all |= {k: v for k, v in earlier.items() if k != "command"}
+
+    def write(self):
+        self.path.write_text(json.dumps(self.all, indent=1))
+
+    def train(self, names, into, **more):
+        """Trains by methods that are not there yet, and writes each as it ends."""
+        ours = argparse.Namespace(**{**vars(self.args), **more}, vocabulary=256)
+        for name in ("seeds", "join", "output"):
+            delattr(ours, name)
+        for script, known in ((__file__, METHODS), (TRAIN_TORCH, TORCH)):
+            left = [n for n in names if n in known and n not in into]
+            if not left or time.monotonic() - BEGAN > self.args.budget:
+                continue
+            ours.target = target_of(into)
+            for name, row in launch(script, left, ours):
+                kind, version = row.pop("device"), row.pop("version")
+                self.all["parameters"] = row.pop("parameters")
+                if not self.all["machine"]:
+                    self.all["machine"] = f"{self.args.gpus} x {kind}, {version}"
+                into[name] = row
+                self.write()
+                yield name, row
+                if time.monotonic() - BEGAN > self.args.budget:
+                    break
+
+
+BEGAN = time.monotonic()
+
+
+def target_of(rows):
+    return rows["dense f32"]["points"][-1][-1] if "dense f32" in rows else None
+
+
+def find_rates(args):
+    found = Found(args, "rates.json", "tried")
+    into, names = found.all["tried"], [n for n in args.methods if n in OWN]
+    for name, row in found.train(names, into, rates={}, seed=0):
+        into[name] = row.pop("tried")
+        found.write()
+        print(name, row, flush=True)
+    print_rates(into)
+
+
 def main():
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    path, began = args.output / "curve.json", time.monotonic()
-    command = shlex.join(["python", SCRIPT, *sys.argv[1:]])
-    about = {k: v for k, v in vars(args).items() if isinstance(v, int | float)}
-    about.pop("budget")
-    found = {"command": command, "machine": None, "settings": about, "runs": {}}
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        if earlier["settings"] != about:
-            sys.exit(f"curve.py: {path} is of other settings: choose another folder")
-        found |= {k: earlier[k] for k in ("machine", "parameters", "runs")}
-    ours = argparse.Namespace(**vars(args), one_host=False, vocabulary=256)
-    del ours.seeds
+    if args.search:
+        return find_rates(args)
+    rates = {}
+    for path in args.rates:
+        tried = json.loads(path.read_text())["tried"]
+        rates |= {n: float(min(t, key=lambda f: t[f])) for n, t in tried.items()}
+    found = Found(args, "curve.json", "runs")
     for seed in args.seeds:
-        rows = found["runs"].setdefault(str(seed), {})
-        for name in (*METHODS, *TORCH):
-            if name not in args.methods or name in rows:
-                continue
-            if time.monotonic() - began > args.budget:
-                continue
-            ours.seed = seed
-            script = TRAIN_TORCH if name in TORCH else __file__
-            for _, row in launch(script, [name], ours):
-                kind, version = row.pop("device"), row.pop("version")
-                found["parameters"] = row.pop("parameters")
-                if not found["machine"]:
-                    found["machine"] = f"{args.gpus} x {kind}, {version}"
-                rows[name] = row
-                _, clock, loss = row["points"][-1]
-                print(
-                    f"seed {seed}, {name}: {loss:.4f} after {clock:.1f} s", flush=True
-                )
-                path.write_text(json.dumps(found, indent=1))
-    if not any(found["runs"].values()):
+        rows = found.all["runs"].setdefault(str(seed), {})
+        for name, row in found.train(args.methods, rows, rates=rates, seed=seed):
+            _, clock, loss = row["points"][-1]
+            print(f"seed {seed}, {name}: {loss:.4f} after {clock:.1f} s", flush=True)
+    if not any(found.all["runs"].values()):
         sys.exit("curve.py: nothing could be measured")
-    print_table(found)
+    found.write()
+    print_table(found.all)
     if util.find_spec("matplotlib"):
-        draw(found, args.output / "curve.png")
+        draw(found.all, args.output / "curve.png")
     missing = [
         f"{name}, seed {seed}"
         for seed in args.seeds
         for name in args.methods
-        if name not in found["runs"][str(seed)]
+        if name not in found.all["runs"][str(seed)]
     ]
     if missing:
         print("missing, for the next call:", "; ".join(missing))
+    return None
 
 
 if __name__ == "__main__":

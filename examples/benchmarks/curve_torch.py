@@ -18,6 +18,14 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 
+def as_in_flax(decoder):
+    """Matrices drawn by the law of Flax's dense layers."""
+    for layer in decoder.modules():
+        if isinstance(layer, nn.Linear):
+            std = layer.in_features**-0.5 / 0.8796  # of the normal law before it is cut
+            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+
+
 class Trained:
     """One of the processes, with one GPU."""
 
@@ -46,10 +54,16 @@ class Trained:
         torch.set_float32_matmul_precision("high")
         with torch.device(self.kind):
             decoder = Decoder(settings)
+        as_in_flax(decoder)
         model = nn.parallel.DistributedDataParallel(decoder)
         self.hook(model, method)
+        factor = settings["rates"].get("dense f32", 1.0)
         optimizer = torch.optim.AdamW(
-            model.parameters(), settings["lr"], betas=(0.9, 0.95), weight_decay=0.1
+            model.parameters(),
+            factor * settings["lr"],
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
+            fused=True,
         )
         warm = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda t: min(1.0, t / settings["warm_up"])
@@ -94,6 +108,7 @@ class Trained:
         cuda = self.kind == "cuda"
         return {
             "points": points,
+            "factor": factor,
             "parameters": sum(p.numel() for p in model.parameters()),
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "version": f"torch {torch.__version__}",

@@ -6,6 +6,8 @@ compressors at once and one step late. Only what a step computes before its grad
 are there can hide an exchange; `--batch` says how much that is.
 
     python examples/benchmarks/delay.py --output delay.json
+    XLA_FLAGS=--xla_gpu_collective_inflation_factor=30 \
+        python examples/benchmarks/delay.py --links sockets --only signs vote
     JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 NPROC=32 \
         python examples/benchmarks/delay.py --layers 2 --width 64 --batch 32
 """
@@ -81,6 +83,8 @@ def measure(settings):
         return jnp.mean(jnp.square(x.astype(jnp.float32)))
 
     for name, inner in methods():
+        if not any(word in name for word in ["nothing", *settings["only"]]):
+            continue
         tx = optax.chain(inner, optax.sgd(1e-4))
         params = [
             (2 / width) ** 0.5 * jax.random.normal(key, (width, width))
@@ -124,11 +128,13 @@ def main():
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=8192, help="rows of a worker")
     parser.add_argument("--steps", type=int, default=20, help="that are timed")
+    parser.add_argument("--only", nargs="+", default=[""], help="words of names")
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     settings = {k: getattr(args, k) for k in ("layers", "width", "batch", "steps")}
-    if min(settings.values()) < 1:
+    settings["only"] = args.only
+    if min(args.layers, args.width, args.batch, args.steps) < 1:
         parser.error("numbers must be at least 1")
     if args.child:
         measure(settings)
@@ -137,7 +143,8 @@ def main():
     for link in args.links:
         command = [sys.executable, __file__, "--child"]
         for key, value in settings.items():
-            command += [f"--{key}", str(value)]
+            many = value if isinstance(value, list) else [value]
+            command += [f"--{key}", *map(str, many)]
         environment = os.environ | COMMON | LINKS[link]
         print(f"\n{link}", flush=True)
         rows = results["links"][link] = {}

@@ -24,6 +24,15 @@ picture, gpu_hybrid.png, at the end:
   pays      below how many Gbit/s a device, between the halves, a step is faster than
             one of `dense f32`, from what the method costs beside sending
 
+A second table says where the time goes: milliseconds of a step in which a kernel of the
+kind runs on the first device, by the profiler over three steps (30, of local steps):
+
+  fsdp, dcn  collectives over either axis; they run beside the rest, and wait for others
+  matmul     matrix products and attention
+  rest       all other kernels: what compresses, and what a step passes over else
+  alone      the part of `dcn` during which nothing else runs
+  idle       nothing runs at all
+
 `hierarchical` has all parameters on every device and averages over both axes:
 `axis_name=("dcn", "fsdp")`. With `--one-host` the halves are not told apart, and "dcn"
 is a fast link too.
@@ -35,6 +44,7 @@ is a fast link too.
 """
 
 import argparse
+import contextlib
 import gc
 import hashlib
 import json
@@ -45,9 +55,11 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import util
 from pathlib import Path
 
@@ -55,16 +67,18 @@ STYLE = Path(__file__).resolve().parents[1] / "pictures.mplstyle"
 METHODS = (
     "no exchange",
     "dense f32",
-    "sign all_gather",
     "sign two_phase",
     "random_block 1 %",
+    "local steps sign",
+    "sign two_phase delay",
+    "random_block 1 % delay",
+    "local steps sign delay",
+    "hierarchical sign",
+    "power_sgd 4",
     "top_k 1 %",
+    "sign all_gather",
     "dense bf16",
     "int8 two_phase",
-    "power_sgd 4",
-    "hierarchical sign",
-    "local steps sign",
-    "local steps sign delay",
 )
 TORCH = ("torch f32", "torch bf16")
 TWO = "two_phase"
@@ -75,6 +89,8 @@ HALVES = {
     "NCCL_MNNVL_ENABLE": "0",
     "NCCL_NVLS_ENABLE": "0",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    # Else processes share the tuning, and wait for one another's programs.
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_gpu_shard_autotuning=false",
 }
 CPU = {
     "JAX_PLATFORMS": "cpu",
@@ -98,11 +114,13 @@ def launch(script, methods, args):
     settings = {k: v for k, v in vars(args).items() if k != "output"}
     settings |= {"methods": methods, "port": free_port()}
     processes = []
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = seen.split(",") if seen else [str(i) for i in range(args.gpus)]
     for i in range(args.gpus):
         env = os.environ | (CPU if args.cpu else HALVES)
         if not args.cpu:
-            half = 0 if args.one_host else i // (args.gpus // 2)
-            env |= {"CUDA_VISIBLE_DEVICES": str(i), "NCCL_HOSTID": f"half{half}"}
+            half = 0 if args.one_host else 2 * i // args.gpus
+            env |= {"CUDA_VISIBLE_DEVICES": gpus[i], "NCCL_HOSTID": f"half{half}"}
         command = [sys.executable, str(script), "--process", str(i)]
         command.append(json.dumps(settings))
         pipe = subprocess.PIPE if i == 0 else subprocess.DEVNULL
@@ -114,13 +132,19 @@ def launch(script, methods, args):
         for p in processes:
             p.kill()
 
-    late = threading.Timer(args.limit * len(methods), stop)
-    late.start()
+    def watched():
+        late = threading.Timer(args.limit, stop)
+        late.start()
+        return late
+
+    late = watched()
     try:
         for line in processes[0].stdout:
             if line.startswith("{"):
+                late.cancel()
                 found = json.loads(line)
                 yield found.pop("method"), found
+                late = watched()
     finally:
         late.cancel()
         stop()
@@ -169,6 +193,8 @@ def pays_below(found, methods):
     return 8 * saved / cost if cost > 0 and saved > 0 else None
 
 
+PRODUCTS = "gemm", "nvjet", "xmma", "cutlass", "flash", "fmha", "cudnn", "dot"
+PIECES = "fsdp", "dcn", "matmul", "rest", "alone", "idle", "whole"
 LINE = "{:23} {:>9} {:>7} {:>8} {:>14} {:>14} {:>14} {:>14} {:>7} {:>5} {:>6}".format
 HEADS = LINE(
     "method",
@@ -185,13 +211,27 @@ HEADS = LINE(
 )
 
 
+def pieces(name, found):
+    """Where the time of one method goes, as a line of text."""
+    told = found.get("kernels")
+    if not told:
+        return None
+    given = {"alone": told["alone"], "idle": told["idle"], "whole": told["whole"]}
+    given |= told["ms"]
+    return PIECE(name, *(f"{given.pop(p, 0.0):.2f}" for p in PIECES), given or "")
+
+
+PIECE = "{:23} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {}".format
+
+
 class Process:
     """One of the processes, with one GPU."""
 
     def __init__(self, index, settings):
         import jax
 
-        self.index, self.settings, self.dcn_link = index, settings, (1e9, 0.0)
+        self.index, self.settings, self.ready = index, settings, {}
+        self.dcn_link = settings.get("dcn_link")
         n = settings["gpus"]
         # This process sees one GPU; without the list, all of the host are looked for.
         local = {} if settings["cpu"] else {"local_device_ids": [0]}
@@ -199,7 +239,8 @@ class Process:
         jax.distributed.initialize(address, n, index, **local)
         devices = sorted(jax.devices(), key=lambda d: d.process_index)
         auto = (jax.sharding.AxisType.Auto,) * 2
-        self.mesh = jax.make_mesh((2, n // 2), ("dcn", "fsdp"), auto, devices=devices)
+        shape = (2, n // 2) if n > 1 else (1, 1)
+        self.mesh = jax.make_mesh(shape, ("dcn", "fsdp"), auto, devices=devices)
 
     def placed(self, *names):
         import jax
@@ -252,8 +293,8 @@ class Process:
         sent = 2 * (n - 1) / n * 4 * size
         return 8 * sent / (large - small), small / (2 * (n - 1))
 
-    def training(self, tx, axis, sharded_parameters, *, seed=0, stands_still=False):
-        """A jitted step, its first state, and the parameters' shapes and specs."""
+    def training(self, tx, axis, sharded_parameters, *, stands_still=False):
+        """A jitted step, the first state by a key, and parameters' shapes and specs."""
         import jax
         import jax.numpy as jnp
         import optax
@@ -276,8 +317,8 @@ class Process:
         # Laid out in one program: each array by itself would be compiled for long.
         state = {"params": shapes, "opt": jax.eval_shape(tx.init, shapes)}
         state = efopt.distribute(state, mesh, specs)
-        places = jax.tree.map(lambda x: x.sharding, state)
-        state = jax.jit(begin, out_shardings=places)(jax.random.key(seed))
+        self.places = places = jax.tree.map(lambda x: x.sharding, state)
+        begin = jax.jit(begin, out_shardings=places)
 
         def step(state, tokens):
             grad = efopt.value_and_grad(self.loss_fn(model), axis_name=axis)
@@ -290,7 +331,7 @@ class Process:
             return {"params": params, "opt": opt}, loss
 
         step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-        return step, state, shapes, specs
+        return step, begin, shapes, specs
 
     def model(self, sharded_parameters=True):
         return transformer(self.settings, self.mesh if sharded_parameters else None)
@@ -307,34 +348,73 @@ class Process:
 
         return loss_fn
 
+    def lower(self, method):
+        """A method's step, lowered; what else it takes to train and to describe it."""
+        import jax
+
+        settings = self.settings
+        axis = ("dcn", "fsdp") if method.startswith("hierarchical") else "dcn"
+        tx, compressor, exchange = transformation(method)
+        step, begin, shapes, specs = self.training(
+            tx, axis, axis == "dcn", stands_still=compressor is None
+        )
+        rows = settings["gpus"] * settings["batch"]
+        over = self.placed(("dcn", "fsdp"))
+
+        def tokens(key):
+            shape = rows, settings["length"] + 1
+            return jax.random.randint(key, shape, 0, settings["vocabulary"])
+
+        tokens = jax.jit(tokens, out_shardings=over)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        lowered = step.lower(begin.eval_shape(key), tokens.eval_shape(key))
+        begin.lower(jax.random.key(0)).compile()  # while others are compiled, too
+        planned = None
+        if compressor is not None:
+            planned = compressor, shapes, exchange, axis, specs
+        parameters = sum(x.size for x in jax.tree.leaves(shapes))
+        return lowered, begin, tokens, parameters, planned
+
+    def compile(self, method):
+        """The same, compiled, and the seconds that it took; or what went wrong."""
+        start = time.perf_counter()
+        try:
+            lowered, *rest = self.lower(method)
+            return lowered.compile(), *rest, time.perf_counter() - start
+        except Exception as error:  # the others may work
+            return error
+
+    def prepare(self):
+        """Compiles all methods: the first for itself, the others side by side.
+
+        What is tuned for the first, its matrix products, is known to the others.
+        """
+        first, *others = self.settings["methods"]
+        self.ready = {first: self.compile(first)}
+        alive(first)
+        with ThreadPoolExecutor(self.settings["jobs"]) as pool:
+            jobs = {pool.submit(self.compile, name): name for name in others}
+            for job in as_completed(jobs):
+                self.ready[jobs[job]] = job.result()
+                alive(jobs[job])
+
     def train(self, method):
         """Trains by a method, and describes it."""
         import jax
 
         import efopt
 
+        if not self.ready:
+            self.prepare()
+        ready = self.ready.pop(method)
+        if isinstance(ready, Exception):
+            raise ready
+        step, begin, tokens, parameters, planned, compile_seconds = ready
         settings, mesh = self.settings, self.mesh
-        every, axis = EVERY if method.startswith("local") else 1, "dcn"
-        replicated = method.startswith("hierarchical")
-        if replicated:
-            axis = ("dcn", "fsdp")
-        shape = (settings["gpus"] * settings["batch"], settings["length"] + 1)
-        over = self.placed(("dcn", "fsdp"))
-        random_tokens = jax.jit(
-            lambda key: jax.random.randint(key, shape, 0, settings["vocabulary"]),
-            out_shardings=over,
-        )
-        tokens = random_tokens(jax.random.key(1))
-        tx, compressor, exchange = transformation(method)
-        step, state, shapes, specs = self.training(
-            tx, axis, not replicated, stands_still=compressor is None
-        )
-        start = time.perf_counter()
-        step = step.lower(state, tokens).compile()
-        compile_seconds = time.perf_counter() - start
+        every = EVERY if method.startswith("local") else 1
         wire = efopt.wire.measure(step, mesh=mesh)
-        cell = [state]
-        del state
+        tokens = tokens(jax.random.key(1))
+        cell = [begin(jax.random.key(0))]
 
         def once():
             cell[0], loss = step(cell[0], tokens)
@@ -346,6 +426,8 @@ class Process:
         in_use, needs = memory.get("bytes_in_use"), step.memory_analysis()
         spread = lambda axis: wire.bytes_over(axis).link / every  # noqa: E731
         middle = statistics.mean if every > 1 else statistics.median
+        trained = planned is not None
+        identical = self.identical(cell[0]["params"]) if trained else None
         found = {
             "step_seconds": middle(seconds),
             "seconds": seconds,
@@ -356,18 +438,24 @@ class Process:
             "memory_in_use": in_use,
             "temporary_memory": needs.temp_size_in_bytes,
             "loss": float(once()),
-            "identical": self.identical(cell[0]["params"]) if compressor else None,
+            "identical": identical,
             "compile_seconds": compile_seconds,
-            "parameters": sum(x.size for x in jax.tree.leaves(shapes)),
+            "parameters": parameters,
             "device": jax.local_devices()[0].device_kind,
             "version": f"jax {jax.__version__}",
         }
-        if compressor is None:
+        if not settings["cpu"]:
+            steps = 3 if every == 1 else every
+            found["kernels"] = self.profile(once, steps, wire)
+        if not trained:
             self.dcn_link = self.link("dcn")
             return found | {
                 "dcn_link": self.dcn_link,
                 "fsdp_link": self.link("fsdp"),
             }
+        if self.dcn_link is None:
+            return found
+        compressor, shapes, exchange, axis, specs = planned
         plan = efopt.wire.plan(
             compressor,
             shapes,
@@ -383,6 +471,23 @@ class Process:
             "exchange_seconds": plan.step_seconds / every,
         }
 
+    def profile(self, once, steps, wire):
+        """Milliseconds of a step by kinds of kernels, on the first device."""
+        import jax
+
+        self.wait()
+        with tempfile.TemporaryDirectory() as folder:
+            mine = self.index == 0
+            with jax.profiler.trace(folder) if mine else contextlib.nullcontext():
+                for _ in range(steps):
+                    jax.block_until_ready(once())
+            self.wait()
+            try:
+                return where_time_goes(kernels(folder), steps, wire) if mine else None
+            except Exception:  # what was timed before is worth more
+                traceback.print_exc()
+                return None
+
     def identical(self, params):
         """Whether both halves hold the same parameters, bit for bit."""
         import jax
@@ -396,6 +501,76 @@ class Process:
         everyone = multihost_utils.process_allgather(mine)
         first, second = np.split(np.asarray(everyone), 2)
         return bool(np.array_equal(first, second))
+
+
+def alive(name):
+    """Tells the parent that something was done."""
+    print(json.dumps({"method": None, "compiled": name}), flush=True)
+
+
+def kernels(folder):
+    """What ran on the device: start, end in ns, the kernel and its HLO operation."""
+    import jax
+
+    (path,) = Path(folder).rglob("*.xplane.pb")
+    found = []
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                told = {k: v for k, v in event.stats if isinstance(v, str)}
+                ends = event.start_ns, event.start_ns + event.duration_ns
+                found.append((*ends, event.name, told.get("hlo_op", "")))
+    return sorted(found)
+
+
+def kind_of(kernel, operation, axes):
+    """Collectives by the axis they cross, matrix products, or the rest."""
+    if "nccl" in kernel.lower() or plain(operation) in axes:
+        return axes.get(plain(operation), "collective")
+    told = f"{kernel} {operation}".lower()
+    return "matmul" if any(word in told for word in PRODUCTS) else "rest"
+
+
+def plain(operation):
+    return operation.replace("-start", "").replace("-done", "")
+
+
+def covered(spans):
+    """How long at least one of sorted spans lasts."""
+    total, until = 0.0, 0.0
+    for start, end in spans:
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def where_time_goes(events, steps, wire):
+    """Milliseconds of a step by kind, alone and idle, and the dearest kernels."""
+    axes = {plain(c.name): "+".join(c.axes or ()) for c in wire.collectives}
+    spans, each = {}, {}
+    for start, end, kernel, operation in events:
+        kind = kind_of(kernel, operation, axes)
+        spans.setdefault(kind, []).append((start, end))
+        took = each.setdefault((kind, kernel[:60], operation[:40]), [0.0, 0])
+        took[0] += end - start
+        took[1] += 1
+    ms = lambda ns: 1e-6 * ns / steps  # noqa: E731
+    busy = ms(covered([(a, b) for a, b, *_ in events]))
+    others = [span for kind in spans if kind != "dcn" for span in spans[kind]]
+    whole = ms(max(b for _, b, *_ in events) - events[0][0])
+    dearest = sorted(each.items(), key=lambda item: -item[1][0])[:25]
+    return {
+        "ms": {kind: ms(covered(some)) for kind, some in spans.items()},
+        "alone": busy - ms(covered(sorted(others))),
+        "idle": whole - busy,
+        "whole": whole,
+        "launched": len(events) / steps,
+        "dearest": [[*key, ms(ns), n / steps] for key, (ns, n) in dearest],
+    }
 
 
 def counted():
@@ -495,6 +670,7 @@ def transformation(method):
             delay=1 if method.endswith("delay") else 0,
         )
         return rounds, sign, TWO
+    delay = int(method.endswith("delay"))
     c, exchange = {
         "sign all_gather": (sign, "all_gather"),
         "sign two_phase": (sign, TWO),
@@ -502,8 +678,8 @@ def transformation(method):
         "top_k 1 %": (efopt.top_k(fraction=0.01, block_size=1024), None),
         "random_block 1 %": (efopt.random_block(fraction=0.01), None),
         "power_sgd 4": (efopt.power_sgd(4), None),
-    }[method]
-    feedback = efopt.error_feedback(c, axis_name="dcn", exchange=exchange)
+    }[method.removesuffix(" delay")]
+    feedback = efopt.error_feedback(c, axis_name="dcn", exchange=exchange, delay=delay)
     return optax.chain(own, feedback, optax.sgd(RATE)), c, exchange
 
 
@@ -557,6 +733,26 @@ def draw(run, path):
     plt.close(figure)
 
 
+def measured(names, others, args):
+    """Each method's name, and what was found. One that stands still is left out.
+
+    Then processes start anew, with those that are left.
+    """
+    began = time.monotonic()
+    late = lambda: time.monotonic() - began > args.budget  # noqa: E731
+    for script, left in (__file__, names), (TRAIN_TORCH, others):
+        while left and not late():
+            done = -1
+            for name, found in launch(script, left, args):
+                if name is not None:
+                    args.dcn_link = found.get("dcn_link", args.dcn_link)
+                    done = left.index(name)
+                    yield name, found
+                if late():
+                    break
+            left = left[done + 2 :]  # the one behind failed, and told why, or stood
+
+
 def main():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
@@ -573,8 +769,11 @@ def main():
     add("--length", type=int, default=512, help="of a sequence, default: 512")
     add("--batch", type=int, default=4, help="sequences of a device, default: 4")
     add("--steps", type=int, default=50, help="that are timed, default: 50")
-    add("--limit", type=int, default=150, help="seconds for a method, default: 150")
+    add("--limit", type=int, default=100, help="seconds of silence, default: 100")
+    add("--budget", type=int, default=3600, help="seconds in all, default: 3600")
+    add("--jobs", type=int, default=6, help="programs compiled at a time, default: 6")
     add("--output", type=Path, default=Path("gpu_hybrid.json"))
+    parser.set_defaults(dcn_link=None)
     args = parser.parse_args()
     if args.gpus < 2 or args.gpus % 2:
         parser.error("--gpus must be even")
@@ -591,13 +790,7 @@ def main():
     command = shlex.join(["python", SCRIPT, *sys.argv[1:]])
     run = {"command": command, "machine": None, "methods": {}}
     run |= {k: v for k, v in vars(args).items() if isinstance(v, int)}
-    groups = [(__file__, names), (TRAIN_TORCH, others)]
-    for name, found in (
-        pair
-        for script, group in groups
-        if group
-        for pair in launch(script, group, args)
-    ):
+    for name, found in measured(names, others, args):
         device = found.pop("device"), found.pop("version"), found.pop("parameters")
         if not run["machine"]:
             run["machine"] = f"{args.gpus} x {device[0]}, {device[1]}"
@@ -616,6 +809,9 @@ def main():
         args.output.write_text(json.dumps({"runs": [run]}, indent=2))
     if not run["methods"]:
         sys.exit("gpu_hybrid.py: nothing could be measured")
+    lines = [pieces(name, found) for name, found in run["methods"].items()]
+    if any(lines):
+        print("", PIECE("", *PIECES, ""), *filter(None, lines), sep="\n")
     if util.find_spec("matplotlib"):
         draw(run, args.output.with_suffix(".png"))
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from gpu_hybrid import counted
 from jax.sharding import PartitionSpec as P
 
 import efopt
@@ -79,14 +80,24 @@ def loss_fn(params, x, y):
     return jnp.mean((x - y) ** 2)
 
 
-def median_seconds(step, rounds):
-    """Median wall seconds of ``step()``, after two rounds of warm-up."""
+def measured(step, rounds):
+    """Median wall seconds of ``step()``, and bytes on the loopback interface each.
+
+    After two rounds of warm-up.
+    """
     seconds = []
-    for _ in range(rounds + 2):
+    for i in range(rounds + 2):
+        if i == 2:
+            before = counted()
         start = time.perf_counter()
         jax.block_until_ready(step())
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])
+    sent = None if before is None else (counted() - before) / rounds
+    return statistics.median(seconds[2:]), sent
+
+
+def median_seconds(step, rounds):
+    return measured(step, rounds)[0]
 
 
 def all_reduce_seconds(mesh, size, rounds):
@@ -216,7 +227,7 @@ def main():
         )
         training = Training(tx, mesh, settings)
         wire = training.wire()
-        seconds = median_seconds(training.step, max(rounds, 48))
+        seconds, sent = measured(training.step, max(rounds, 48))
         results[name] = {
             "step_seconds": seconds,
             "predicted_seconds": plan.step_seconds,
@@ -224,6 +235,7 @@ def main():
             "compress_passes": compress / pass_seconds,
             "operand_bytes": wire.operand_bytes,
             "bytes_sent": wire.bytes_sent_per_worker,
+            "bytes_counted": None if sent is None else sent / n,
             "planned_bytes_sent": plan.bytes_sent_per_worker,
             "identical": training.identical(),
             "loss": float(training.loss[0]),

@@ -9,6 +9,7 @@ import time
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gpu_hybrid import counted
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
@@ -52,7 +53,9 @@ def train(rank, settings, port, queue):
         METHODS[name](model)
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
         seconds = []
-        for _ in range(max(settings["steps"], 48) + 5):
+        for i in range(max(settings["steps"], 48) + 5):
+            if i == 5:
+                before = counted()
             torch.cuda.synchronize()
             start = time.perf_counter()
             loss = ((model(x) - y) ** 2).mean()
@@ -61,7 +64,11 @@ def train(rank, settings, port, queue):
             optimizer.step()
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
+        dist.barrier()
         results[name] = {"step_seconds": statistics.median(seconds[5:])}
+        if before is not None:
+            sent = (counted() - before) / len(seconds[5:])
+            results[name]["bytes_counted"] = sent / n
         del model, optimizer
     if rank == 0:
         queue.put(results)

@@ -206,7 +206,7 @@ def timed(call, budget):
     return statistics.median(took)
 
 
-def busy(call, number=3):
+def busy(call, dearest, number=3):
     """Seconds a call that kernels take, by the profiler; the dearest kernels."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -221,11 +221,11 @@ def busy(call, number=3):
                 if not line.name.startswith(("Stream", "XLA Ops")):
                     continue
                 for event in line.events:
-                    kind = event.name.split(" ")[0].rstrip("_.0123456789")
+                    kind = event.name.split(" ")[0]
                     launched += 1
                     total += event.duration_ns
                     kinds[kind] = kinds.get(kind, 0.0) + event.duration_ns
-    first = sorted(kinds.items(), key=lambda item: -item[1])[:6]
+    first = sorted(kinds.items(), key=lambda item: -item[1])[:dearest]
     return {
         "busy_seconds": 1e-9 * total / number,
         "launched": launched / number,
@@ -247,7 +247,7 @@ def bandwidth(coordinates, budget):
     return 8 * n / timed(call, budget)
 
 
-def measured(compiled, held, more, budget):
+def measured(compiled, held, more, budget, dearest):
     """Times of a compiled program; ``held`` is its first argument, donated if alone."""
 
     def call(number):
@@ -260,7 +260,7 @@ def measured(compiled, held, more, budget):
 
     row = {"wall_seconds": timed(call, budget)}
     if jax.default_backend() in ("gpu", "tpu"):
-        row |= busy(call)
+        row |= busy(call, dearest)
     return row
 
 
@@ -299,6 +299,7 @@ def main():
     add("--jobs", type=int, default=8, help="programs compiled at a time, default: 8")
     add("--count", action="store_true", help="compile and count, time nothing")
     add("--target", type=Path, help="count for the GPU of this description, not there")
+    add("--dearest", type=int, default=6, help="kernels named in the JSON file")
     add("--keep", type=Path, help="a folder for the programs' texts")
     add("--output", type=Path, help="a JSON file to write")
     args = parser.parse_args()
@@ -365,7 +366,7 @@ def main():
                     else:
                         least, more = second, ()
                         held = [jnp.ones(first.shape, first.dtype)]
-                    row |= measured(program, held, more, args.seconds)
+                    row |= measured(program, held, more, args.seconds, args.dearest)
                     row["floor_seconds"] = least / speed
                     del held
                 results["rows"][f"{name}, {kind}, {dtype}"] = row

@@ -18,14 +18,16 @@ goes on where an earlier call has ended: give `--budget` what a call may take.
     python examples/paper/conef_text.py --preset large --seeds 2 --budget 560 --resume
 
 The loss is that of text that is not trained on, in nats a character. The text is
-`--data FILE`, the Shakespeare of `../shared/data/tinyshakespeare` where that is there,
-or else what Python's own `help()` says about the language.
+`--data FILE`, or the Python programs in that folder, the Shakespeare of
+`../shared/data/tinyshakespeare` where that is there, or else what Python's own `help()`
+says about the language.
 """
 
 import argparse
 import json
 import statistics
 import time
+from concurrent import futures
 from pathlib import Path
 
 import flax.linen as nn
@@ -122,45 +124,70 @@ PRESETS = {
 }
 
 
-def run(feedback, args, data, seed):
-    """Losses on the test text, and milliseconds and bytes of a step."""
-    train, test, _ = data
-    make, optimizer, _ = PRESETS[args.preset]
-    init, loss_fn, rate = make(args, data)
-    params = jax.jit(init)(jax.random.key(seed))
-    tx = optax.chain(feedback, optimizer(rate))
-    state = efopt.stack_workers((params, tx.init(params)), args.workers)
+class Training:
+    """The programs of a method: the first state by a key, a step, and the test."""
 
-    def worker(state, key):
-        params, opt_state = state
-        size = args.batch // args.workers
-        starts = jax.random.randint(key, (size,), 0, len(train) - args.context - 1)
-        grads = jax.grad(loss_fn)(params, starts, train)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+    def __init__(self, feedback, args, data, pool):
+        train, test, _ = data
+        make, optimizer, _ = PRESETS[args.preset]
+        init, loss_fn, rate = make(args, data)
+        tx = optax.chain(feedback, optimizer(rate))
 
-    step = jax.jit(jax.vmap(worker, axis_name="data"), donate_argnums=0)
-    gap = 7 if args.preset == "small" else 4 * args.context
-    whole = jnp.arange(0, len(test) - args.context - 1, gap)
-    tested = jax.jit(lambda params: loss_fn(params, whole, test))
-    losses, times = [], []
-    for t in range(args.steps):
-        key = jax.random.fold_in(jax.random.key(seed + 1), t)
-        keys = jax.random.split(key, args.workers)
-        start = time.perf_counter()
-        state = jax.block_until_ready(step(state, keys))
-        times.append(time.perf_counter() - start)
-        if (t + 1) % args.every == 0 or t + 1 == args.steps:
+        def start(key):
+            params = init(key)
+            return efopt.stack_workers((params, tx.init(params)), args.workers)
+
+        def worker(state, key, train):
+            params, opt_state = state
+            size = args.batch // args.workers
+            starts = jax.random.randint(key, (size,), 0, len(train) - args.context - 1)
+            grads = jax.grad(loss_fn)(params, starts, train)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        def tested(state, test):
+            gap = 7 if args.preset == "small" else 4 * args.context
+            whole = jnp.arange(0, len(test) - args.context - 1, gap)
             params = jax.tree.map(lambda p: p[0], state[0])  # all workers' are the same
-            losses.append((t + 1, float(tested(params))))
-    report = efopt.memory_report(feedback, params)
-    return {
-        "losses": losses,
-        "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "residual_bytes": report.residual_bytes,
-        "error_feedback_bytes": report.error_feedback_bytes,
-        "step_ms": 1e3 * statistics.median(times[1:] or times),
-    }
+            return loss_fn(params, whole, test)
+
+        workers = jax.vmap(worker, (0, 0, None), axis_name="data")
+        key = jax.random.key(0)
+        keys = jax.random.split(key, args.workers)
+        state = jax.eval_shape(start, key)
+        self.feedback, self.args, self.train, self.test = feedback, args, train, test
+        params = jax.eval_shape(init, key)
+        self.size = sum(x.size for x in jax.tree.leaves(params))
+        self.report = efopt.memory_report(feedback, params)
+        step = jax.jit(workers, donate_argnums=0).lower(state, keys, train)
+        compiled = (
+            jax.jit(start).lower(key),
+            step,
+            jax.jit(tested).lower(state, test),
+        )
+        self.programs = [pool.submit(each.compile) for each in compiled]
+
+    def run(self, seed):
+        """Losses on the test text, and milliseconds and bytes of a step."""
+        args = self.args
+        start, step, tested = (each.result() for each in self.programs)
+        state = start(jax.random.key(seed))
+        losses, times = [], []
+        for t in range(args.steps):
+            key = jax.random.fold_in(jax.random.key(seed + 1), t)
+            keys = jax.random.split(key, args.workers)
+            begin = time.perf_counter()
+            state = jax.block_until_ready(step(state, keys, self.train))
+            times.append(time.perf_counter() - begin)
+            if (t + 1) % args.every == 0 or t + 1 == args.steps:
+                losses.append((t + 1, float(tested(state, self.test))))
+        return {
+            "losses": losses,
+            "parameters": self.size,
+            "residual_bytes": self.report.residual_bytes,
+            "error_feedback_bytes": self.report.error_feedback_bytes,
+            "step_ms": 1e3 * statistics.median(times[1:] or times),
+        }
 
 
 def mean_of(runs):
@@ -206,7 +233,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="small", help="default: small")
-    add("--data", type=Path, help="a text, .gz or plain; default: see above")
+    add("--data", type=Path, help="a text, .gz or plain, or a folder of programs")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     add("--steps", type=int, default=4000, help="default: 4000")
     add("--every", type=int, default=200, help="steps between tests, default: 200")
@@ -247,11 +274,14 @@ def main():
         if written["options"] != options:
             raise SystemExit(f"conef_text.py: {path} is of other options")
     runs = written["runs"]
+    left = [n for n in args.methods if len(runs.get(n, [])) < args.seeds]
+    with futures.ThreadPoolExecutor() as pool:  # compiled side by side, then timed
+        trainings = {n: Training(METHODS[n], args, data, pool) for n in left}
     for seed in range(args.seeds):  # a whole table first, then its repetition
         for name in args.methods:
             found = runs.setdefault(name, [])
             if len(found) == seed and time.monotonic() - began < args.budget:
-                found.append(run(METHODS[name], args, data, seed))
+                found.append(trainings[name].run(seed))
                 told = f"seed {seed}, {name}: {found[-1]['losses'][-1][1]:.4f}"
                 print(told, flush=True)
                 path.write_text(json.dumps(written, indent=1))

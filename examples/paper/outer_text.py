@@ -8,9 +8,11 @@ nothing is exchanged:
   ef-sign       signs of them with error feedback, at every step
   average       local steps, then parameters averaged
   diloco        local steps, then Nesterov's momentum on the mean
-  sign          signs of the pseudo-gradients, error feedback, averaged
+  sign          signs of the pseudo-gradients, error feedback that fades, averaged
+  sign-kept     the same, and what is owed does not fade
   sign-diloco   the same before Nesterov's momentum
   sparse-6      SparseLoCo: 256 of 4096 coordinates, two bits each
+  sparse-6-kept the same, and what is owed does not fade
   sparse        64 of 4096 (1.6 %)
   sparse-grid   the same in the three values of `quantize(2)`, the default
   sparse-f32    the same in float32
@@ -18,12 +20,17 @@ nothing is exchanged:
   streaming     sign-diloco in four fragments, each taken one step late and blended
 
 The loss is that of text that is not trained on, in nats a character, at the common
-parameters; the table has the mean over seeds. Seconds are those of a link of 100 Mbit/s
-and of 1 Gbit/s a worker: what `efopt.wire.plan` says of the bytes, and a computation of
-`--compute-ms` a step. The text is chosen as in conef_text.py.
+parameters; the table has the mean over seeds, and beside it the least of the run's.
+Seconds are those of a link of 100 Mbit/s and of 1 Gbit/s a worker: what
+`efopt.wire.plan` says of the bytes, and a computation of `--compute-ms` a step. The
+text is chosen as in conef_text.py.
+
+With several of `--batch`, `--lr` and `--schedule` all their settings are run, those of
+one batch side by side. A run with the same options goes on where one before it stopped.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -70,9 +77,9 @@ def diloco(**options):
     )
 
 
-def sparse_loco(compressor):
+def sparse_loco(compressor, decay=0.95):
     return lambda inner, every: efopt.outer.sparse_loco(
-        inner, every=every, axis_name=AXIS, compressor=compressor
+        inner, every=every, axis_name=AXIS, compressor=compressor, decay=decay
     )
 
 
@@ -97,8 +104,14 @@ METHODS = {
     "average": (IDENTITY, 1, averaged(forgetful(IDENTITY))),
     "diloco": (IDENTITY, 1, diloco()),
     "sign": (SIGN, 1, averaged(fading(SIGN))),
+    "sign-kept": (SIGN, 1, averaged(efopt.error_feedback(SIGN, axis_name=AXIS))),
     "sign-diloco": (SIGN, 1, diloco(compressor=SIGN)),
     "sparse-6": (chunks(256, TWO_BITS), 1, sparse_loco(chunks(256, TWO_BITS))),
+    "sparse-6-kept": (
+        chunks(256, TWO_BITS),
+        1,
+        sparse_loco(chunks(256, TWO_BITS), decay=1.0),
+    ),
     "sparse": (chunks(64, TWO_BITS), 1, sparse_loco(chunks(64, TWO_BITS))),
     "sparse-grid": (
         chunks(64, efopt.quantize(2)),
@@ -172,7 +185,7 @@ def loss_at(params, starts, text, args):
 
 
 def axes_of(state, axis):
-    """Where `vmap` finds workers, or seeds: on an axis of all but the count of steps.
+    """Where `vmap` finds workers, or runs: on an axis of all but the count of steps.
 
     What is not mapped over is known to be one: the branch of a meeting stays a branch,
     where one condition a worker would have both sides computed at every step.
@@ -182,38 +195,57 @@ def axes_of(state, axis):
     return state._replace(count=None, local=axis, outer=axis)
 
 
-def run(name, args, data):
-    """Losses on the test text by step and seed, and milliseconds of a step."""
+def rates(lr, schedule, args):
+    """The learning rate of every step."""
+    warm = min(100, -(-args.steps // 10))
+    if schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(0.0, lr, warm, args.steps)
+    else:
+        rate = optax.warmup_constant_schedule(0.0, lr, warm)
+    return jax.vmap(rate)(jnp.arange(args.steps))
+
+
+def run(name, args, batch, kinds, data):
+    """Runs every kind, a rate and a schedule, with every seed, side by side.
+
+    Of each kind: losses on the test text by step and seed, and milliseconds of a step.
+    """
     train, test, characters = data
     _, _, make = METHODS[name]
-    warm = min(100, args.steps // 10)
-    rate = optax.warmup_cosine_decay_schedule(0.0, args.lr, warm, args.steps)
-    tx = make(optax.adamw(rate, b2=0.99, weight_decay=0.01), args.round)
+    seeds = jnp.tile(jnp.arange(args.seeds), len(kinds))
+    table = [rates(lr, schedule, args) for lr, schedule in kinds]
+    table = jnp.repeat(jnp.stack(table), args.seeds, axis=0)
+
+    def optimizer(rates):
+        adamw = optax.adamw(lambda count: rates[count], b2=0.99, weight_decay=0.01)
+        return make(adamw, args.round)
+
     described = jax.eval_shape(lambda: init(jax.random.key(0), characters, args))
-    described = jax.eval_shape(tx.init, described)
-    one, seed = (axes_of(described, axis) for axis in (0, 1))
+    described = jax.eval_shape(optimizer(table[0]).init, described)
+    one, each = (axes_of(described, axis) for axis in (0, 1))
 
     def start(seed):
         params = init(jax.random.fold_in(jax.random.key(7), seed), characters, args)
-        stacked = efopt.stack_workers((params, tx.init(params)), args.workers)
+        state = optimizer(table[0]).init(params)
+        stacked = efopt.stack_workers((params, state), args.workers)
         if one == 0:
             return stacked
         params, state = stacked
         return params, state._replace(count=jnp.zeros([], jnp.int32))
 
-    def worker(carry, key):
-        params, state = carry
-        starts = jax.random.randint(
-            key, (args.batch,), 0, len(train) - args.context - 1
-        )
-        own = efopt.local_params(params, AXIS, state)
-        grads = jax.grad(loss_at)(own, starts, train, args)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    def steps(carry, seed, rates, begin):
+        tx = optimizer(rates)
 
-    workers = jax.vmap(worker, ((0, one), 0), (0, one), axis_name=AXIS)
+        def worker(carry, key):
+            params, state = carry
+            starts = jax.random.randint(key, (batch,), 0, len(train) - args.context - 1)
+            own = efopt.local_params(params, AXIS, state)
+            grads = jax.grad(loss_at)(own, starts, train, args)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
 
-    def steps(carry, seed, begin):
+        workers = jax.vmap(worker, ((0, one), 0), (0, one), axis_name=AXIS)
+
         def step(carry, t):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), seed), t)
             return workers(carry, jax.random.split(key, args.workers)), None
@@ -228,19 +260,22 @@ def run(name, args, data):
         parts = jax.lax.map(lambda some: loss_at(params, some, test, args), whole)
         return parts.mean()
 
-    seeds = jnp.arange(args.seeds)
-    carries = jax.jit(jax.vmap(start, out_axes=(1, seed)))(seeds)
-    axes = ((1, seed), 0, None)
-    train_some = jax.jit(jax.vmap(steps, axes, (1, seed)), donate_argnums=0)
-    test_all = jax.jit(jax.vmap(tested, ((1, seed),)))
+    carries = jax.jit(jax.vmap(start, out_axes=(1, each)))(seeds)
+    axes = ((1, each), 0, 0, None)
+    train_some = jax.jit(jax.vmap(steps, axes, (1, each)), donate_argnums=0)
+    test_all = jax.jit(jax.vmap(tested, ((1, each),)))
     losses, times = [], []
     for begin in range(0, args.steps, args.every):
         clock = time.perf_counter()
-        carries = jax.block_until_ready(train_some(carries, seeds, begin))
+        carries = jax.block_until_ready(train_some(carries, seeds, table, begin))
         times.append(time.perf_counter() - clock)
-        losses.append((begin + args.every, np.asarray(test_all(carries)).tolist()))
-    typical = statistics.median(times[1:] or times) / args.every
-    return {"losses": losses, "step_ms": 1e3 * typical}
+        found = np.asarray(test_all(carries)).reshape(len(kinds), -1).tolist()
+        losses.append((begin + args.every, found))
+    typical = statistics.median(times[1:] or times) / args.every / len(seeds)
+    return [
+        {"losses": [(t, found[i]) for t, found in losses], "step_ms": 1e3 * typical}
+        for i in range(len(kinds))
+    ]
 
 
 def planned(name, args, characters, compute):
@@ -266,25 +301,23 @@ def planned(name, args, characters, compute):
     }
 
 
-def print_table(results):
-    line = "{:12} {:>8} {:>8} {:>8} {:>12} {:>12} {:>11} {:>10}".format
-    heads = "method", "loss", "spread", "bits", "bytes a step", "at most", *LINKS
-    print(line(*heads))
-    for name, r in results.items():
-        last = r["losses"][-1][1]
-        cells = f"{np.mean(last):.4f}", f"{np.ptp(last):.4f}", f"{r['bits']:.3f}"
-        sizes = f"{r['bytes']:,.0f}", f"{r['peak']:,}"
+def print_table(setting):
+    line = "{:13} {:>8} {:>8} {:>8} {:>8} {:>12} {:>12} {:>11} {:>10}".format
+    print("\nbatch {batch}, AdamW at {lr:g}, {schedule}".format(**setting))
+    heads = "method", "loss", "spread", "least", "bits", "bytes a step", "at most"
+    print(line(*heads, *LINKS))
+    for name, r in setting["results"].items():
+        last, least = r["losses"][-1][1], min(np.mean(x) for _, x in r["losses"])
+        cells = f"{np.mean(last):.4f}", f"{np.ptp(last):.4f}", f"{least:.4f}"
+        sizes = f"{r['bits']:.3f}", f"{r['bytes']:,.0f}", f"{r['peak']:,}"
         print(
             line(name, *cells, *sizes, *(f"{s:,.1f} s" for s in r["seconds"].values()))
         )
-    print(
-        "spread: largest minus smallest of the seeds; bits: of a coordinate, a meeting"
-    )
 
 
-def draw(results, args, path):
+def draw(setting, args, path):
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
-    for name, r in results.items():
+    for name, r in setting["results"].items():
         steps = np.array([t for t, _ in r["losses"]])
         losses = [np.mean(each) for _, each in r["losses"]]
         seconds = r["seconds"]["100 Mbit/s"] / args.steps
@@ -299,6 +332,7 @@ def draw(results, args, path):
             ax.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def parse_args():
@@ -310,13 +344,16 @@ def parse_args():
     add("--steps", type=int, default=2400, help="default: 2400")
     add("--every", type=int, default=240, help="steps between tests, default: 240")
     add("--round", type=int, default=30, help="steps between meetings, default: 30")
-    add("--batch", type=int, default=8, help="of each worker, default: 8")
+    add("--batch", type=int, nargs="+", default=[8], help="of a worker, default: 8")
     add("--workers", type=int, default=8, help="default: 8")
     add("--width", type=int, default=256, help="a multiple of 32, default: 256")
     add("--layers", type=int, default=4, help="default: 4")
     add("--context", type=int, default=128, help="characters, default: 128")
-    add("--lr", type=float, default=1e-3, help="of AdamW, default: 0.001")
+    add("--lr", type=float, nargs="+", default=[1e-3], help="of AdamW, default: 0.001")
+    kinds = "cosine", "constant"
+    add("--schedule", nargs="+", choices=kinds, default=["cosine"], help="of the rate")
     add("--seeds", type=int, default=1, help="how many, side by side, default: 1")
+    add("--limit", type=float, help="seconds, after which no other run is begun")
     add("--compute-ms", type=float, default=100.0, help="of a step, default: 100")
     add("--output", type=Path, default=Path("."), help="folder, default: this one")
     args = parser.parse_args()
@@ -329,22 +366,60 @@ def parse_args():
     return args
 
 
+def found_before(path, head):
+    """The settings of a file, if its head is that of this run."""
+    if not path.is_file():
+        return []
+    before = json.loads(path.read_text())
+    settings = before.pop("settings", [])
+    return settings if before == head else []
+
+
 def main():
-    args = parse_args()
+    args, began = parse_args(), time.perf_counter()
     data = load(args.data)
     kind = jax.devices()[0].device_kind
     print(f"{args.workers} workers on {kind}, {len(data[0]):,} characters of text")
-    options = {k: v for k, v in vars(args).items() if isinstance(v, int | float)}
-    results, path = {}, args.output / "outer_text.json"
-    for name in args.methods:
+    told = {"steps", "every", "round", "workers", "width", "layers", "context", "seeds"}
+    options = {k: v for k, v in vars(args).items() if k in told | {"compute_ms"}}
+    head = {"device": kind, "options": options, "characters": len(data[0])}
+    path = args.output / "outer_text.json"
+    settings = found_before(path, head)
+
+    def setting(**given):
+        """What was found at a setting."""
+        there = [s for s in settings if given.items() <= s.items()]
+        if not there:
+            there = [{**given, "results": {}}]
+            settings.extend(there)
+        return there[0]
+
+    kinds = list(itertools.product(args.lr, args.schedule))
+    longest = 0.0
+    for batch, name in itertools.product(args.batch, args.methods):
+        ours = [setting(batch=batch, lr=lr, schedule=shape) for lr, shape in kinds]
+        missing = [i for i, s in enumerate(ours) if name not in s["results"]]
+        clock = time.perf_counter()
+        if not missing or (args.limit and clock - began + longest > args.limit):
+            continue
         plan = planned(name, args, data[2], args.compute_ms / 1e3)
-        results[name] = {**run(name, args, data), **plan}
-        losses = results[name]["losses"][-1][1]
-        print(f"  {name}: {np.mean(losses):.4f}", flush=True)
-        written = {"device": kind, "options": options, "results": results}
-        path.write_text(json.dumps(written, indent=1))
-    print_table(results)
-    draw(results, args, args.output / "outer_text.png")
+        runs = run(name, args, batch, [kinds[i] for i in missing], data)
+        took = time.perf_counter() - clock
+        longest = max(longest, took)
+        for i, result in zip(missing, runs, strict=True):
+            ours[i]["results"][name] = {**result, **plan, "run_seconds": took}
+            loss, lr, shape = np.mean(result["losses"][-1][1]), *kinds[i]
+            print(f"  {name}, batch {batch}, {lr:g} {shape}: {loss:.4f}", flush=True)
+        path.write_text(json.dumps({**head, "settings": settings}, indent=1))
+    settings = [s for s in settings if s["results"]]
+    for some in settings:
+        print_table(some)
+    print(
+        "spread: largest minus smallest of the seeds; bits: of a coordinate, a meeting"
+    )
+    for i, some in enumerate(settings):
+        more = f"_{i}" if i else ""
+        draw(some, args, args.output / f"outer_text{more}.png")
     print(f"Written: {path}, and the curves beside it")
 
 

@@ -221,28 +221,57 @@ def example(monkeypatch, folder, name):
 @pytest.mark.slow
 @jax.numpy_rank_promotion("allow")
 @jax.numpy_dtype_promotion("standard")
-def test_ef_sgd_images_goes_on_to_the_same_numbers(monkeypatch, tmp_path):
+@pytest.mark.parametrize("seeds", ["3", "0 1 --together"])
+def test_ef_sgd_images_goes_on_to_the_same_numbers(
+    monkeypatch, tmp_path, capsys, seeds
+):
     """From what was saved after two epochs of four, where the rate is first cut."""
     images = example(monkeypatch, "paper", "ef_sgd_images")
     monkeypatch.setattr(images.VGG19, "stages", ((1, 1),))
-    options = "--width 2 --limit 40 --batch 8 --epochs 4 --seeds 2 --save-every 1"
-    monkeypatch.setattr(sys, "argv", ["ef_sgd_images.py", *options.split()])
+    options = "--width 2 --limit 40 --batch 8 --epochs 4 --save-every 1 --seeds"
+    argv = ["ef_sgd_images.py", *options.split(), *seeds.split()]
+    monkeypatch.setattr(sys, "argv", argv)
     args = images.parse_args()
     data = [jax.device_put(a) for a in images.load(args)]
     args.state, found = tmp_path / "whole", {}
     (tmp_path / "whole").mkdir()
 
-    def note(name, record):
+    def note(about, name, seeds, record):
         found[args.state.name] = json.loads(json.dumps(record))
-        if args.state.name == "whole" and record["epochs"] == 2:
+        result = {"method": name, "seeds": seeds, **record}
+        result |= {"network": "vgg19", "batch": 8, "epochs": 4}
+        (tmp_path / f"{about}.json").write_text(json.dumps(result))
+        if args.state.name == "whole" and record["done"] == 2:
             shutil.copytree(tmp_path / "whole", tmp_path / "again")
 
-    assert images.run("ef-signsgd", args, data, math.inf, note)
+    assert images.run("ef-signsgd", args.seeds, args, data, math.inf, note)
     args.state = tmp_path / "again"
-    assert images.run("ef-signsgd", args, data, math.inf, note)
+    assert images.run("ef-signsgd", args.seeds, args, data, math.inf, note)
     for key in ("loss", "test"):
         assert found["again"][key] == found["whole"][key], key
-    assert np.shape(found["whole"]["loss"]) == (4, 2)
+    assert np.shape(found["whole"]["loss"]) == (4, len(args.seeds))
+    images.table(tmp_path, None)
+    rows = json.loads((tmp_path / "ef_sgd_images.json").read_text())
+    assert [row["seed"] for row in rows] == args.seeds
+    assert [row["loss"] for row in rows] == np.transpose(
+        found["whole"]["loss"]
+    ).tolist()
+    assert f"ef-signsgd   {len(rows):5}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_ef_sgd_images_convolves_together_as_alone(monkeypatch):
+    images = example(monkeypatch, "paper", "ef_sgd_images")
+    x = np.random.default_rng(0).normal(size=(2, 6, 6, 3)).astype(np.float32)
+    for size, stride in ((3, 1), (3, 2), (1, 2)):
+        alone = images.Conv(4, together=False, size=size, stride=stride)
+        together = images.Conv(4, together=True, size=size, stride=stride)
+        params = alone.init(jax.random.key(0), x)
+        want, got = alone.apply(params, x), together.apply(params, x)
+        assert want.shape == got.shape == (2, 6 // stride, 6 // stride, 4)
+        np.testing.assert_allclose(want, got, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.slow
@@ -298,6 +327,23 @@ def test_curve_compares_seconds_to_a_common_loss(monkeypatch):
     assert [r["seconds"] for r in found["power_sgd"]] == [None]
     assert curve.sooner(found["sign two_phase"], found["dense f32"]) == [2.0]
     assert curve.sooner(found["power_sgd"], found["dense f32"]) is None
+    tried = curve.search(lambda rate: abs(rate - 3.9))
+    assert sorted(tried) == [
+        0.5,
+        1.0,
+        2.0,
+        4.0,
+        8.0,
+    ]  # outward, and one beyond the best
+    assert curve.search(lambda rate: float("nan"))[1.0] == 99.0
+    losses = iter([3.0, 2.5, 2.0, 1.5])
+    told = {"target": 2.0, "seconds": 1e9, "least": 0.0, "every": 2}
+    step = lambda t: lambda: None  # noqa: E731
+    points = curve.curve(told, step, lambda: next(losses), lambda clock: 1.0 + clock)
+    assert [(t, loss) for t, _, loss in points] == [(1, 3.0), (3, 2.5), (5, 2.0)]
+    state = {"opt": (curve.Held(np.int32(3), np.float32(0.5)), np.float32(1.0))}
+    held, other = curve.at_rate(state, 2.0)["opt"]
+    assert (held.count, held.held_rate, other) == (3, 1.0, 1.0)
     settings = {"text": 100_000, "length": 8, "seed": 1, "gpus": 2, "batch": 3}
     one, two = curve.Text(settings), curve.Text(settings)
     np.testing.assert_array_equal(one.batch(5), two.batch(5))
@@ -331,7 +377,8 @@ def test_outer_text_tells_what_meetings_send_and_writes_what_it_found(tmp_path):
     options += " --workers 2 --batch 2 --methods dense average sparse streaming"
     done = run(script, "--data", text, *options.split(), folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "outer_text.json").read_text())["results"]
+    (setting,) = json.loads((tmp_path / "outer_text.json").read_text())["settings"]
+    found = setting["results"]
     assert list(found) == ["dense", "average", "sparse", "streaming"]
     assert all(np.isfinite(r["losses"][-1][1]).all() for r in found.values())
     assert found["average"]["bytes"] == found["dense"]["bytes"] / 4
