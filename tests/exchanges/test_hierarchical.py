@@ -167,7 +167,7 @@ CASES = {
     "top_k": (efopt.top_k(fraction=0.25, block_size=8), "all_gather"),
     "bits": (efopt.quantize(8, block_size=16), "two_phase"),
 }
-DEFAULT = {("sign", 0, "manual"), ("bits", 3, "global")}
+DEFAULT = {("sign", 3, "global")}
 MESHES = [
     PLAIN,
     Mesh(kind=AxisType.Explicit),
