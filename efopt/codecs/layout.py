@@ -90,7 +90,16 @@ class Bucket:
             weight = jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0)
         weight = jnp.asarray(weight, compute_dtype(self.dtype))
         index, count = jnp.asarray(index), jnp.asarray(count)
-        return Blocks(index, count, weight, self.block, self.dtype)
+        total = None if dynamic else self._total()
+        return Blocks(index, count, weight, self.block, self.dtype, total)
+
+    def _total(self) -> int | None:
+        """What codecs that write into a leaf are told of it, if it is alone.
+
+        They leave out its padding. A leaf that they write padded is copied to cut that
+        off: on one core a third to three quarters of the time of a sparse update.
+        """
+        return self.sizes[0] if self.codec.chooses and len(self.leaves) == 1 else None
 
     def _blocks_of_one(self) -> Blocks:
         """The blocks of one very large leaf, counted where they are used."""
@@ -102,7 +111,8 @@ class Bucket:
         ends, wide = place == np.uint32(n - 1), compute_dtype(self.dtype)
         count = jnp.where(ends, np.int32(last), np.int32(size))
         full, rest = jnp.asarray(1 / size, wide), jnp.asarray(1 / last, wide)
-        return Blocks(index, count, jnp.where(ends, rest, full), self.block, self.dtype)
+        weight = jnp.where(ends, rest, full)
+        return Blocks(index, count, weight, self.block, self.dtype, self._total())
 
 
 @dataclasses.dataclass(frozen=True)
