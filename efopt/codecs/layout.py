@@ -8,7 +8,7 @@ ever made.
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -141,24 +141,6 @@ class Layout:
                 xs[i] = x
         pairs = zip(xs, self.buckets, strict=True)
         return [x.astype(compute_dtype(b.dtype)) for x, b in pairs]
-
-    def join_again(
-        self, again: Callable[[], Sequence[jax.Array]], xs: Sequence[jax.Array]
-    ) -> list[jax.Array]:
-        """:meth:`join` of the same leaves computed anew, for codecs that gain by it.
-
-        Args:
-          again: Computes the leaves.
-          xs: What was joined of them before, which is to stay where leaves share it.
-        """
-        apart = [b.codec.apart and len(b.leaves) == 1 for b in self.buckets]
-        if not any(apart):
-            return list(xs)
-        arrays = again()
-        return [
-            _join(b, arrays).astype(x.dtype) if alone else x
-            for b, x, alone in zip(self.buckets, xs, apart, strict=True)
-        ]
 
     def part(self, xs: Sequence[jax.Array], like: Sequence[Any]) -> list[jax.Array]:
         """Inverse of :meth:`join`; empty leaves take their dtype from ``like``."""

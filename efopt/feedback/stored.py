@@ -167,12 +167,6 @@ class StoredResidual:
         ]
         return treedef.unflatten(layout.part(xs, structs))
 
-    def again(
-        self, updates: Any, residual: Any, turn: Turn, ratio: Any
-    ) -> Callable[[], Any] | None:
-        """What computes :meth:`recall` anew; ``None``: it is kept."""
-        del updates, residual, turn, ratio
-
     def keeper(
         self, updates: Any, residual: Any, turn: Turn, ratio: Any
     ) -> Callable[[Any], Any]:
