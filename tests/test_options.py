@@ -1,8 +1,8 @@
 """Every option of every public function, with values that it cannot have.
 
 Either the value is refused when the transformation is made or first traced, in the
-library's own words, which name the option; or it is among those that are taken on
-purpose.
+library's own words, which name the option and the function that was called; or it is
+among those that are taken on purpose.
 """
 
 import inspect
@@ -157,7 +157,9 @@ ELSEWHERE = {
 
 def faults(function, option):
     """What becomes of values that the option cannot have: a line for each fault."""
-    default = inspect.signature(function).parameters[option].default
+    options = inspect.signature(function).parameters
+    default = options[option].default
+    names = {function.__name__, *([GIVEN["api"]] if "api" in options else [])}
     for kind, value in BAD.items():
         taken = kind in TAKEN.get(option, ()) or (value is None and default is None)
         taken |= kind == "huge" and option in SIZES
@@ -166,7 +168,8 @@ def faults(function, option):
         except (TypeError, ValueError) as error:
             last = traceback.extract_tb(error.__traceback__)[-1].filename
             named = re.search(rf"`[^`]*\b{option}\b[^`]*`", str(error))
-            if not (last.startswith(HOME) and named):
+            called = re.search(rf"`({'|'.join(names)})\b", str(error))
+            if not (last.startswith(HOME) and named and called):
                 yield f"{kind}: {type(error).__name__}: {str(error)[:80]}"
         except Exception as error:  # noqa: BLE001
             yield f"{kind}: {type(error).__name__}: {str(error)[:80]}"

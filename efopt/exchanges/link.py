@@ -21,11 +21,11 @@ from efopt.exchanges.exchange import Exchange
 from efopt.exchanges.home import Home, LinkState
 from efopt.exchanges.meeting import meet, round_trip
 from efopt.exchanges.packing import Packing
-from efopt.exchanges.pieces import Cut, gather, scatter, spare_axes
+from efopt.exchanges.pieces import Cut, scatter, spare_axes
 from efopt.exchanges.trip import Back, Kept, Trip
 from efopt.ground import bits
 from efopt.ground.barriers import zeros_after
-from efopt.ground.dtypes import check_float, compute_dtype, wide_zeros
+from efopt.ground.dtypes import check_float, wide_zeros
 from efopt.workers import node
 from efopt.workers.axes import Axes, vary, varying
 from efopt.workers.node import PerWorker
@@ -96,9 +96,9 @@ class Link:
         server, flight = (), ()
         if keeps:
             assert self.axes is not None
-            server = owners.fresh(self.kept(self._layout(params)), self.axes)
+            server = owners.fresh(self.kept(self.layout(params)), self.axes)
         if self.delay:
-            flight = self.flight(self._layout(params))
+            flight = self.flight(self.layout(params))
         return LinkState(states, server, home, seen, flight)
 
     def flight(self, layout: Layout, shards: tuple[str, ...] = ()) -> Any:
@@ -144,9 +144,10 @@ class Link:
 
     def routes(self, tree: Any) -> list[Exchange]:
         """The exchange that carries each leaf of a tree of arrays or structs."""
-        return [self._route(codec) for codec in self.codec.assign(tree)]
+        return [self.route(codec) for codec in self.codec.assign(tree)]
 
-    def _route(self, codec: Codec) -> Exchange:
+    def route(self, codec: Codec) -> Exchange:
+        """The exchange that carries what a codec writes."""
         if self.exchange is not None and self.exchange.refusal(codec) is None:
             return self.exchange
         return table.default(codec)
@@ -227,13 +228,13 @@ class Link:
             that this can take its place in memory.
         """
         like = tree if like is None else like
-        packing, pieces = self._packed(tree, like, state.home)
+        packing, pieces = self.packed(tree, like, state.home)
         layout, learned = packing.layout, self.unwrap(state.codec)
         trip = Trip(
             api=self.api,
             axes=self.axes,
             layout=layout,
-            ways=[self._route(b.codec) for b in layout.buckets],
+            ways=[self.route(b.codec) for b in layout.buckets],
             xs=layout.join(pieces),
             turn=self.turn(count),
             ratio=ratio,
@@ -279,80 +280,17 @@ class Link:
         """
         return entrances.entrance(self, update, own)
 
-    def owed_by_owners(self, params: Any, server: Any) -> Any:
-        """What the owners still owe of each leaf, whole: a tree like ``params``.
-
-        Args:
-          params: The parameters given to :meth:`init`, or their structs.
-          server: The server residual, laid out in any way; inside the mapped function
-            it is gathered.
-        """
-        layout = self._layout(params)
-        xs = owners.whole(self.api, layout, self.kept(layout), server)
-        return _parted(layout, xs, params)
-
-    def owed_here(self, residual: Any, state: LinkState) -> Any:
-        """What is owed of what a device holds: by workers, in the mean, and by owners.
-
-        What is in flight is owed too. Inside a function that is mapped over all axes of
-        the mesh; collectives.
-
-        Args:
-          residual: This worker's residual, a tree of arrays.
-          state: The state of the link, placed.
-        """
-        axes, home = self.axes, state.home
-        assert axes is not None
-        arrays, treedef = jax.tree.flatten(residual)
-        pairs = zip(arrays, home.dtypes, strict=True)
-        like = [jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in pairs]
-        packing, _ = self._packed(residual, treedef.unflatten(like), home)
-        kept = [c if c.kept else Cut(c.shape) for c in packing.cuts]
-        owed = treedef.unflatten(gather(kept, axes.pmean(arrays)))
-        layout, more = packing.layout, []
-        if state.server:
-            server = self.kept(layout), state.server
-            more.append(owners.whole(self.api, layout, *server))
-        if state.flight:
-            payloads, made = state.flight
-            payloads = payloads.local(self.api)
-            xs = in_flight.decoded(layout, payloads, made, packing.valid())
-            more.append(axes.pmean(self._not_late(layout, xs)))
-        for xs in more:
-            debts = packing.whole(xs, wide=True)
-            owed = jax.tree.map(lambda e, d: e + d.astype(e.dtype), owed, debts)
-        return owed
-
-    def owed_in_flight(self, params: Any, payloads: Any, made: Any) -> Any:
-        """What one worker has in flight of each leaf: a tree like ``params``.
-
-        Args:
-          params: The parameters given to :meth:`init`, or their structs.
-          payloads: Its payloads, without a worker axis.
-          made: The step in which they were written.
-        """
-        layout = self._layout(params)
-        xs = in_flight.decoded(layout, payloads, made)
-        if self.axes is not None:
-            xs = self._not_late(layout, xs)
-        return _parted(layout, xs, params)
-
     # ------------------------------------------------------------------------ inside
-
-    def _not_late(self, layout: Layout, xs: Sequence[jax.Array]) -> list[jax.Array]:
-        """What is in flight, but for what under a vote is among the residual still."""
-        late = [self._route(b.codec).pays_average for b in layout.buckets]
-        return [jnp.zeros_like(x) if y else x for y, x in zip(late, xs, strict=True)]
 
     def keeps(self) -> bool:
         """Whether owners may keep a server residual."""
-        return any(self._route(c).keeps for c in self.codec.members())
+        return any(self.route(c).keeps for c in self.codec.members())
 
     def kept(self, layout: Layout) -> list[Bucket]:
         """The buckets whose owners keep a server residual."""
-        return [b for b in layout.buckets if self._route(b.codec).keeps]
+        return [b for b in layout.buckets if self.route(b.codec).keeps]
 
-    def _packed(
+    def packed(
         self, tree: Any, like: Any, home: Any
     ) -> tuple[Packing, list[jax.Array]]:
         """How a tree is packed whose updates are ``like``, and this device's pieces."""
@@ -390,7 +328,8 @@ class Link:
             names = spare_axes(x, self.axes)
         return Cut(x.shape, names, Axes(names).size() if names else 1)
 
-    def _layout(self, tree: Any) -> Layout:
+    def layout(self, tree: Any) -> Layout:
+        """What is packed together of a tree of whole leaves, arrays or structs."""
         leaves = jax.tree.leaves(tree)
         shapes = [jnp.shape(x) for x in leaves]
         dtypes = [jnp.result_type(x) for x in leaves]
@@ -400,13 +339,6 @@ class Link:
 def _wrapped_as(like: Any, state: Any) -> Any:
     """One leaf's state, wrapped as it came."""
     return like.rewrap(state) if node.is_node(like) else state
-
-
-def _parted(layout: Layout, xs: Sequence[jax.Array], params: Any) -> Any:
-    """A tree like ``params``, in the compute dtypes, from one array a bucket."""
-    leaves, treedef = jax.tree.flatten(params)
-    like = [jax.ShapeDtypeStruct(jnp.shape(x), compute_dtype(x.dtype)) for x in leaves]
-    return treedef.unflatten(layout.part(xs, like))
 
 
 def _and_rounding(mean: Message, rest: jax.Array) -> jax.Array:

@@ -121,13 +121,33 @@ def scale_by_dion(
       Ahn et al, `Dion: Distributed Orthonormalized Updates
       <https://arxiv.org/abs/2504.05295>`_, 2025 (Algorithm 1)
     """
-    sizes = _Sizes("scale_by_dion", rank, fraction)
-    seed = checks.seed("scale_by_dion", seed)
-    checks.decay("scale_by_dion", "momentum", momentum)
-    said = f"rank={rank}" if rank is not None else f"fraction={sizes.fraction}"
-    link = open_link(
-        "scale_by_dion", make(PerLeaf((), said)), axis_name=axis_name, role="dion"
+    return direction(
+        "scale_by_dion",
+        rank=rank,
+        fraction=fraction,
+        momentum=momentum,
+        matrices=matrices,
+        axis_name=axis_name,
+        seed=seed,
     )
+
+
+def direction(
+    api: str,
+    *,
+    rank: int | None,
+    fraction: float | None,
+    momentum: jax.typing.ArrayLike,
+    matrices: Matrices | None,
+    axis_name: AxisName | None,
+    seed: int,
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`scale_by_dion`, of this name in errors."""
+    sizes = _Sizes(api, rank, fraction)
+    seed = checks.seed(api, seed)
+    checks.decay(api, "momentum", momentum)
+    said = f"rank={rank}" if rank is not None else f"fraction={sizes.fraction}"
+    link = open_link(api, make(PerLeaf((), said)), axis_name=axis_name, role="dion")
 
     def codec_of(leaf: Any, marked: bool, name: str) -> Any:
         return sizes.codec(jnp.shape(leaf), name, seed) if marked else Identity()

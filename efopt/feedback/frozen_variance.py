@@ -256,18 +256,37 @@ def scale_by_one_bit_adam(
       Tang et al, `1-bit Adam: Communication Efficient Large-Scale Training with Adam's
       Convergence Speed <https://arxiv.org/abs/2102.02888>`_, 2021 (Algorithm 1)
     """
-    api = "scale_by_one_bit_adam"
+    return warmed_up(
+        "scale_by_one_bit_adam",
+        warmup=warmup,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        compressor=compressor,
+        axis_name=axis_name,
+        exchange=exchange,
+    )
+
+
+def warmed_up(
+    api: str,
+    *,
+    warmup: int,
+    compressor: Compressor | None,
+    axis_name: AxisName | None,
+    exchange: Exchange | str | None,
+    **decays: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`scale_by_one_bit_adam`, of this name in errors."""
     checks.static_int(api, "warmup", warmup, least=1)
     chosen, way = one_bit(compressor, axis_name, exchange)
     return frozen_variance(
         api,
         lambda count: count < warmup,
-        b1=b1,
-        b2=b2,
-        eps=eps,
         compressor=chosen,
         axis_name=axis_name,
         exchange=way,
+        **decays,
     )
 
 

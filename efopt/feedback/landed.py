@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from efopt.exchanges.owed import owed_in_flight
 from efopt.workers.node import PerWorker
 
 
@@ -27,7 +28,7 @@ def in_flight(api: str, feedback: Any, like: Any) -> Any:
     link = feedback.link.home.link
 
     def read(payloads):
-        return link.owed_in_flight(like, payloads, made)
+        return owed_in_flight(link, like, payloads, made)
 
     return jax.jit(jax.vmap(read))(payloads.value)
 

@@ -9,6 +9,7 @@ import optax
 from efopt.codecs.compressor import Compressor
 from efopt.exchanges import regions
 from efopt.exchanges.opening import open_link
+from efopt.exchanges.owed import owed_by_owners, owed_here, owed_in_flight
 from efopt.feedback.econtrol import EControlState
 from efopt.feedback.error_feedback import ErrorFeedbackState
 from efopt.feedback.landed import in_flight
@@ -190,7 +191,7 @@ def _owed(
         "virtual_params", compressor, axis_name=node.axis_name, exchange="two_phase"
     )
     unstacked = jax.tree.map(_unstacked, owed, own)
-    server = link.owed_by_owners(unstacked, feedback.link.server)
+    server = owed_by_owners(link, unstacked, feedback.link.server)
     return jax.tree.map(lambda e, s: e + s.reshape(e.shape), owed, server)
 
 
@@ -206,7 +207,7 @@ def _lies_by_shard(feedback: Any) -> bool:
 def _owed_here(feedback: Any) -> Any:
     """The same on a mesh, of what one device holds."""
     residual = feedback.residual.local("`virtual_params`")
-    return feedback.link.home.link.owed_here(residual, feedback.link)
+    return owed_here(feedback.link.home.link, residual, feedback.link)
 
 
 def _in_flight(owed: Any, params: Any, feedback: Any, compressor: Any) -> Any:
@@ -222,7 +223,7 @@ def _in_flight(owed: Any, params: Any, feedback: Any, compressor: Any) -> Any:
                 "`delay=1` and a single worker, to read the payloads in flight."
             )
         link = open_link("virtual_params", compressor, delay=1)
-        return link.owed_in_flight(params, payloads, made)
+        return owed_in_flight(link, params, payloads, made)
     axes = Axes.of("virtual_params", payloads.axis_name)
     own = jax.tree.map(
         lambda e, p: e if _is_masked(e) else p, owed, params, is_leaf=_is_masked
@@ -230,7 +231,7 @@ def _in_flight(owed: Any, params: Any, feedback: Any, compressor: Any) -> Any:
     structs = jax.tree.map(_unstacked, owed, own)
     if axes.bound():
         link, mine = feedback.link.home.link, payloads.local("`virtual_params`")
-        return axes.pmean(link.owed_in_flight(structs, mine, made))
+        return axes.pmean(owed_in_flight(link, structs, mine, made))
     sent = in_flight("`virtual_params(params, state)`", feedback, structs)
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), sent)
 

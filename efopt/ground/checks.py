@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,18 +15,21 @@ import jax.numpy as jnp
 from efopt.ground import options as allowed
 
 F = TypeVar("F", bound=Callable[..., Any])
+_FACTORIES: set[str] = set()  # the names of all functions with options
 
 
 def keyword_only(function: F) -> F:
     """A factory whose options are checked by name.
 
     It names the keyword where an option was passed by position, and refuses what an
-    option of this name cannot be anywhere (:mod:`efopt.ground.options`).
+    option of this name cannot be anywhere (:mod:`efopt.ground.options`). What a part
+    refuses that the factory makes with its own options, the factory refuses.
     """
     parameters = inspect.signature(function).parameters
     options = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
     most = len(parameters) - len(options)
     names = list(parameters)
+    _FACTORIES.add(function.__name__)
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -40,9 +44,22 @@ def keyword_only(function: F) -> F:
         for name in given.keys() & parameters.keys():
             default = parameters[name].default
             allowed.check(function.__name__, name, given[name], default)
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            if "api" not in parameters:  # else it was told whom to name
+                _rename(error, function.__name__)
+            raise
 
     return checked  # type: ignore[return-value]
+
+
+def _rename(error: Exception, api: str) -> None:
+    """Puts the function that was called in the place of the part that it is made of."""
+    said = str(error)
+    part = re.match(r"`(\w+)", said)
+    if part and part[1] in _FACTORIES:
+        error.args = (f"`{api}{said[part.end() :]}",)
 
 
 def static_int(

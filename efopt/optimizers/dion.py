@@ -5,8 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from efopt.feedback import scale_by_dion
-from efopt.feedback.dion import Matrices, marked
+from efopt.feedback.dion import Matrices, direction, marked
 from efopt.ground import checks
 from efopt.optimizers.weight_decay import Mask, add_decay
 from efopt.workers.axes import AxisName
@@ -97,8 +96,8 @@ def dion(
       Ahn et al, `Dion: Distributed Orthonormalized Updates
       <https://arxiv.org/abs/2504.05295>`_, 2025 (Algorithm 1)
     """
-    checks.decay("dion", "momentum", momentum)
-    exchange = scale_by_dion(
+    exchange = direction(
+        "dion",
         rank=rank,
         fraction=fraction,
         momentum=momentum,

@@ -82,6 +82,7 @@ def ef_signsgd(
       Karimireddy et al, `Error Feedback Fixes SignSGD and other Gradient Compression
       Schemes <https://arxiv.org/abs/1901.09847>`_, 2019 (Algorithm 1)
     """
+    checks.block_size("ef_signsgd", block_size)
     # 1901.09847 Algorithm 1 is Algorithm 2 with C(p) = (|p|_1 / d) sign(p).
     return ef_sgd(
         scaled_sign(block_size),

@@ -5,7 +5,7 @@ import optax
 
 from efopt.compressors import Compressor
 from efopt.exchanges.exchange import Exchange
-from efopt.feedback import scale_by_one_bit_adam
+from efopt.feedback.frozen_variance import warmed_up
 from efopt.ground import checks
 from efopt.optimizers.weight_decay import Mask, add_decay
 from efopt.workers.axes import AxisName
@@ -83,7 +83,8 @@ def one_bit_adam(
       Convergence Speed <https://arxiv.org/abs/2102.02888>`_, 2021 (Algorithm 1)
     """
     return optax.chain(
-        scale_by_one_bit_adam(
+        warmed_up(
+            "one_bit_adam",
             warmup=warmup,
             b1=b1,
             b2=b2,

@@ -22,7 +22,8 @@ Seeds are trained one after another, or with `--together` side by side, for batc
 are too small to fill a card. After every epoch the results of a method are in a file of
 `--output`, and every `--save-every` epochs, and before `--budget` seconds are over, all
 that is needed to go on in `--state`. The same command goes on from there, to the same
-numbers; other processes may train other methods and seeds into the same folders.
+numbers (on a GPU but for rounding: there the compiler chooses by the clock how to
+convolve); other processes may train other methods and seeds into the same folders.
 
     python examples/paper/ef_sgd_images.py --data cifar10 --seeds 0 1 --budget 560
     python examples/paper/ef_sgd_images.py --table .
@@ -403,8 +404,10 @@ def draw(runs, path):
         1, len(tables), figsize=(4.6 * len(tables), 3.4), squeeze=False
     )
     for table, panel in zip(tables, panels[0], strict=True):
+        shown = []
         for i, method in enumerate(METHODS):
             group = runs.get((*table, method), ())
+            shown += group
             wrong = [100 - 100 * np.array(r["test"]) for r in group]
             for line in wrong:
                 panel.plot(range(1, len(line) + 1), line, f"C{i}", alpha=0.25, lw=0.7)
@@ -415,6 +418,7 @@ def draw(runs, path):
         panel.set(xlabel="epoch", ylabel="wrong test images, %")
         panel.set_yticks([5, 7, 10, 15, 20, 30, 50, 90], [5, 7, 10, 15, 20, 30, 50, 90])
         panel.minorticks_off()
+        panel.set_ylim(0.93 * min(100 - 100 * max(r["test"]) for r in shown), None)
     panels[0, 0].legend()
     figure.savefig(path)
     plt.close(figure)

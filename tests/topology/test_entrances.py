@@ -12,6 +12,7 @@ from registry import COMPRESSORS
 
 import efopt
 from efopt.codecs.compressor import make
+from efopt.exchanges.owed import owed_by_owners
 
 MESH = meshes.TWO_BY_FOUR
 CASES = {
@@ -165,7 +166,7 @@ def owners_debts(link, params, cuts):
         local = {n: cuts[n].take(x, at, padded=True) for n, x in params.items()}
         value = tuple(np.asarray(x[:, d]) for x in link.server.value)
         own = efopt.PerWorker(value, link.server.axis_name, link.server.split)
-        debts.append(link.home.link.owed_by_owners(local, own))
+        debts.append(owed_by_owners(link.home.link, local, own))
     return {
         name: cuts[name].join([np.asarray(debt[name]) for debt in debts])
         for name in params

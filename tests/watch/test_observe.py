@@ -10,6 +10,7 @@ from workers_under_test import FAST, make_mesh, run, slow
 
 import efopt
 from efopt import wire
+from efopt.exchanges.owed import owed_by_owners
 from efopt.watch import observe, report
 
 SHAPES = {"b": (5,), "w": (16, 12)}
@@ -104,7 +105,7 @@ def test_what_owners_owe_is_told_by_leaf():
     ratio = np.asarray(state.link.watched.server_ratio)[0]
     assert ratio[0] == 0 and ratio[1] > 0
     # `whole` lays the ranges out by leaf.
-    owed = state.link.home.link.owed_by_owners(params(), run_server(grads))
+    owed = owed_by_owners(state.link.home.link, params(), run_server(grads))
     expected = np.sum(np.square(np.asarray(owed["w"], np.float64)))
     came = squares(grads[-1])
     np.testing.assert_allclose(ratio[1], np.sqrt(expected / came[1]), rtol=1e-5)
