@@ -65,7 +65,9 @@ def compiled(tx, placed):
 )
 def test_no_pass_too_many(compressor, memory, kernels, moved, temporary, placed):
     program = compiled(efopt.error_feedback(compressor, memory=memory), placed)
-    found = count_kernels(program.as_text())
+    text, memory = program.as_text(), program.memory_analysis()
+    assert text is not None and memory is not None
+    found = count_kernels(text)
     assert found.bytes / COORDINATES <= moved
     assert found.number <= kernels
-    assert program.memory_analysis().temp_size_in_bytes <= 1e6 * temporary
+    assert memory.temp_size_in_bytes <= 1e6 * temporary
