@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from efopt.codecs.runs import Runs
 from efopt.ground.dtypes import compute_dtype
 from efopt.ground.randomness import hash_words
+from efopt.ground.sums import block_sum
 
 MOST = 2**31 - 1  # coordinates whose places are numbered
 
@@ -58,7 +61,9 @@ class Blocks:
     weight: jax.Array | None
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
-    total: int | None = dataclasses.field(default=None, metadata={"static": True})
+    total: int | None = dataclasses.field(
+        default=None, kw_only=True, metadata={"static": True}
+    )
 
     @property
     def end(self) -> int | None:
@@ -76,6 +81,38 @@ class Blocks:
     def size(self) -> int:
         """Coordinates of one block, padding included."""
         return math.prod(self.shape)
+
+    @property
+    def coordinates(self) -> int:
+        """Coordinates of all blocks."""
+        return self.index.size * self.size
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The sizes that a row of the batch is made of: of every row the same."""
+        return (self.size,)
+
+    def runs(self, lengths: Sequence[int]) -> Runs:
+        """Numbers that belong to the blocks, so many to each of :attr:`members`."""
+        (length,) = lengths
+        return Runs(length)
+
+    def everywhere(self) -> Runs:
+        """One number for each coordinate, laid out as the blocks are."""
+        return Runs(self.size)
+
+    def at(self, runs: Runs, place: jax.Array) -> jax.Array:
+        """Where in a row a coordinate of the block of each number stands: int32."""
+        del runs
+        return place.astype(jnp.int32)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """The sum of each block of ``x``, none of it negative: ``(n,)``."""
+        return block_sum(x)
+
+    def whole(self) -> "Blocks":
+        """The blocks as those count them who write one payload a row."""
+        return self
 
     def valid(self) -> jax.Array:
         """Valid coordinates of each block, int32 ``(n,)``."""

@@ -7,7 +7,7 @@ averaged and is *sent* the average.
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Hashable
 from typing import Any, ClassVar
 
 import jax
@@ -44,7 +44,7 @@ class Message:
 
     def once(self) -> "Message":
         """The same message; if it is large, its payload is computed only once."""
-        if self.blocks.index.size * self.blocks.size < LARGE:
+        if self.blocks.coordinates < LARGE:
             return self
         return self.with_payload(once(self.payload))
 
@@ -154,6 +154,16 @@ class Codec:
 
         A reason in words, and the cure, for an error that names the codec before it.
         """
+        return None
+
+    def lane(self, size: int) -> tuple[int, Hashable] | None:
+        """In what lanes a whole leaf may stand, beside others of other sizes.
+
+        Of a codec that is written for :class:`efopt.codecs.lanes.Lanes`, the rows into
+        which leaves are folded, and what those must have in common that share lanes.
+        ``None``: leaves of one size alone share a batch.
+        """
+        del size
         return None
 
     def block_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from efopt.codecs import lanes
 from efopt.codecs.blocks import Blocks
 from efopt.codecs.codec import Codec
 from efopt.ground.barriers import cut_once, once
@@ -37,7 +38,9 @@ class Bucket:
       block: The shape of one block.
       dtype: The leaves' dtype.
       kind: What else they have in common.
-      start: The number of the first block in the whole tree.
+      numbers: The number of each leaf's first block in the whole tree.
+      rows: Into which leaves of unequal sizes are folded, side by side; 0: blocks are
+        equal.
     """
 
     codec: Codec
@@ -47,16 +50,26 @@ class Bucket:
     block: tuple[int, ...]
     dtype: np.dtype
     kind: Hashable
-    start: int
+    numbers: tuple[int, ...]
+    rows: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (sum(self.num_blocks), *self.block)
+        return (1 if self.rows else sum(self.num_blocks), *self.block)
+
+    def parted(self, x: jax.Array) -> jax.Array:
+        """The bucket as an array whose last axis is cut into leaves."""
+        return x.reshape(self.rows or 1, -1)
+
+    def lengths(self) -> tuple[int, ...]:
+        """How much of that axis each leaf takes: more than belongs to it, if padded."""
+        if self.rows:
+            return lanes.widths(self.sizes, self.rows)
+        return tuple(n * math.prod(self.block) for n in self.num_blocks)
 
     def starts(self) -> list[int]:
-        """Where each leaf starts in the flat bucket."""
-        ends = np.cumsum(self.num_blocks) * math.prod(self.block)
-        return [0, *map(int, ends[:-1])]
+        """Where each leaf starts in that axis."""
+        return [0, *map(int, np.cumsum(self.lengths())[:-1])]
 
     def blocks(self, valid: Mapping[int, jax.Array] | None = None) -> Blocks:
         """What codecs may know of the blocks.
@@ -68,11 +81,12 @@ class Bucket:
         valid = {} if valid is None else valid
         if self.shape[0] > BUCKET_SIZE and self.leaves[0] not in valid:
             return self._blocks_of_one()
-        index = np.arange(self.shape[0], dtype=np.uint32) + np.uint32(self.start)
-        size, counts, dynamic = math.prod(self.block), [], False
-        for i, coordinates, n in zip(
-            self.leaves, self.sizes, self.num_blocks, strict=True
+        index, counts, dynamic = [], [], False
+        for i, coordinates, n, number in zip(
+            self.leaves, self.sizes, self.num_blocks, self.numbers, strict=True
         ):
+            size = coordinates if self.rows else math.prod(self.block)
+            index.append(np.arange(n, dtype=np.uint32) + np.uint32(number))
             if i in valid:
                 dynamic, before = True, np.arange(n) * size
                 counts.append(jnp.clip(valid[i] - before.astype(np.int32), 0, size))
@@ -80,18 +94,20 @@ class Bucket:
             count = np.full(n, size, np.int64)  # a block may be a whole leaf
             count[-1] = coordinates - (n - 1) * size
             counts.append(count)
+        index = np.concatenate(index)
         if not dynamic:
             count = np.concatenate(counts)
-            if (count == size).all():
+            if not self.rows and (count == math.prod(self.block)).all():
                 return Blocks(jnp.asarray(index), None, None, self.block, self.dtype)
             weight, count = 1 / count, count.astype(np.int32)
         else:
             count = jnp.concatenate([jnp.asarray(c, jnp.int32) for c in counts])
             weight = jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0)
         weight = jnp.asarray(weight, compute_dtype(self.dtype))
-        index, count = jnp.asarray(index), jnp.asarray(count)
-        total = None if dynamic else self._total()
-        return Blocks(index, count, weight, self.block, self.dtype, total)
+        known = (jnp.asarray(index), jnp.asarray(count), weight, self.block, self.dtype)
+        if not self.rows:
+            return Blocks(*known, total=None if dynamic else self._total())
+        return lanes.Lanes(*known, self.sizes, self.rows, dynamic)
 
     def _total(self) -> int | None:
         """What codecs that write into a leaf are told of it, if it is alone.
@@ -105,14 +121,15 @@ class Bucket:
         """The blocks of one very large leaf, counted where they are used."""
         n, size = self.shape[0], math.prod(self.block)
         place = lax.iota(jnp.uint32, n)
-        index, last = place + np.uint32(self.start), self.sizes[0] - (n - 1) * size
+        index, last = place + np.uint32(self.numbers[0]), self.sizes[0] - (n - 1) * size
         if last == size:
             return Blocks(index, None, None, self.block, self.dtype)
         ends, wide = place == np.uint32(n - 1), compute_dtype(self.dtype)
         count = jnp.where(ends, np.int32(last), np.int32(size))
         full, rest = jnp.asarray(1 / size, wide), jnp.asarray(1 / last, wide)
         weight = jnp.where(ends, rest, full)
-        return Blocks(index, count, weight, self.block, self.dtype, self._total())
+        known = (index, count, weight, self.block, self.dtype)
+        return Blocks(*known, total=self._total())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,11 +172,16 @@ class Layout:
                     arrays[i] = b.codec.unflatten(flat, self.shapes[i])
         if not shared:
             return arrays
-        flat = [x.reshape(-1) for _, x in shared]
-        sizes, starts = zip(*((b.sizes, b.starts()) for b, _ in shared), strict=True)
-        for (b, _), parts in zip(shared, cut_once(flat, sizes, starts), strict=True):
-            for i, part in zip(b.leaves, parts, strict=True):
-                arrays[i] = b.codec.unflatten(part, self.shapes[i])
+        pieces = cut_once(
+            [b.parted(x) for b, x in shared],
+            [b.lengths() if b.rows else b.sizes for b, _ in shared],
+            [b.starts() for b, _ in shared],
+            axis=-1,
+        )
+        for (b, _), parts in zip(shared, pieces, strict=True):
+            for i, size, part in zip(b.leaves, b.sizes, parts, strict=True):
+                flat = part.reshape(-1)[:size]
+                arrays[i] = b.codec.unflatten(flat, self.shapes[i])
         return arrays
 
     def join_blocked(self, trees: Sequence[Any]) -> list[Any]:
@@ -195,6 +217,9 @@ class Layout:
 
 
 def _join(b: Bucket, arrays: Sequence[jax.Array]) -> jax.Array:
+    if b.rows:
+        folded = [lanes.fold(b.codec.flatten(arrays[i]), b.rows) for i in b.leaves]
+        return jnp.concatenate(folded, axis=1).reshape(b.shape)
     parts = []
     for i, n, size in zip(b.leaves, b.num_blocks, b.sizes, strict=True):
         # Not a concatenation with zeros, which would be one more copy.
@@ -208,10 +233,17 @@ def lay_out(
     shapes: Sequence[tuple[int, ...]],
     dtypes: Sequence[np.dtype],
     kinds: Sequence[Hashable] | None = None,
+    side_by_side: bool = True,
 ) -> Layout:
     """Cuts leaves of these shapes and dtypes into buckets, each with its codec.
 
-    Leaves of different ``kinds`` are never joined.
+    Args:
+      codecs: The codec of each leaf.
+      shapes: Its shape.
+      dtypes: Its dtype.
+      kinds: Leaves of different ones are never joined.
+      side_by_side: Whether whole leaves of unequal sizes may share a bucket, where
+        their codec reads lanes: no array of their payload is then a leaf's.
     """
     kinds = [None] * len(shapes) if kinds is None else kinds
     groups: dict[Any, list[tuple[int, int]]] = {}
@@ -225,10 +257,36 @@ def lay_out(
         for run in _runs(members, math.prod(block), codec.exact):
             leaves, counts = zip(*run, strict=True)
             sizes = tuple(math.prod(shapes[i]) for i in leaves)
-            bucket = Bucket(codec, leaves, sizes, counts, block, dtype, kind, start)
-            buckets.append(bucket)
+            numbers = tuple(int(n) for n in start + np.cumsum([0, *counts[:-1]]))
+            alike = (leaves, sizes, counts, block, dtype, kind, numbers)
+            buckets.append(Bucket(codec, *alike))
             start += sum(counts)
+    if side_by_side:
+        buckets = _side_by_side(buckets)
     return Layout(tuple(shapes), tuple(buckets))
+
+
+def _side_by_side(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Buckets of whole leaves as lanes, where a codec wants it and sizes differ."""
+    groups: dict[Any, list[Bucket]] = {}
+    for i, b in enumerate(buckets):
+        lane = b.codec.lane(b.sizes[0])
+        alike = (0, i) if lane is None else (lane[0], lane, b.codec, b.dtype, b.kind)
+        groups.setdefault(alike, []).append(b)
+    out = []
+    for (rows, *_), same in groups.items():
+        first, leaves = same[0], []
+        if len({b.block for b in same}) == 1:
+            out.extend(same)
+            continue
+        for b in same:
+            leaves.extend(zip(b.leaves, b.sizes, b.numbers, strict=True))
+        for run in _runs([(leaf, leaf[1]) for leaf in leaves], 1, False):
+            chosen, sizes, numbers = zip(*(leaf for leaf, _ in run), strict=True)
+            block, ones = (rows * sum(lanes.widths(sizes, rows)),), (1,) * len(sizes)
+            alike = (chosen, sizes, ones, block, first.dtype, first.kind, numbers)
+            out.append(Bucket(first.codec, *alike, rows))
+    return out
 
 
 def _runs(members, block_size, alone):

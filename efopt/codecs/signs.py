@@ -29,21 +29,21 @@ def fair_signs(x: jax.Array, blocks: Blocks, turn: Turn) -> jax.Array:
     """
     positive = bits.pack_tests(x, lambda lane: lane > 0)
     zero = bits.pack_tests(x, lambda lane: lane == 0)
-    return positive | (zero & _coins(positive.shape[1], blocks, turn))
+    return positive | (zero & _coins(blocks, turn))
 
 
 def signed(packed: jax.Array, scale: jax.Array, blocks: Blocks) -> jax.Array:
-    """Magnitudes ``(n, size)`` or ``(n, 1)`` with the signs of :func:`fair_signs`."""
+    """Magnitudes, against ``(n, size)``, with the signs of :func:`fair_signs`."""
     return jnp.where(bits.unpack_bits(packed, blocks.size), scale, -scale)
 
 
-def _coins(width: int, blocks: Blocks, turn: Turn) -> jax.Array:
-    """A fair bit for every sign, packed alike: uint8 ``(n, width)``."""
+def _coins(blocks: Blocks, turn: Turn) -> jax.Array:
+    """A fair bit for every sign, packed alike: uint8 ``(n, ceil(size / 8))``."""
     one = np.uint32(1)
     pair, step = turn.worker >> one, turn.step >> one
     key = hash_words(np.uint32(COIN ^ turn.stream), step, pair, blocks.index)
-    byte = jnp.arange(width, dtype=jnp.uint32)
-    word = hash_words(key[:, None], byte[None, :])
+    packed = blocks.runs([-(-size // 8) for size in blocks.members])
+    word = hash_words(packed.of(key), packed.place())
     # All ones where the coin is turned over.
     over = jnp.uint32(0) - ((turn.worker ^ turn.step) & one)
     return (word ^ over).astype(jnp.uint8)

@@ -48,6 +48,10 @@ class Sparse(Codec, abc.ABC):
     def keeps_no_residual(self):
         return self.values.keeps_no_residual()
 
+    def number(self, blocks: Blocks) -> int:
+        """Coordinates kept of a row of the batch."""
+        return sum(map(self.kept, blocks.members))
+
     @abc.abstractmethod
     def select(
         self, x: jax.Array, blocks: Blocks, turn: Turn
@@ -60,18 +64,21 @@ class Sparse(Codec, abc.ABC):
 
     def encode(self, x, blocks, turn):
         values, found = self.select(x, blocks, turn)
-        return {"values": nested.write(self.values, values, blocks, turn), **found}
+        return {
+            "values": nested.write(self.values, values, blocks.whole(), turn),
+            **found,
+        }
 
     def decode(self, payload, blocks, turn):
         values = self.read(payload, blocks, turn)
-        shape = len(blocks.index), blocks.size
+        shape = len(values), blocks.size
         # Like the values: a loop's start has to vary over the workers as they do.
         zeros = jnp.zeros_like(values, shape=shape, dtype=blocks.compute_dtype)
         return self.filled(zeros, values, payload, blocks, turn)
 
     def told(self, payload, blocks, turn):
         x = self.decode(payload, blocks, turn)
-        ones = jnp.ones_like(x, shape=(len(x), self.kept(blocks.size)))
+        ones = jnp.ones_like(x, shape=(len(x), self.number(blocks)))
         return x, self.filled(jnp.zeros_like(x), ones, payload, blocks, turn)
 
     def decode_in(self, zeros, payload, blocks, turn):
@@ -118,8 +125,8 @@ class Sparse(Codec, abc.ABC):
 
     def read(self, payload: Any, blocks: Blocks, turn: Turn) -> jax.Array:
         """The values ``(n, k)`` of a payload."""
-        k = self.kept(blocks.size)
-        return nested.read(self.values, payload["values"], (k,), blocks, turn)
+        k, whole = self.number(blocks), blocks.whole()
+        return nested.read(self.values, payload["values"], (k,), whole, turn)
 
     def delta(self, shape):
         """What the values keep of the share that is kept."""
@@ -155,13 +162,15 @@ class SharedCoordinates(Sparse):
         return hash_words(np.uint32(self.seed), turn.draw, blocks.index)
 
     def select(self, x, blocks, turn):
-        k = self.kept(blocks.size)
-        if k == blocks.size:
+        if self.number(blocks) == blocks.size:
             return x, {}
         values = jnp.take_along_axis(x, self.places({}, blocks, turn), axis=1)
         if self.rescaled:
+            kept = [self.kept(size) for size in blocks.members]
+            factor = np.divide(blocks.members, kept).astype(x.dtype)
+            factor = blocks.runs(kept).of(jnp.asarray(factor))
             largest = float(jnp.finfo(x.dtype).max)
-            scaled = jnp.clip(values * (blocks.size / k), -largest, largest)
+            scaled = jnp.clip(values * factor, -largest, largest)
             values = jnp.where(jnp.isfinite(values), scaled, values)
         return values, {}
 

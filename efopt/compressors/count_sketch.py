@@ -1,6 +1,7 @@
 """Count sketch: sums of random signs, from which every coordinate is estimated."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
@@ -19,6 +20,7 @@ from efopt.ground.sums import block_sum
 HASHES = ("structured", "random")
 OFFSET = 0x5BD1E995  # tells what places are hashed to from their signs
 UNROLLED = 16  # lines whose sums are one expression
+LANE = 1 << 13  # coordinates of a leaf up to which one in lanes is the faster
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,14 +68,16 @@ class CountSketch(Codec):
         return {"sums": bits.cast(jnp.stack(tables, axis=1), blocks.dtype)}
 
     def decode(self, payload, blocks, turn):
-        place = jnp.arange(blocks.size, dtype=jnp.uint32)
         sums, estimates = payload["sums"], []
         for row in range(self.rows):
             key = self._key(turn, row)
-            bucket = self._bucket(key, place, blocks.size)
-            x = sums[:, row].at[:, bucket].get(mode="promise_in_bounds")
+            everywhere = blocks.everywhere()
+            place = everywhere.place()
+            bucket = self._bucket(key, blocks)
+            x = sums[:, row].at[:, bucket[0]].get(mode="promise_in_bounds")
             x = x.astype(blocks.compute_dtype)
-            estimates.append(jnp.where(_signs(key, blocks, place), x, -x))
+            keep = _keeps(everywhere.of(_words(key, blocks)), place)
+            estimates.append(jnp.where(keep, x, -x))
         if self.rows == 1:
             return estimates[0]
         stacked = jnp.stack(estimates, axis=2)
@@ -103,45 +107,54 @@ class CountSketch(Codec):
     def _key(self, turn, row):
         return hash_words(np.uint32(self.seed), turn.draw, np.uint32(row))
 
-    def _bucket(self, key, place, size):
-        """The sum to which each place belongs: int32."""
-        width = np.uint32(self.columns(size))
+    def _bucket(self, key, blocks):
+        """The sum of a row to which each coordinate belongs: int32 ``(1, size)``."""
+        widths, here = self._columns(blocks), blocks.everywhere()
+        place, width = here.place(), here.number(widths)
         if self.hash == "random":
             word = hash_words(key ^ np.uint32(OFFSET), place)
             return (word % width).astype(jnp.int32)
-        lines = self.lines(size)
+        place = jnp.minimum(place, here.number([n - 1 for n in blocks.members]))
+        lines = max(map(self.lines, blocks.members))
         if lines > UNROLLED:
-            line = lax.div(place, width)
+            line = lax.div(*jnp.broadcast_arrays(place, jnp.asarray(width)))
             start, offset = line * width, _offset(key, line, width)
         else:
-            start, offset = jnp.uint32(0), _offset(key, jnp.uint32(0), width)
+            start = jnp.uint32(0)
+            offset = here.of(_offset(key, jnp.uint32(0), _numbers(widths)))
             for line in range(1, lines):
                 beyond = place >= line * width
                 start = jnp.where(beyond, line * width, start)
-                offset = jnp.where(beyond, _offset(key, line, width), offset)
+                more = here.of(_offset(key, jnp.uint32(line), _numbers(widths)))
+                offset = jnp.where(beyond, more, offset)
         bucket = place - start + offset
-        return jnp.where(bucket < width, bucket, bucket - width).astype(jnp.int32)
+        bucket = jnp.where(bucket < width, bucket, bucket - width)
+        first = here.number(blocks.runs(widths).starts)
+        return (bucket + first).astype(jnp.int32)
 
-    def _place(self, key, line, size):
-        """The place in a line that belongs to each sum, past the end if none does."""
-        width = np.uint32(self.columns(size))
-        bucket = jnp.arange(width, dtype=jnp.uint32)
-        offset = _offset(key, line, width)
-        column = bucket - offset  # of unsigned words, which wrap around
-        column = jnp.where(bucket < offset, column + width, column)
-        return line * width + column
+    def _columns(self, blocks):
+        return [self.columns(size) for size in blocks.members]
 
     def _gather(self, x, blocks, key):
         """Sums, each of which collects its terms: ``(n, width)``."""
+        widths, sizes = self._columns(blocks), blocks.members
+        sums = blocks.runs(widths)
+        bucket, width, size = sums.place(), sums.number(widths), sums.number(sizes)
+        words = sums.of(_words(key, blocks))
 
         def add(line, total):
-            place = self._place(key, line.astype(jnp.uint32), blocks.size)
-            inside = jnp.minimum(place, np.uint32(blocks.size - 1)).astype(jnp.int32)
-            part = x.at[:, inside].get(mode="promise_in_bounds")
-            part = jnp.where(place < np.uint32(blocks.size), part, 0)
-            return total + jnp.where(_signs(key, blocks, place), part, -part)
+            line = line.astype(jnp.uint32)
+            offset = sums.of(_offset(key, line, _numbers(widths)))
+            column = bucket - offset  # of unsigned words, which wrap around
+            column = jnp.where(bucket < offset, column + width, column)
+            # The place in the line that belongs to each sum, past the end if none does.
+            place = line * width + column
+            inside = blocks.at(sums, jnp.minimum(place, size - np.uint32(1)))
+            part = x.at[:, inside[0]].get(mode="promise_in_bounds")
+            part = jnp.where(place < size, part, 0)
+            return total + jnp.where(_keeps(words, place), part, -part)
 
-        lines, total = self.lines(blocks.size), add(jnp.int32(0), 0.0)
+        lines, total = max(map(self.lines, sizes)), add(jnp.int32(0), 0.0)
         if lines > UNROLLED:
             return lax.fori_loop(1, lines, add, total)
         for line in range(1, lines):
@@ -150,10 +163,15 @@ class CountSketch(Codec):
 
     def _scatter(self, x, blocks, key):
         """Sums, to which each coordinate is added: ``(n, width)``."""
-        place = jnp.arange(blocks.size, dtype=jnp.uint32)
-        signed = jnp.where(_signs(key, blocks, place), x, -x)
+        place = jnp.arange(blocks.size, dtype=jnp.uint32)[None]
+        signed = jnp.where(_keeps(_words(key, blocks)[:, None], place), x, -x)
         zeros = jnp.zeros_like(x, shape=(len(x), self.columns(blocks.size)))
-        return zeros.at[:, self._bucket(key, place, blocks.size)].add(signed)
+        return zeros.at[:, self._bucket(key, blocks)[0]].add(signed)
+
+    def lane(self, size):
+        if self.block_size or self.hash != "structured" or size > LANE:
+            return None
+        return 8, self.lines(size).bit_length()  # all walk through the most lines
 
     def omega(self, shape):
         size = self.block_shape(shape)[1]
@@ -166,13 +184,23 @@ class CountSketch(Codec):
         return 1 - omega if omega < 1 else None
 
 
-def _signs(key: jax.Array, blocks: Blocks, place: jax.Array) -> jax.Array:
-    """Which coordinates keep their sign: bool ``(n, len(place))``."""
-    word = hash_words(key, blocks.index)
-    return hash_words(word[:, None], place[None, :]) >= np.uint32(2**31)
+def _words(key: jax.Array, blocks: Blocks) -> jax.Array:
+    """What the signs of each block are drawn from: uint32 ``(n,)``."""
+    return hash_words(key, blocks.index)
 
 
-def _offset(key: jax.Array, line: jax.typing.ArrayLike, width: np.uint32) -> jax.Array:
+def _keeps(word: jax.Array, place: jax.Array) -> jax.Array:
+    """Which coordinates keep their sign."""
+    return hash_words(word, place) >= np.uint32(2**31)
+
+
+def _numbers(values: Sequence[int]) -> jax.Array:
+    return jnp.asarray(np.asarray(values, np.uint32))
+
+
+def _offset(
+    key: jax.Array, line: jax.typing.ArrayLike, width: jax.typing.ArrayLike
+) -> jax.Array:
     """How far a line is rotated: uint32 in ``[0, width)``."""
     return hash_words(key ^ np.uint32(OFFSET), line) % width
 

@@ -2,13 +2,18 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+import numpy as np
+
 from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.codecs.sparse import SharedCoordinates
 from efopt.compressors.identity import Identity
 from efopt.ground import checks
 from efopt.ground.checks import keyword_only
-from efopt.ground.randomness import stratified_sample
+from efopt.ground.randomness import one_of_each_stratum, rotation
+
+LANE = 1 << 13  # coordinates of a leaf up to which one in lanes is the faster
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +27,24 @@ class RandomK(SharedCoordinates):
 
     def places(self, payload, blocks, turn):
         del payload
-        k, size = self.kept(blocks.size), blocks.size
-        return stratified_sample(self.key(blocks, turn), k, size)
+        sizes, key = blocks.members, self.key(blocks, turn)
+        kept = [self.kept(size) for size in sizes]
+        offset = rotation(key, jnp.asarray(np.asarray(sizes, np.uint32)))
+        drawn = blocks.runs(kept)
+        place = one_of_each_stratum(
+            drawn.of(key),
+            drawn.place(),
+            drawn.of(offset),
+            short=drawn.number([n // k for n, k in zip(sizes, kept, strict=True)]),
+            longer=drawn.number([n % k for n, k in zip(sizes, kept, strict=True)]),
+            size=drawn.number(sizes),
+        )
+        return blocks.at(drawn, place)
+
+    def lane(self, size):
+        # Not with values that are blocks themselves, one to a leaf.
+        apart = self.block_size or not self.values.exact or size > LANE
+        return None if apart else (1, "sample")
 
 
 @keyword_only

@@ -5,12 +5,15 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from efopt.codecs.blocks import Blocks
 from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.codecs.signs import fair_signs, signed
 from efopt.ground import checks
-from efopt.ground.sums import block_sum
+
+LANE = 1 << 16  # coordinates of a leaf up to which one in lanes is the faster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,25 +31,31 @@ class ScaledSign(Codec):
         # Algorithm 1: (|p|_1 / d) sign(p).
         return {
             "signs": fair_signs(x, blocks, turn),
-            "scale": mean_magnitude(x, blocks.mean_weight())[:, None],
+            "scale": mean_magnitude(x, blocks.mean_weight(), blocks)[:, None],
         }
 
     def decode(self, payload, blocks, turn):
         del turn
-        return signed(payload["signs"], payload["scale"], blocks)
+        scale = blocks.everywhere().of(payload["scale"][:, 0])
+        return signed(payload["signs"], scale, blocks)
+
+    def lane(self, size):
+        return None if self.block_size or size > LANE else (8, "signs")
 
     def delta(self, shape):
         return 1 / self.block_shape(shape)[1]
 
 
-def mean_magnitude(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Mean of ``|x|`` over the valid coordinates of ``(n, size)``: ``(n,)``.
+def mean_magnitude(x: jax.Array, weight: jax.Array, blocks: Blocks) -> jax.Array:
+    """Mean of ``|x|`` over the valid coordinates of each block: ``(n,)``.
 
     One pass that neither overflows at 1e38 nor vanishes at 1e-30: every term is first
     divided by a power of two near ``size``, which is exact.
     """
-    power = 2.0 ** (x.shape[1] - 1).bit_length()
-    return block_sum(jnp.abs(x) * (1 / power)) * (weight * power)
+    powers = [2.0 ** (size - 1).bit_length() for size in blocks.members]
+    power = np.asarray(powers, x.dtype)
+    terms = jnp.abs(x) * blocks.everywhere().of(jnp.asarray(1 / power))
+    return blocks.sum(terms) * (weight * power)
 
 
 def scaled_sign(block_size: int | None = None) -> Compressor:

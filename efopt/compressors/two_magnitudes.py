@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.codecs.signs import fair_signs, signed
-from efopt.compressors.scaled_sign import mean_magnitude
+from efopt.compressors.scaled_sign import LANE, mean_magnitude
 from efopt.ground import bits, checks
 from efopt.ground.checks import keyword_only
-from efopt.ground.sums import block_sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,19 +23,19 @@ class TwoMagnitudes(Codec):
 
     def encode(self, x, blocks, turn):
         weight = blocks.mean_weight()
-        mean = mean_magnitude(x, weight)
+        mean = mean_magnitude(x, weight, blocks)
         size = jnp.abs(blocks.mask(x))
-        high = size > mean[:, None]
-        number = block_sum(high.astype(x.dtype))
+        high = size > blocks.everywhere().of(mean)
+        number = blocks.sum(high.astype(x.dtype))
         below = jnp.maximum(blocks.valid().astype(x.dtype) - number, 1)
         return {
             "signs": fair_signs(x, blocks, turn),
             "high": bits.pack_bits(high),
             "scales": jnp.stack(
                 [
-                    mean_magnitude(jnp.where(high, 0, size), 1 / below),
+                    mean_magnitude(jnp.where(high, 0, size), 1 / below, blocks),
                     mean_magnitude(
-                        jnp.where(high, size, 0), 1 / jnp.maximum(number, 1)
+                        jnp.where(high, size, 0), 1 / jnp.maximum(number, 1), blocks
                     ),
                 ],
                 axis=1,
@@ -46,8 +45,11 @@ class TwoMagnitudes(Codec):
     def decode(self, payload, blocks, turn):
         del turn
         high = bits.unpack_bits(payload["high"], blocks.size)
-        low, large = payload["scales"][:, :1], payload["scales"][:, 1:]
+        low, large = map(blocks.everywhere().of, payload["scales"].T)
         return signed(payload["signs"], jnp.where(high, large, low), blocks)
+
+    def lane(self, size):
+        return None if self.block_size or size > LANE else (8, "signs")
 
     def delta(self, shape):
         return 1 / self.block_shape(shape)[1]

@@ -114,7 +114,7 @@ def decode_mean(carriers: jax.Array, messages: Sequence[Message]) -> list[jax.Ar
     out: dict[int, jax.Array] = {}
     passes: dict[int, list[int]] = {}
     for j, m in enumerate(messages):
-        large = m.blocks.index.size * m.blocks.size >= LARGE
+        large = m.blocks.coordinates >= LARGE
         passes.setdefault(AT_ONCE if large and m.codec.pointwise else 1, []).append(j)
     for width, numbers in passes.items():
         width = min(width, n)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efopt.codecs import lanes
 from efopt.codecs.layout import Bucket, Layout
 from efopt.exchanges.groups import group_key
 from efopt.exchanges.trip import Trip
@@ -128,8 +129,14 @@ def _by_leaf(layout: Layout, xs: Sequence[jax.Array], axes: Any) -> jax.Array:
         if len(b.leaves) == 1:
             found = [_square(x)]
         else:
-            rows = _square(x, axis=tuple(range(1, x.ndim)))
-            found = _segments(rows, _places(b, range(len(b.leaves))), len(b.leaves))
+            if b.rows:
+                inside = jnp.asarray(lanes.inside(b.sizes, b.rows))
+                x = jnp.where(inside, b.parted(x), 0)
+                rows, lengths = _square(x, axis=0), b.lengths()
+            else:
+                rows, lengths = _square(x, axis=tuple(range(1, x.ndim))), b.num_blocks
+            places = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+            found = _segments(rows, places, len(lengths))
         for i, square in zip(b.leaves, found, strict=True):
             squares[i], like[i] = square, x
     return _behind(squares, like, axes)

@@ -61,7 +61,7 @@ class StoredResidual:
             codecs.append(codec)
             shapes.append(shape)
             dtypes.append(dtype)
-        return lay_out(codecs, shapes, dtypes)
+        return lay_out(codecs, shapes, dtypes, side_by_side=False)
 
     def init(self, params: Any) -> Any:
         """A residual of zero: the structure of ``params``, a payload at every leaf."""

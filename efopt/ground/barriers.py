@@ -55,8 +55,9 @@ def cut_once(
     joined: Sequence[jax.Array],
     sizes: Sequence[Sequence[int]],
     starts: Sequence[Sequence[int]] | None = None,
+    axis: int = 0,
 ) -> list[list[jax.Array]]:
-    """Cuts arrays along their first axis into parts, each array computed once.
+    """Cuts arrays along an axis into parts, each array computed once.
 
     Parts of one size share one program, wherever they stand.
 
@@ -64,13 +65,14 @@ def cut_once(
       joined: The arrays.
       sizes: The lengths of the parts of each.
       starts: Where they start; ``None``: each behind the one before it.
+      axis: The axis.
     """
     if starts is None:
         starts = [[0, *map(int, np.cumsum(some)[:-1])] for some in sizes]
     whole, unknown = once_with(joined, starts)
     return [
         [
-            lax.dynamic_slice_in_dim(x, start, size)
+            lax.dynamic_slice_in_dim(x, start, size, axis)
             for start, size in zip(offsets, some, strict=True)
         ]
         for x, offsets, some in zip(whole, unknown, sizes, strict=True)

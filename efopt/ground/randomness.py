@@ -45,14 +45,41 @@ def stratified_sample(key: jax.Array, num: int, size: int) -> jax.Array:
     Returns:
       int32 ``(n, num)``, ascending but for one wrap around ``size``.
     """
-    short, longer = divmod(size, num)  # the first `longer` strata hold one more
-    stratum = np.arange(num, dtype=np.uint32)[None, :]
-    start = stratum * np.uint32(short) + np.minimum(stratum, np.uint32(longer))
-    length = np.uint32(short) + (stratum < longer).astype(np.uint32)
-    key = key[:, None]
-    index = jnp.asarray(start) + hash_words(key, stratum) % jnp.asarray(length)
-    index = index + hash_words(~key) % np.uint32(size)
-    return jnp.where(index < size, index, index - np.uint32(size)).astype(jnp.int32)
+    short, longer = divmod(size, num)
+    stratum = jnp.arange(num, dtype=jnp.uint32)[None]
+    offset = rotation(key, np.uint32(size))[:, None]
+    sizes = (np.uint32(n) for n in (short, longer, size))
+    index = one_of_each_stratum(key[:, None], stratum, offset, *sizes)
+    return index.astype(jnp.int32)
+
+
+def rotation(key: jax.Array, size: jax.typing.ArrayLike) -> jax.Array:
+    """By how much the strata of each key are rotated: uint32."""
+    return hash_words(~key) % size
+
+
+def one_of_each_stratum(
+    key: jax.Array,
+    stratum: jax.Array,
+    offset: jax.Array,
+    short: jax.typing.ArrayLike,
+    longer: jax.typing.ArrayLike,
+    size: jax.typing.ArrayLike,
+) -> jax.Array:
+    """The index that is drawn from a stratum; arrays of uint32 that broadcast.
+
+    Args:
+      key: That of the sample.
+      stratum: The number of the stratum.
+      offset: The :func:`rotation` of the sample.
+      short: How many indices a stratum holds.
+      longer: The first strata, so many, hold one more.
+      size: How many indices all strata hold.
+    """
+    start = stratum * short + jnp.minimum(stratum, longer)
+    length = short + (stratum < longer).astype(jnp.uint32)
+    index = start + hash_words(key, stratum) % length + offset
+    return jnp.where(index < size, index, index - size)
 
 
 def normals(

@@ -89,9 +89,10 @@ HALVES = {
     "NCCL_MNNVL_ENABLE": "0",
     "NCCL_NVLS_ENABLE": "0",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    # Else processes share the tuning, and wait for one another's programs.
-    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_gpu_shard_autotuning=false",
 }
+# Processes share the tuning, and wait for one another's programs: not where several are
+# compiled at a time, in an order of each process's own.
+EACH_ITS_OWN = "--xla_gpu_shard_autotuning=false"
 CPU = {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "1",
@@ -119,8 +120,14 @@ def launch(script, methods, args):
     for i in range(args.gpus):
         env = os.environ | (CPU if args.cpu else HALVES)
         if not args.cpu:
+            if getattr(args, "jobs", 2) > 1:
+                flags = f"{os.environ.get('XLA_FLAGS', '')} {EACH_ITS_OWN}"
+                env |= {"XLA_FLAGS": flags}
             half = 0 if args.one_host else 2 * i // args.gpus
             env |= {"CUDA_VISIBLE_DEVICES": gpus[i], "NCCL_HOSTID": f"half{half}"}
+        # Processes tune kernels together: one that reads its program from a cache
+        # instead would leave the others waiting.
+        env.pop("JAX_COMPILATION_CACHE_DIR", None)
         command = [sys.executable, str(script), "--process", str(i)]
         command.append(json.dumps(settings))
         pipe = subprocess.PIPE if i == 0 else subprocess.DEVNULL
@@ -317,7 +324,7 @@ class Process:
         # Laid out in one program: each array by itself would be compiled for long.
         state = {"params": shapes, "opt": jax.eval_shape(tx.init, shapes)}
         state = efopt.distribute(state, mesh, specs)
-        self.places = places = jax.tree.map(lambda x: x.sharding, state)
+        places = jax.tree.map(lambda x: x.sharding, state)
         begin = jax.jit(begin, out_shardings=places)
 
         def step(state, tokens):
@@ -385,7 +392,7 @@ class Process:
             return error
 
     def prepare(self, method):
-        """Compiles a method and those behind it, some at a time, before any is timed.
+        """Compiles a method and those behind it, `jobs` at a time, before one is timed.
 
         The first is compiled by itself: what is tuned for it, its matrix products, is
         known to the others.
@@ -397,7 +404,8 @@ class Process:
             jobs = {pool.submit(self.compile, name): name for name in some}
             for job in as_completed(jobs):
                 self.ready[jobs[job]] = job.result()
-                alive(jobs[job])
+                report = {"method": None, "compiled": jobs[job]}
+                print(json.dumps(report), flush=True)  # a sign of life
 
     def train(self, method):
         """Trains by a method, and describes it."""
@@ -502,11 +510,6 @@ class Process:
         everyone = multihost_utils.process_allgather(mine)
         first, second = np.split(np.asarray(everyone), 2)
         return bool(np.array_equal(first, second))
-
-
-def alive(name):
-    """Tells the parent that something was done."""
-    print(json.dumps({"method": None, "compiled": name}), flush=True)
 
 
 def kernels(folder):
@@ -757,7 +760,10 @@ def measured(names, others, args):
         while left and not late():
             done = -1
             for name, found in launch(script, left, args):
-                if name is not None:
+                if name is None:
+                    after = time.monotonic() - began
+                    print(f"{after:5.0f} s: compiled {found['compiled']}", flush=True)
+                else:
                     args.dcn_link = found.get("dcn_link", args.dcn_link)
                     done = left.index(name)
                     yield name, found
@@ -784,7 +790,7 @@ def main():
     add("--steps", type=int, default=50, help="that are timed, default: 50")
     add("--limit", type=int, default=100, help="seconds of silence, default: 100")
     add("--budget", type=int, default=3600, help="seconds in all, default: 3600")
-    add("--jobs", type=int, default=6, help="programs compiled at a time, default: 6")
+    add("--jobs", type=int, default=1, help="programs compiled at a time, default: 1")
     add("--output", type=Path, default=Path("gpu_hybrid.json"))
     parser.set_defaults(dcn_link=None)
     args = parser.parse_args()
