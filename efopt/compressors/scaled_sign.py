@@ -23,7 +23,6 @@ class ScaledSign(Codec):
     block_size: int | None = None  # type: ignore[misc]
 
     pointwise: ClassVar[bool] = True
-    apart: ClassVar[bool] = True
 
     def __repr__(self):
         return f"scaled_sign(block_size={self.block_size})"

@@ -71,7 +71,7 @@ def compress(
       >>> tx = efopt.compress(efopt.sign(), axis_name="data", exchange="majority_vote")
       >>> grads = jnp.array([[1.0, -2.0], [3.0, 1.0], [-1.0, -1.0]])  # 3 workers
       >>> state = efopt.stack_workers(tx.init(jnp.zeros(2)), 3)
-      >>> step = jax.vmap(tx.update, axis_name="data")
+      >>> step = jax.jit(jax.vmap(tx.update, axis_name="data"))
       >>> print(step(grads, state)[0][0])
       [ 1. -1.]
 

@@ -47,8 +47,8 @@ def frozen() -> optax.GradientTransformation:
       ...     params, opt_state = state
       ...     updates, opt_state = tx.update(grads, opt_state, params)
       ...     return optax.apply_updates(params, updates), opt_state
-      >>> step = jax.shard_map(
-      ...     step, mesh=mesh, in_specs=(specs, jax.P("data")), out_specs=specs)
+      >>> step = jax.jit(jax.shard_map(
+      ...     step, mesh=mesh, in_specs=(specs, jax.P("data")), out_specs=specs))
       >>> grads = jax.device_put(params, jax.NamedSharding(mesh, jax.P("data")))
       >>> params, _ = step(state, grads)
       >>> print(params["w"][0, 0], params["a"][0, 0])

@@ -110,7 +110,8 @@ def distributed_lion(
       >>> tx = efopt.optimizers.distributed_lion(0.1, axis_name="data")
       >>> grads = jnp.array([[1.0, -2.0], [3.0, 1.0], [-1.0, -1.0]])  # 3 workers
       >>> state = efopt.stack_workers(tx.init(jnp.zeros(2)), 3)
-      >>> print(jax.vmap(tx.update, axis_name="data")(grads, state)[0][0])
+      >>> step = jax.jit(jax.vmap(tx.update, axis_name="data"))
+      >>> print(step(grads, state)[0][0])
       [-0.1  0.1]
 
     References:

@@ -48,8 +48,6 @@ import statistics
 import sys
 import sysconfig
 import time
-import traceback
-from concurrent import futures
 from importlib import util
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -309,47 +307,25 @@ class Trained(Process):
         super().__init__(index, settings)
         self.measure = jax.jit(self.loss_fn(self.model()))
         self.text, self.over = Text(settings), self.placed(("dcn", "fsdp"))
-        self.ready = {}
-        if settings["ahead"]:  # side by side, before any clock runs
-            names, first = settings["methods"], None
-            with futures.ThreadPoolExecutor(len(names) + 1) as pool:
-                for name in names:
-                    try:
-                        self.ready[name] = self.programs(name, pool, first)
-                    except Exception:  # the others may work
-                        print(f"{name} failed:", file=sys.stderr)
-                        traceback.print_exc()
-                        continue
-                    first = first or self.ready[name][1]
 
-    def programs(self, method, pool, before=None):
-        """The first state by a key, and the step: futures, and how many parameters.
-
-        A compiler tries kernels for what it has not yet seen, most of which is in any
-        step: so one of them comes before the others.
-        """
+    def compile(self, method):
+        """Step, first state by a key, parameters, seconds taken; or what went wrong."""
         import jax
         import jax.numpy as jnp
 
-        step, begin, shapes, _ = self.training(
-            transformation(method, self.settings), "dcn", True
-        )
-        begin = begin.lower(jax.random.key(0))
-        rows = (self.text.rows, self.text.length + 1)
-        tokens = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=self.over)
-        state = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            *(begin.out_info, self.places),
-        )
-        lowered = step.lower(state, tokens)
+        start = time.perf_counter()
+        try:
+            tx = transformation(method, self.settings)
+            step, begin, shapes, _ = self.training(tx, "dcn", True)
+            rows = (self.text.rows, self.text.length + 1)
+            tokens = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=self.over)
+            state = begin.eval_shape(jax.eval_shape(lambda: jax.random.key(0)))
+            step = step.lower(state, tokens).compile()
+            begin = begin.lower(jax.random.key(0)).compile()
+        except Exception as error:  # the others may work
+            return error
         size = sum(x.size for x in jax.tree.leaves(shapes))
-
-        def compiled():
-            if before is not None:
-                futures.wait([before])
-            return lowered.compile()
-
-        return pool.submit(begin.compile), pool.submit(compiled), size
+        return step, begin, size, time.perf_counter() - start
 
     def train(self, method):
         """Trains by a method, and tells its curve, or its losses by rates."""
@@ -359,13 +335,12 @@ class Trained(Process):
         import efopt
 
         settings, text = self.settings, self.text
-        start = time.perf_counter()
         if method not in self.ready:
-            with futures.ThreadPoolExecutor(1) as pool:
-                self.ready[method] = self.programs(method, pool)
-        begin, step, size = self.ready.pop(method)
-        begin, step = begin.result(), step.result()
-        compile_seconds = time.perf_counter() - start
+            self.prepare(method)
+        ready = self.ready.pop(method)
+        if isinstance(ready, Exception):
+            raise ready
+        step, begin, size, compile_seconds = ready
 
         def first(factor):
             return at_rate(begin(jax.random.key(settings["seed"])), factor)
@@ -530,7 +505,7 @@ def parse_args():
     add("--gpus", type=int, default=2, help="1 or an even number, default: 2")
     add("--one-host", action="store_true", help="over the fast link instead")
     add("--cpu", action="store_true", help="processes of one CPU device each")
-    add("--ahead", action="store_true", help="compile all before any trains")
+    add("--jobs", type=int, default=4, help="programs compiled at a time, default: 4")
     add("--layers", type=int, default=8)
     add("--width", type=int, default=1024)
     add("--heads", type=int, default=8)
@@ -566,7 +541,7 @@ class Found:
         self.args, self.path = args, args.output / name
         command = shlex.join(["python", SCRIPT, *sys.argv[1:]])
         about = {k: v for k, v in vars(args).items() if isinstance(v, int | float)}
-        for key in ("budget", "limit", "ahead"):
+        for key in ("budget", "limit", "jobs"):
             about.pop(key)
         head = {"command": command, "machine": None, "settings": about}
         self.all, self.rows = {**head, rows: {}}, rows
@@ -596,6 +571,8 @@ class Found:
                 continue
             ours.target = target_of(into)
             for name, row in launch(script, left, ours):
+                if name is None:  # still compiling
+                    continue
                 kind, version = row.pop("device"), row.pop("version")
                 self.all["parameters"] = row.pop("parameters")
                 if not self.all["machine"]:

@@ -125,6 +125,9 @@ def launch(script, methods, args):
                 env |= {"XLA_FLAGS": flags}
             half = 0 if args.one_host else 2 * i // args.gpus
             env |= {"CUDA_VISIBLE_DEVICES": gpus[i], "NCCL_HOSTID": f"half{half}"}
+        # Processes tune kernels together: one that reads its program from a cache
+        # instead would leave the others waiting.
+        env.pop("JAX_COMPILATION_CACHE_DIR", None)
         command = [sys.executable, str(script), "--process", str(i)]
         command.append(json.dumps(settings))
         pipe = subprocess.PIPE if i == 0 else subprocess.DEVNULL
@@ -321,7 +324,7 @@ class Process:
         # Laid out in one program: each array by itself would be compiled for long.
         state = {"params": shapes, "opt": jax.eval_shape(tx.init, shapes)}
         state = efopt.distribute(state, mesh, specs)
-        self.places = places = jax.tree.map(lambda x: x.sharding, state)
+        places = jax.tree.map(lambda x: x.sharding, state)
         begin = jax.jit(begin, out_shardings=places)
 
         def step(state, tokens):

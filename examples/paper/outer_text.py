@@ -316,7 +316,10 @@ def print_table(setting):
 
 
 def draw(setting, args, path):
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
+    plt.style.use(Path(__file__).parents[1] / "pictures.mplstyle")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
+    for ax in axes:
+        ax.set_prop_cycle(color=plt.colormaps["tab10"].colors)
     for name, r in setting["results"].items():
         steps = np.array([t for t, _ in r["losses"]])
         losses = [np.mean(each) for _, each in r["losses"]]
@@ -325,13 +328,15 @@ def draw(setting, args, path):
             ax.plot(steps * scale, losses, label=name)
     names = "step", "megabytes sent by a worker", "seconds at 100 Mbit/s"
     for ax, label in zip(axes, names, strict=True):
-        ax.set(xlabel=label, ylabel="nats a character, unseen text")
-        ax.grid(alpha=0.3)
+        ax.set(xlabel=label)
         if label != "step":
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
             ax.xaxis.set_minor_formatter(ticker.NullFormatter())
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    axes[0].set(ylabel="nats a character, unseen text")
+    axes[0].legend()
+    figure.savefig(path)
     plt.close(figure)
 
 

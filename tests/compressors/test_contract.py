@@ -155,6 +155,8 @@ def test_state_keeps_its_type_through_steps_and_branches(row):
         _, third = update(grads, second)
         assert update._cache_size() == programs
         assert specs(third) == specs(first)
+        if not (row.slow or row.kind):
+            continue  # a branch asks for equal types and nothing else
 
         def step(take, grads, state, tx=tx):
             def skip(grads, state):
@@ -291,7 +293,9 @@ def test_inject_hyperparams_without_the_static_argument_says_what_to_pass(row, n
 # ------------------------------------------------------------------ determinism
 
 
-@each(COMPRESSORS, by_default=lambda row: row.kind)
+# Without jit each operation is a program of its own: one that rounds to scales and one
+# that draws.
+@each(COMPRESSORS, by_default=lambda row: row.kind and row.one_message and row.oracle)
 def test_jit_changes_no_bit(row):
     tx = fed_back(row.make())
     eager = fast = tx.init(tree(0, PLAIN))

@@ -15,6 +15,8 @@ from workers_under_test import FAST, slow
 
 import efopt
 from efopt import wire
+from efopt.codecs.layout import BUCKET_SIZE
+from efopt.exchanges.pieces import Cut, gather
 
 RATE, STEPS = 0.5, 4
 SHAPES = {"a": (8, 6), "b": (6, 12), "c": (16,), "odd": (5,), "scalar": ()}
@@ -165,7 +167,7 @@ CASES = {
     "top_k": (efopt.top_k(fraction=0.25, block_size=8), "all_gather"),
     "bits": (efopt.quantize(8, block_size=16), "two_phase"),
 }
-DEFAULT = {("sign", 0, "manual"), ("bits", 3, "global")}
+DEFAULT = {("sign", 3, "global")}
 MESHES = [
     PLAIN,
     Mesh(kind=AxisType.Explicit),
@@ -470,3 +472,15 @@ def test_what_is_each_worker_s_own_still_cannot_be_averaged_before():
             axis_name=("dcn", "fast"),
             exchange=efopt.exchanges.hierarchical("fast"),
         )
+
+
+def test_large_leaves_are_gathered_each_by_itself():
+    """What is joined is copied, and waits for all: small ones alone are."""
+    big = BUCKET_SIZE // 4 + 1
+    rows = (8, 16, big, big)
+    cuts = [Cut((2 * n, 4), ("fast",), 2, axis=0) for n in rows]
+    pieces = [jax.ShapeDtypeStruct((n, 4), jnp.float32) for n in rows]
+    traced = jax.make_jaxpr(lambda *xs: gather(cuts, xs), axis_env=[("fast", 2)])
+    names = [eqn.primitive.name for eqn in traced(*pieces).eqns]
+    assert sum("all_gather" in name for name in names) == 3, names
+    assert names.count("concatenate") == 1, names

@@ -64,7 +64,7 @@ RATES = optax.exponential_decay(0.5, 1, 0.5)
     "compressor, exchange, rate",
     [
         (SIGNS, "two_phase", RATES),
-        (efopt.sign(), "majority_vote", None),
+        slow(efopt.sign(), "majority_vote", None),
         slow(SIGNS, "all_gather", None),
         slow(efopt.random_k(k=5), "all_reduce", RATES),
         slow(efopt.quantize(4), "two_phase", None),

@@ -45,11 +45,12 @@ def chain(name):
     )
 
 
-BY_DEFAULT = ("scaled_two_phase", "power_sgd")
-EACH_WAY = ("identity", "scaled_two_phase", "sign_vote", "power_sgd")
+BY_DEFAULT = "scaled_two_phase"  # whose state is all workers' own and all owners'
 
 
-@pytest.mark.parametrize("name", [slow(n, when=n not in BY_DEFAULT) for n in CASES])
+# By default tests/test_schemes_and_optimizers.py stands for it.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_same_parameters_however_workers_are_mapped(name):
     grads = gradients(3)
     # Meshes of other kinds change nothing in how a compressor works: one per exchange.
@@ -83,7 +84,7 @@ def test_any_number_of_workers(name, n):
         np.testing.assert_allclose(a[k], b[k], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [slow(n, when=n not in EACH_WAY) for n in CASES])
+@pytest.mark.parametrize("name", [slow(n, when=n != BY_DEFAULT) for n in CASES])
 def test_workers_stay_bit_identical_and_nothing_recompiles(name):
     fn, state, place = mapped("auto", chain(name), zeros(), compiler_options=FAST)
     types = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
@@ -106,7 +107,7 @@ def test_workers_stay_bit_identical_and_nothing_recompiles(name):
 
 @pytest.mark.parametrize(
     "name",
-    [slow(n, when=n not in EACH_WAY) for n in CASES if not n.startswith("sign")],
+    [slow(n, when=n != BY_DEFAULT) for n in CASES if not n.startswith("sign")],
 )
 def test_zero_gradients_leave_everything_untouched(name):
     """Padding included: it is in the state only as server residual."""
@@ -177,7 +178,7 @@ def test_the_step_that_everything_here_uses_keeps_gradients_local():
     tx = efopt.compress(efopt.compressors.identity(), axis_name=AXIS)
     step = make_step(tx)
     grads = {k: v for k, v in gradients(1)[0].items()}
-    out, _ = jax.vmap(step, axis_name=AXIS)(
+    out, _ = jax.jit(jax.vmap(step, axis_name=AXIS))(
         efopt.stack_workers((zeros(), tx.init(zeros())), 8), grads
     )
     np.testing.assert_allclose(out["b"][0], grads["b"].mean(0), atol=1e-6)

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from workers_under_test import slow
 
 import efopt
 
 AXIS = "data"
-WORKERS = (2, 3, 4, 8)
+WORKERS = (2, 3, slow(4), slow(8))  # even and odd
 WAYS = ("majority_vote", "all_gather", "two_phase")
 
 
@@ -78,7 +79,7 @@ def test_one_worker_with_a_gradient_is_heard_among_zeros(n):
         assert steps_of(repeated(g, 2000)).mean() > 0.5 - 0.02
 
 
-@pytest.mark.parametrize("n", (1, 2, 4, 8))
+@pytest.mark.parametrize("n", (slow(1), 2, slow(4), slow(8)))
 def test_a_noisy_quadratic_ends_at_its_minimum(n):
     """Ends at -0.55, -0.29 and -0.15 for 2, 4, 8 workers if ties count as +1.
 
@@ -99,6 +100,7 @@ def test_a_noisy_quadratic_ends_at_its_minimum(n):
     assert abs(x.mean()) < 0.011
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", WAYS)
 def test_coins_are_the_same_under_jit(exchange):
     tx = efopt.compress(efopt.sign(), axis_name=AXIS, exchange=exchange)

@@ -77,7 +77,7 @@ def written(memory, x):
         slow("sketch", 0.0),
         ("sketch", 0.9),
         slow("sketch_random", 0.9),
-        ("sketch_rows", 0.9),
+        slow("sketch_rows", 0.9),
         slow("sketch", 0.5),
         slow("sketch", 1.0),
         slow("sketch_random", 0.0),
@@ -132,7 +132,7 @@ def test_a_rate_of_zero_holds_what_is_stored():
 @pytest.mark.parametrize(
     "compressor, rate",
     [
-        (efopt.random_block(fraction=0.1), lambda t: 0.1 / (t + 1.0)),
+        slow(efopt.random_block(fraction=0.1), lambda t: 0.1 / (t + 1.0)),
         (efopt.scaled_sign(), None),
         slow(efopt.power_sgd(1), None),
         slow(efopt.random_block(fraction=0.1), None),
@@ -199,6 +199,7 @@ def sketched(hash, damping):
     )
 
 
+@pytest.mark.slow
 def test_a_random_hash_bursts_without_damping():
     losses = sketched("random", 0.0)
     assert not (losses < 10 * quadratic(WITHOUT)).all()
@@ -208,7 +209,7 @@ def test_a_random_hash_bursts_without_damping():
     "hash, damping",
     [
         ("structured", 0.0),
-        ("random", 0.3),
+        slow("random", 0.3),
         slow("structured", 0.3),
         slow("structured", 0.5),
         slow("structured", 0.9),
@@ -221,6 +222,7 @@ def test_a_damped_or_structured_sketch_is_calm(hash, damping):
     assert (losses > 2.0).all() and (losses < 1.05 * quadratic(WITHOUT)).all()
 
 
+@pytest.mark.slow
 def test_the_memories_end_in_order():
     full, none, sketch = quadratic(WITH), quadratic(WITHOUT), sketched("random", 0.9)
     assert 0.01 < full[0] < 0.03
@@ -234,7 +236,7 @@ def test_the_memories_end_in_order():
         (efopt.quantize(8, stochastic=True), 1.02),
         slow(efopt.quantize(8), 1.1),
         slow(efopt.compressors.cast("bfloat16"), 1.02),
-        (efopt.quantize(4), 1.1),
+        slow(efopt.quantize(4), 1.1),
         slow(efopt.top_k(fraction=0.1), 30),
     ],
     ids=["int8", "int8-nearest", "bfloat16", "int4", "top_k"],
@@ -272,7 +274,8 @@ SIZES = {  # live bytes of the residual and temporary bytes, over those of param
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
+# The default lane compiles quickly, with buffers that users do not have for a sketch.
+@pytest.mark.parametrize("name", [slow(n, when=n == "sketch") for n in SIZES])
 def test_ten_million_parameters_in_a_fraction_of_the_memory(name):
     memory, options, most_live, most_temporary = SIZES[name]
     tx = efopt.contractive_error_feedback(BLOCK, memory=memory, **options)

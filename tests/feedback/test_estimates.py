@@ -125,7 +125,7 @@ def test_econtrol_is_its_oracle(start):
 RATES = np.array([0.0, 0.1, 0.0, 0.05, 0.1, 0.0, 0.0, 0.2, 0.1, 0.05], np.float32)
 
 
-@pytest.mark.parametrize("estimate", [True, False])
+@pytest.mark.parametrize("estimate", [True, slow(False)])
 def test_behind_econtrol_stands_sgd_under_any_schedule(estimate):
     """Parameters less the rate times the mean error: the path without compression."""
     rates = lambda t: jnp.asarray(RATES)[t]  # noqa: E731
@@ -217,7 +217,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("n", [2, 8])
+@pytest.mark.parametrize("n", [slow(2), 8])
 @pytest.mark.parametrize(
     ("factory", "way"),
     [(ef21, "top_k"), slow(ef21, "two_phase"), slow(econtrol, "top_k")],

@@ -264,7 +264,8 @@ def test_identical_workers_vote_as_one():
         np.testing.assert_array_equal(votes, np.repeat(single[:, None], n, axis=1))
 
 
-@pytest.mark.parametrize("noise", ["normal", slow("laplace"), slow("uniform")])
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", ["normal", "laplace", "uniform"])
 def test_votes_go_wrong_less_often_the_more_workers(noise):
     """20 000 votes, a gradient of half the noise's deviation; false alarm: 5 sigma."""
     trials, ratio = 20_000, 0.5

@@ -158,6 +158,7 @@ def losses():
     return out
 
 
+@pytest.mark.slow
 def test_with_feedback_little_is_lost_and_without_it_nearly_all():
     loss = losses()
     for name in ("sign", "sparse"):

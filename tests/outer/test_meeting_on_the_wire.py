@@ -68,7 +68,7 @@ def program(how, **options):
 CASES = [
     ("auto", {}),
     slow("explicit", {}),
-    ("auto", {"fragments": 2, "delay": 1, "alpha": 0.5}),
+    slow("auto", {"fragments": 2, "delay": 1, "alpha": 0.5}),
     ("global", {"fragments": 2}),
 ]
 

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from workers_under_test import slow
 
 import efopt
 from efopt import wire
@@ -222,14 +223,14 @@ def test_plans_are_hashable():
 @pytest.mark.parametrize(
     ("topology", "n", "size", "replaced"),
     [
-        ("v5e:2x4", 8, 1024, False),
-        ("v5e:4x8", 32, 1024, False),
+        slow("v5e:2x4", 8, 1024, False),
+        slow("v5e:4x8", 32, 1024, False),
         ("v5e:8x8", 64, 1024, True),
         ("v5e:8x8", 32, 1024, False),  # a part of the slice
-        ("v5e:8x8", 64, 2**21, True),  # results of 16 MiB
+        slow("v5e:8x8", 64, 2**21, True),  # results of 16 MiB
         ("v5e:8x8", 64, 2**21 + 64, False),
         ("v4:2x4x4", 64, 2**22, True),  # two devices a chip
-        ("v5p:2x4x4", 32, 2**22, False),
+        slow("v5p:2x4x4", 32, 2**22, False),
         ("v5p:4x4x4", 64, 2**22, True),
     ],
 )

@@ -152,11 +152,13 @@ def test_unlike_workers_prints_one_row_a_method(tmp_path):
     assert (tmp_path / "unlike_workers.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_compressors_help():
     done = run("compressors.py", "--help", folder=EXAMPLES)
     assert done.returncode == 0 and "--output" in done.stdout
 
 
+@pytest.mark.slow
 def test_cluster_benchmark_help_names_methods_with_a_percent_sign():
     done = run("benchmarks/cluster.py", "--help", folder=EXAMPLES)
     assert done.returncode == 0, done.stderr
@@ -197,6 +199,7 @@ def test_train_hybrid_sends_less_between_slices(tmp_path, entrance):
     assert all(0 < loss < 10 for loss in dense["losses"] + sign["losses"])
 
 
+@pytest.mark.slow
 def test_train_hybrid_help_and_what_it_refuses(tmp_path):
     told = run("train_hybrid.py", "--help", folder=tmp_path)
     assert told.returncode == 0 and "--entrance" in told.stdout
@@ -204,6 +207,7 @@ def test_train_hybrid_help_and_what_it_refuses(tmp_path):
     assert done.returncode == 2 and "multiple of 8 devices" in done.stderr
 
 
+@pytest.mark.slow
 def test_ef_sgd_images_tells_its_options_and_refuses_what_does_not_divide(tmp_path):
     script = "paper/ef_sgd_images.py"
     told = run(script, "--help", folder=tmp_path)

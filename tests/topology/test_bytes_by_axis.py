@@ -28,7 +28,7 @@ LEAST = {
     # 128 rows of 256: a sketch of 4 x 128, and two of the rows
     "arc_top_k": (efopt.compressors.arc_top_k(fraction=0.01), "all_reduce", 31),
 }
-VARIANTS = {"arc_top_k"}
+VARIANTS = {"sign-gather", "bits-two_phase", "arc_top_k"}
 
 
 def step_of(entrance, compressor, exchange, shapes):

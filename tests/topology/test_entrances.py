@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from registry import COMPRESSORS
+from workers_under_test import slow
 
 import efopt
 from efopt.codecs.compressor import make
@@ -30,14 +31,18 @@ DEFAULT = {
 assert {name.split("-")[0] for name in DEFAULT} == {
     row.name for row in COMPRESSORS if row.kind
 }
-cases = pytest.mark.parametrize(
-    "case",
+# By default every kind from one entrance, and every entrance.
+ONCE = {
+    (name, meshes.ENTRANCES[i % len(meshes.ENTRANCES)])
+    for i, name in enumerate(sorted(DEFAULT))
+}
+each_way = pytest.mark.parametrize(
+    "case, entrance",
     [
-        pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.slow])
-        for name in CASES
+        slow(*case, when=case not in ONCE)
+        for case in itertools.product(CASES, meshes.ENTRANCES)
     ],
 )
-entrances = pytest.mark.parametrize("entrance", meshes.ENTRANCES)
 
 
 def by_name(tree):
@@ -72,25 +77,20 @@ def by_hand(case):
     return whole, states, cuts
 
 
-# By default every kind from one entrance, and every entrance.
-ONCE = {
-    (name, meshes.ENTRANCES[i % len(meshes.ENTRANCES)])
-    for i, name in enumerate(sorted(DEFAULT))
-}
-EACH_WAY = [
-    pytest.param(*case, marks=[] if case in ONCE else [pytest.mark.slow])
-    for case in itertools.product(CASES, meshes.ENTRANCES)
-]
-
-
-@pytest.mark.parametrize("case, entrance", EACH_WAY)
+# Rounds magnify how quickly made code rounds: tests/topology/test_low_rank.py has them.
+@pytest.mark.parametrize(
+    "case, entrance",
+    [
+        slow(*case, when=case not in ONCE or not CASES[case[0]][0].one_message)
+        for case in itertools.product(CASES, meshes.ENTRANCES)
+    ],
+)
 def test_parameters_are_those_of_shards_compressed_by_hand(case, entrance):
     whole, _, _ = by_hand(case)
     meshes.close(ran(case, entrance)["params"], whole)
 
 
-@cases
-@entrances
+@each_way
 def test_state_by_shard_is_that_of_each_device(case, entrance):
     """What owners owe, and what PowerSGD remembers, device by device."""
     _, states, _ = by_hand(case)
@@ -117,8 +117,7 @@ def test_state_by_shard_is_that_of_each_device(case, entrance):
                     np.testing.assert_allclose(own[d], expected[0], rtol=0, atol=1e-5)
 
 
-@cases
-@entrances
+@each_way
 def test_nothing_is_lost_on_any_shard(case, entrance):
     """What came in is applied, or owed by a worker or by an owner, coordinatewise."""
     params, specs, grads = meshes.task(MESH)
@@ -138,13 +137,14 @@ def test_nothing_is_lost_on_any_shard(case, entrance):
         )
 
 
-@cases
-@entrances
+@each_way
 def test_whoever_holds_the_same_holds_the_same_bits(case, entrance):
     meshes.copies_equal(ran(case, entrance))
 
 
-@pytest.mark.parametrize("case", sorted(DEFAULT))
+@pytest.mark.parametrize(
+    "case", [slow(c, when=(c, "global") not in ONCE) for c in sorted(DEFAULT)]
+)
 def test_residuals_lie_with_their_parameters(case):
     """The leaf's global shape behind the workers, sharded like the leaf."""
     params, specs, _ = meshes.task(MESH)

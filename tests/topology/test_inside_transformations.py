@@ -9,12 +9,14 @@ import numpy as np
 import optax
 import pytest
 from jax import NamedSharding, P
+from workers_under_test import slow
 
 import efopt
 
 MESH = meshes.TWO_BY_FOUR
 STEPS, BATCH, D, F = 4, 16, 16, 32
-ENTRANCES = ("nested", "global")
+# `test_both_entrances_train_the_model_alike` takes both by default.
+each_entrance = pytest.mark.parametrize("entrance", [slow("nested"), "global"])
 SPECS = {"up": P("fsdp", None), "down": P(None, "fsdp"), "bias": P()}
 
 
@@ -97,7 +99,7 @@ def test_both_entrances_train_the_model_alike():
     assert values[-1] < values[0]
 
 
-@pytest.mark.parametrize("entrance", ENTRANCES)
+@each_entrance
 def test_steps_in_a_scan(entrance):
     step, state, batches = made(entrance, transformation())
     end, values = jax.jit(lambda s, xs: jax.lax.scan(step, s, xs))(state, batches)
@@ -107,7 +109,7 @@ def test_steps_in_a_scan(entrance):
     meshes.copies_equal(end)
 
 
-@pytest.mark.parametrize("entrance", ENTRANCES)
+@each_entrance
 def test_a_remat_model_in_a_donated_step(entrance):
     step, state, batches = made(entrance, transformation(), jax.checkpoint(loss))
     # Else the compiler would lay out a new bias by `fsdp` in the nested step.
@@ -121,9 +123,7 @@ def test_a_remat_model_in_a_donated_step(entrance):
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize(
-    "entrance", [pytest.param("nested", marks=pytest.mark.slow), "global"]
-)
+@each_entrance
 def test_microbatches_accumulated_in_a_scan_around_the_step(entrance):
     """Mini-steps meet nobody; the update is that of their mean gradient."""
     every = 2
@@ -142,7 +142,7 @@ def test_microbatches_accumulated_in_a_scan_around_the_step(entrance):
     meshes.close(end["params"], jax.tree.map(np.asarray, state["params"]), atol=1e-5)
 
 
-@pytest.mark.parametrize("entrance", ENTRANCES)
+@each_entrance
 def test_a_scan_over_microbatches_inside_the_step(entrance):
     """The loss itself runs over microbatches: efopt meets once a step."""
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from meshes import Mesh
+from workers_under_test import slow
 
 import efopt
 
@@ -40,12 +41,12 @@ COMPRESSORS = {
     ),
 }
 # The default lane covers: the slow axis first, in the middle, last and in two parts,
-# both kinds of mesh, and each compressor; `pytest -m slow` takes the product.
+# both kinds of mesh, and each exchange in blocks; `pytest -m slow` takes the product.
 DEFAULT = {
     ("dcn4xfsdp2-dcn-explicit", "sign-two_phase", "global"),
     ("fsdp2xdcn2xtensor2-dcn-auto", "sign-two_phase", "manual"),
     ("pod2xdcn2xfsdp2-pod+dcn-auto", "random_block-two_phase", "nested"),
-    ("fsdp2xtensor2xdcn2-dcn-auto", "power_sgd-all_reduce", "global"),
+    ("fsdp4xdcn2-dcn-auto", "top_k-all_gather", "global"),
 }
 PRODUCT = [
     (mesh, compressor, entrance)
@@ -104,7 +105,7 @@ UNEVEN = {
     [
         pytest.param(c, e, marks=[] if (c, e) in done else [pytest.mark.slow])
         for done in [
-            {("sign-two_phase", "global"), ("whole_sign-all_gather", "manual")},
+            {("sign-two_phase", "global")},
         ]
         for c in UNEVEN
         for e in meshes.ENTRANCES
@@ -126,9 +127,7 @@ def test_pieces_of_unequal_length(case, entrance):
     meshes.copies_equal(state)
 
 
-@pytest.mark.parametrize(
-    "entrance", [pytest.param("manual", marks=pytest.mark.slow), "nested", "global"]
-)
+@pytest.mark.parametrize("entrance", [slow("manual"), slow("nested"), "global"])
 def test_bfloat16_parameters(entrance):
     """Payloads and averages in the leaves' dtype, residuals in float32."""
     mesh = meshes.TWO_BY_FOUR
@@ -148,12 +147,8 @@ def test_bfloat16_parameters(entrance):
     meshes.copies_equal(state)
 
 
-@pytest.mark.parametrize(
-    "kind", ["auto", pytest.param("explicit", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize(
-    "entrance", [pytest.param("manual", marks=pytest.mark.slow), "nested", "global"]
-)
+@pytest.mark.parametrize("kind", ["auto", slow("explicit")])
+@pytest.mark.parametrize("entrance", [slow("manual"), slow("nested"), "global"])
 def test_one_worker_is_the_single_worker(entrance, kind):
     """A slow axis of length 1 changes nothing but that shards are compressed apart."""
     mesh = Mesh((1, 8), ("dcn", "fsdp"), "dcn", kind)

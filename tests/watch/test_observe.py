@@ -49,7 +49,7 @@ def squares(tree, mean=True):
     ("compressor", "exchange", "how"),
     [
         (SIGN, "two_phase", "auto"),
-        (TOP, "all_gather", "vmap"),
+        slow(TOP, "all_gather", "vmap"),
         slow(SIGN, "two_phase", "explicit"),
         slow(SIGN, "two_phase", "pmap"),
         slow(SIGN, "two_phase", "vmap"),

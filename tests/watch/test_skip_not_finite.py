@@ -193,7 +193,7 @@ def with_nan(grads, worker=1):
     return g
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "all_reduce"])
+@pytest.mark.parametrize("exchange", [slow("all_gather"), "all_reduce"])
 def test_finite_gradients_that_overflow_with_what_is_owed_are_seen(exchange):
     """3e38 and 3e38 again, on one worker; where nothing is sent of it, too."""
     large = draw(1)[0]

@@ -24,6 +24,7 @@ from flax.training.train_state import TrainState
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from workers_under_test import slow
 
 import efopt
 
@@ -316,8 +317,15 @@ def test_state_made_inside_the_mapped_function_equals_a_placed_one(mesh, name):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
-@pytest.mark.parametrize("made", ["outside", "inside"])
-@pytest.mark.parametrize("name", ["chain", "accumulate"])
+@pytest.mark.parametrize(
+    "name, made",
+    [
+        slow("chain", "outside"),
+        ("chain", "inside"),
+        ("accumulate", "outside"),
+        slow("accumulate", "inside"),
+    ],
+)
 def test_scan_over_steps_inside_the_mapped_function(mesh, name, made):
     tx = EVERYTHING[name]
     carry = efopt.distribute((PARAMS, tx.init(PARAMS)), mesh)
@@ -394,7 +402,7 @@ def test_per_worker_passes_extra_arguments_on(mesh):
 # accumulate.
 
 
-@pytest.mark.parametrize("how", ["shard_map", "vmap"])
+@pytest.mark.parametrize("how", ["shard_map", slow("vmap")])
 def test_accumulate_takes_one_step_of_the_mean_every_k_calls(mesh, how):
     inner = optax.chain(feedback(), optax.sgd(LR))
     tx = efopt.accumulate(inner, every=4, axis_name=AXIS)
@@ -508,8 +516,15 @@ def lowered():
     return names
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("n", [1, N], ids="{}-workers".format)
+@pytest.mark.parametrize(
+    "n, kind",
+    [
+        slow(n, kind, when=(n == N) == (kind is AxisType.Explicit))
+        for n in (1, N)
+        for kind in (AxisType.Auto, AxisType.Explicit)
+    ],
+    ids=str,
+)
 def test_the_step_compiles_once(lowered, n, kind):
     devices = jax.devices()[:n]
     mesh = jax.make_mesh((n,), (AXIS,), axis_types=(kind,), devices=devices)
@@ -642,7 +657,7 @@ def test_partition_with_dense_leaves_is_right_for_both(mesh):
     assert [x.shape for x in jax.tree.leaves(residual)] == [(N, 3, 4)]
 
 
-@pytest.mark.parametrize("how", ["shard_map", "vmap"])
+@pytest.mark.parametrize("how", ["shard_map", slow("vmap")])
 def test_injected_learning_rate_is_traced_and_rescales_the_residual(mesh, how):
     @optax.inject_hyperparams
     def factory(learning_rate):
@@ -725,7 +740,7 @@ NNX = {
 }
 
 
-@pytest.mark.parametrize("way", NNX)
+@pytest.mark.parametrize("way", [slow(n, when=n == "model") for n in NNX])
 def test_nnx(mesh, way):
     tx = optax.chain(feedback(efopt.top_k(k=2)), optax.sgd(LR))
     step, carry, params_of = NNX[way](tx)
@@ -846,7 +861,7 @@ def through_orbax(state, mesh, folder):
     return fresh.replace(params=got["params"], opt_state=got["opt"], step=got["step"])
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_phase"])
+@pytest.mark.parametrize("exchange", [slow("all_gather"), "two_phase"])
 @pytest.mark.parametrize(
     "through", [through_flax, through_orbax], ids=["flax", "orbax"]
 )

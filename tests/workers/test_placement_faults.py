@@ -14,6 +14,7 @@ import pytest
 from flax import jax_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from workers_under_test import slow
 
 import efopt
 
@@ -57,7 +58,7 @@ def first_shards(tree):
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
-EXCHANGES = ("all_gather", "two_phase")
+EXCHANGES = (slow("all_gather"), "two_phase")
 SHARE = "share of one worker"
 
 
@@ -283,7 +284,9 @@ FACTORED = {
 }
 
 
-@pytest.mark.parametrize("beside", [True, False], ids=["with params", "state alone"])
+@pytest.mark.parametrize(
+    "beside", [pytest.param(True, id="with params"), slow(False, id="state alone")]
+)
 @pytest.mark.parametrize("name", FACTORED)
 def test_states_of_other_shapes_are_placed_by_their_own_rule(name, beside):
     params = {"a": jnp.ones((256, 96)), "b": jnp.ones((96, 256)), "c": jnp.ones(6)}
@@ -515,7 +518,7 @@ def noise(inner, shape, steps=1, n=N, state=None, **options):
     return out, state
 
 
-@pytest.mark.parametrize("name", NOISE)
+@pytest.mark.parametrize("name", [slow(n, when=n != "add_noise") for n in NOISE])
 def test_workers_draw_noise_of_their_own(name):
     make, shape = NOISE[name]
     (mean,), _ = noise(make(jax.random.key(0)), shape)
@@ -542,7 +545,7 @@ def test_a_worker_draws_as_from_the_key_folded_with_its_index():
         np.testing.assert_array_equal(kept, np.broadcast_to(want, kept.shape))
 
 
-@pytest.mark.parametrize("name", NOISE)
+@pytest.mark.parametrize("name", [slow(n, when=n != "add_noise") for n in NOISE])
 def test_noise_resumes_where_it_stood(name):
     make, shape = NOISE[name]
     whole, _ = noise(make(jax.random.key(0)), shape, steps=4)
@@ -598,7 +601,7 @@ def test_fold_keys_is_a_bool():
 # Flax.
 
 
-@pytest.mark.parametrize("how", ["from flax import serialization", "import flax"])
+@pytest.mark.parametrize("how", ["from flax import serialization", slow("import flax")])
 def test_flax_may_be_imported_at_any_time(how):
     program = f"""
         import jax.numpy as jnp, efopt
