@@ -14,6 +14,8 @@ from efopt.codecs.codec import Codec
 from efopt.ground import checks
 from efopt.ground.randomness import hash_words
 
+LANE = 1 << 13  # coordinates of a leaf up to which lanes are not the slower
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sparse(Codec, abc.ABC):
@@ -140,7 +142,8 @@ class Sparse(Codec, abc.ABC):
 class SharedCoordinates(Sparse):
     """Coordinates drawn anew each step, the same on every worker.
 
-    A subclass draws them. No index is sent, and payloads add up if values do.
+    A subclass draws them, of blocks of unequal sizes too. No index is sent, and
+    payloads add up if values do.
     """
 
     rescaled: bool = False
@@ -173,6 +176,11 @@ class SharedCoordinates(Sparse):
             scaled = jnp.clip(values * factor, -largest, largest)
             values = jnp.where(jnp.isfinite(values), scaled, values)
         return values, {}
+
+    def lane(self, size):
+        # Not with values that are blocks themselves, one to a leaf.
+        apart = self.block_size or not self.values.exact or size > LANE
+        return None if apart else (1, "sample")
 
     def delta(self, shape):
         if not self.rescaled:
