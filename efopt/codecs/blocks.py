@@ -15,6 +15,8 @@ from efopt.ground.dtypes import compute_dtype
 from efopt.ground.randomness import hash_words
 from efopt.ground.sums import block_sum
 
+MOST = 2**31 - 1  # coordinates whose places are numbered
+
 
 class Turn(NamedTuple):
     """When and where a message is made, for codecs that draw random numbers.
@@ -50,6 +52,8 @@ class Blocks:
         if every block is full.
       shape: The shape of one block. Static.
       dtype: The dtype of the leaf that the blocks were cut from. Static.
+      total: Valid coordinates of a single leaf, if the codec would rather scatter into
+        those alone (:attr:`end`); ``None``: unknown. Static.
     """
 
     index: jax.Array
@@ -57,6 +61,17 @@ class Blocks:
     weight: jax.Array | None
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    total: int | None = dataclasses.field(
+        default=None, kw_only=True, metadata={"static": True}
+    )
+
+    @property
+    def end(self) -> int | None:
+        """Where padding starts in the flat blocks, if it is known and they are all."""
+        n, total = self.index.size, self.total
+        if total is None or -(-total // self.size) != n or n * self.size > MOST:
+            return None
+        return total
 
     @property
     def compute_dtype(self) -> np.dtype:
@@ -115,9 +130,16 @@ class Blocks:
         """Sets the padding of ``x``, shape ``(n, *shape)``, to zero."""
         if self.count is None:
             return x
+        if self.end is not None:
+            return self.padded(x.reshape(-1)[: self.end])
         place = jnp.arange(self.size, dtype=jnp.int32).reshape(1, *self.shape)
         count = self.count.reshape(-1, *(1 for _ in self.shape))
         return jnp.where(place < count, x, jnp.zeros((), x.dtype))
+
+    def padded(self, x: jax.Array) -> jax.Array:
+        """The :attr:`end` coordinates of a leaf as blocks."""
+        n = self.index.size
+        return jnp.pad(x, (0, n * self.size - x.size)).reshape(n, *self.shape)
 
 
 def rows(tree: Any, start: Any, number: int) -> Any:

@@ -19,8 +19,7 @@ from efopt.ground import bits
 from efopt.ground.barriers import LARGE, once
 
 Payload = Any
-Rest = jax.Array | Callable[[jax.Array], jax.Array]
-Rounds = Generator["Message | Batch", Any, tuple["Message", Rest, Any]]
+Rounds = Generator["Message | Batch", Any, tuple["Message", jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,7 +103,6 @@ class Codec:
     one_message: ClassVar[bool] = True  # has a single payload: no dialogue
     one_bit: ClassVar[bool] = False  # one sign a coordinate; a tied vote is a zero
     pointwise: ClassVar[bool] = False  # a coordinate is read without its neighbours
-    apart: ClassVar[bool] = False  # what is read last is sooner computed than kept
     exact: ClassVar[bool] = False  # loses nothing: joining leaves would only copy
     chooses: ClassVar[bool] = False  # speaks of some coordinates, and can tell which
     spans: ClassVar[bool] = False  # takes the shards behind a worker for one array
@@ -261,12 +259,11 @@ class Codec:
 
         Yields messages; is sent a message of the mean over workers of each; returns
         (that of ``x``, what this worker's own do not say of ``x``, new state). May
-        yield a :class:`Batch` in between; is sent its result. What is not said may be
-        a function of ``x``, which is then called with ``x`` computed anew.
+        yield a :class:`Batch` in between; is sent its result.
         """
         message = self.write(x, blocks, turn)
         mean = yield message
-        return mean, message.rest, state
+        return mean, message.rest(x), state
 
     def write(self, x: jax.Array, blocks: Blocks, turn: Turn) -> Message:
         """The message about ``x``; a large one's payload is computed once."""

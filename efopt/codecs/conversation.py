@@ -25,7 +25,6 @@ def converse(
     turns: Sequence[Turn],
     meet: Meet,
     valid: Mapping[int, jax.Array] | None = None,
-    again: Sequence[jax.Array] | None = None,
 ) -> tuple[list[Message], list[jax.Array], list[Any]]:
     """Holds the conversations about all buckets at once.
 
@@ -37,7 +36,6 @@ def converse(
       meet: Maps the messages of one round, by number of the bucket, to messages of the
         means over workers; called once a round.
       valid: As for :meth:`efopt.codecs.layout.Bucket.blocks`.
-      again: The same as ``xs``, computed anew for the pass that reads it last.
 
     Returns:
       For each bucket the average, what this worker's own messages do not say of its
@@ -66,11 +64,10 @@ def converse(
             replies = computed(batches)
         replies = meet(dict(sorted(asked.items()))) if asked else {}
     averages, rests, after = [], [], []
-    again = xs if again is None else again
     for i in range(len(talks)):
         average, rest, state = results[i]
         averages.append(average)
-        rests.append(rest(again[i]) if callable(rest) else rest)
+        rests.append(rest)
         after.append(state)
     return averages, rests, after
 

@@ -8,7 +8,7 @@ ever made.
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,8 +106,16 @@ class Bucket:
         weight = jnp.asarray(weight, compute_dtype(self.dtype))
         known = (jnp.asarray(index), jnp.asarray(count), weight, self.block, self.dtype)
         if not self.rows:
-            return Blocks(*known)
+            return Blocks(*known, total=None if dynamic else self._total())
         return lanes.Lanes(*known, self.sizes, self.rows, dynamic)
+
+    def _total(self) -> int | None:
+        """What codecs that write into a leaf are told of it, if it is alone.
+
+        They leave out its padding. A leaf that they write padded is copied to cut that
+        off: on one core a third to three quarters of the time of a sparse update.
+        """
+        return self.sizes[0] if self.codec.chooses and len(self.leaves) == 1 else None
 
     def _blocks_of_one(self) -> Blocks:
         """The blocks of one very large leaf, counted where they are used."""
@@ -119,7 +127,9 @@ class Bucket:
         ends, wide = place == np.uint32(n - 1), compute_dtype(self.dtype)
         count = jnp.where(ends, np.int32(last), np.int32(size))
         full, rest = jnp.asarray(1 / size, wide), jnp.asarray(1 / last, wide)
-        return Blocks(index, count, jnp.where(ends, rest, full), self.block, self.dtype)
+        weight = jnp.where(ends, rest, full)
+        known = (index, count, weight, self.block, self.dtype)
+        return Blocks(*known, total=self._total())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,24 +158,6 @@ class Layout:
                 xs[i] = x
         pairs = zip(xs, self.buckets, strict=True)
         return [x.astype(compute_dtype(b.dtype)) for x, b in pairs]
-
-    def join_again(
-        self, again: Callable[[], Sequence[jax.Array]], xs: Sequence[jax.Array]
-    ) -> list[jax.Array]:
-        """:meth:`join` of the same leaves computed anew, for codecs that gain by it.
-
-        Args:
-          again: Computes the leaves.
-          xs: What was joined of them before, which is to stay where leaves share it.
-        """
-        apart = [b.codec.apart and len(b.leaves) == 1 for b in self.buckets]
-        if not any(apart):
-            return list(xs)
-        arrays = again()
-        return [
-            _join(b, arrays).astype(x.dtype) if alone else x
-            for b, x, alone in zip(self.buckets, xs, apart, strict=True)
-        ]
 
     def part(self, xs: Sequence[jax.Array], like: Sequence[Any]) -> list[jax.Array]:
         """Inverse of :meth:`join`; empty leaves take their dtype from ``like``."""

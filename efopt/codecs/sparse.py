@@ -14,6 +14,8 @@ from efopt.codecs.codec import Codec
 from efopt.ground import checks
 from efopt.ground.randomness import hash_words
 
+LANE = 1 << 13  # coordinates of a leaf up to which lanes are not the slower
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sparse(Codec, abc.ABC):
@@ -104,17 +106,24 @@ class Sparse(Codec, abc.ABC):
 
         Not added: compilers drop the sum with a zero, or not, and then -0.0 is 0.0.
         """
-        row = jnp.arange(zeros.shape[0], dtype=jnp.int32)[:, None]
-        at = zeros.at[row, self.places(payload, blocks, turn)]
-        return at.set(values, unique_indices=True, mode="promise_in_bounds")
+        return self._scattered("set", zeros, values, payload, blocks, turn)
 
     def add(
         self, x: jax.Array, values: jax.Array, payload: Any, blocks: Blocks, turn: Turn
     ) -> jax.Array:
         """Blocks ``x (n, size)`` with values ``(n, k)`` added in their places."""
+        return self._scattered("add", x, values, payload, blocks, turn)
+
+    def _scattered(self, how, x, values, payload, blocks, turn):
+        places = self.places(payload, blocks, turn)
         row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
-        at = x.at[row, self.places(payload, blocks, turn)]
-        return at.add(values, unique_indices=True, mode="promise_in_bounds")
+        if blocks.end is None:
+            update = getattr(x.at[row, places], how)
+            return update(values, unique_indices=True, mode="promise_in_bounds")
+        # What lies in the padding is zero, and not written.
+        flat = x.reshape(-1)[: blocks.end].at[row * np.int32(blocks.size) + places]
+        update = getattr(flat, how)
+        return blocks.padded(update(values, unique_indices=True, mode="drop"))
 
     def read(self, payload: Any, blocks: Blocks, turn: Turn) -> jax.Array:
         """The values ``(n, k)`` of a payload."""
@@ -133,7 +142,8 @@ class Sparse(Codec, abc.ABC):
 class SharedCoordinates(Sparse):
     """Coordinates drawn anew each step, the same on every worker.
 
-    A subclass draws them. No index is sent, and payloads add up if values do.
+    A subclass draws them, of blocks of unequal sizes too. No index is sent, and
+    payloads add up if values do.
     """
 
     rescaled: bool = False
@@ -166,6 +176,11 @@ class SharedCoordinates(Sparse):
             scaled = jnp.clip(values * factor, -largest, largest)
             values = jnp.where(jnp.isfinite(values), scaled, values)
         return values, {}
+
+    def lane(self, size):
+        # Not with values that are blocks themselves, one to a leaf.
+        apart = self.block_size or not self.values.exact or size > LANE
+        return None if apart else (1, "sample")
 
     def delta(self, shape):
         if not self.rescaled:

@@ -20,7 +20,7 @@ from efopt.ground.sums import block_sum
 HASHES = ("structured", "random")
 OFFSET = 0x5BD1E995  # tells what places are hashed to from their signs
 UNROLLED = 16  # lines whose sums are one expression
-LANE = 1 << 13  # coordinates of a leaf up to which one in lanes is the faster
+LANE = 1 << 13  # coordinates of a leaf up to which lanes are not the slower
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ class RandomBlock(SharedCoordinates):
         In a loop, whose array the compiler changes in its place. A GPU reads for every
         coordinate what is added to it: that joins the pass that computes ``x``.
         """
-        if len(x) > 1:
+        if len(blocks.index) > 1:
             return super().add(x, values, payload, blocks, turn)
         size, k = x.shape[1], values.shape[1]
         start = (self.key(blocks, turn)[0] % np.uint32(size)).astype(jnp.int32)
@@ -67,11 +67,11 @@ class RandomBlock(SharedCoordinates):
     def places(self, payload, blocks, turn):
         del payload
         # GRBS of 2007.13221, section 3.3: k neighbours from a uniform start.
-        start = self.key(blocks, turn) % np.uint32(blocks.size)
-        place = jnp.arange(self.kept(blocks.size), dtype=jnp.uint32)
-        place = start[:, None] + place[None, :]
-        size = np.uint32(blocks.size)
-        return jnp.where(place < size, place, place - size).astype(jnp.int32)
+        sizes, key = blocks.members, self.key(blocks, turn)
+        drawn = blocks.runs([self.kept(size) for size in sizes])
+        start = key % jnp.asarray(np.asarray(sizes, np.uint32))
+        place, size = drawn.of(start) + drawn.place(), drawn.number(sizes)
+        return blocks.at(drawn, jnp.where(place < size, place, place - size))
 
 
 @keyword_only

@@ -13,8 +13,6 @@ from efopt.ground import checks
 from efopt.ground.checks import keyword_only
 from efopt.ground.randomness import one_of_each_stratum, rotation
 
-LANE = 1 << 13  # coordinates of a leaf up to which one in lanes is the faster
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomK(SharedCoordinates):
@@ -40,11 +38,6 @@ class RandomK(SharedCoordinates):
             size=drawn.number(sizes),
         )
         return blocks.at(drawn, place)
-
-    def lane(self, size):
-        # Not with values that are blocks themselves, one to a leaf.
-        apart = self.block_size or not self.values.exact or size > LANE
-        return None if apart else (1, "sample")
 
 
 @keyword_only

@@ -13,7 +13,7 @@ from efopt.codecs.compressor import Compressor, make
 from efopt.codecs.signs import fair_signs, signed
 from efopt.ground import checks
 
-LANE = 1 << 16  # coordinates of a leaf up to which one in lanes is the faster
+LANE = 1 << 16  # coordinates of a leaf up to which lanes are not the slower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,6 @@ class ScaledSign(Codec):
     block_size: int | None = None  # type: ignore[misc]
 
     pointwise: ClassVar[bool] = True
-    apart: ClassVar[bool] = True
 
     def __repr__(self):
         return f"scaled_sign(block_size={self.block_size})"

@@ -111,7 +111,7 @@ def meet_later(trip: Trip, before: Kept) -> Back:
         late = trip.axes is not None and trip.ways[i].pays_average
         x = x - mean if late else x
         message = buckets[i].codec.write(x, blocks[i], turns[i])
-        rests.append(x if late else message.rest(trip.again[i]))
+        rests.append(x if late else message.rest(x))
         means.append(mean)
         written.append(message.payload)
     # Else what a new parameter is made of joins what the forward pass makes of the old

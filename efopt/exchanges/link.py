@@ -208,7 +208,6 @@ class Link:
         count: jax.Array,
         *,
         like: Any = None,
-        again: Callable[[], Any] | None = None,
         ratio: jax.Array | None = None,
         wide: bool = False,
         keep: Callable[[Any], Any] | None = None,
@@ -221,8 +220,6 @@ class Link:
           count: The step, equal on all workers.
           like: The updates in whose dtypes payloads travel and the average is applied;
             ``None``: ``tree``.
-          again: Computes ``tree`` anew (:func:`~efopt.ground.barriers.anew`), for the
-            pass that reads it last; ``None``: that reads ``tree``.
           ratio: Factor on the server residual before it is added, or ``None``.
           wide: Whether the average stays in the compute dtypes. Else it comes in the
             dtypes of ``like``, and its rounding, which every worker owes, is among
@@ -233,17 +230,12 @@ class Link:
         like = tree if like is None else like
         packing, pieces = self.packed(tree, like, state.home)
         layout, learned = packing.layout, self.unwrap(state.codec)
-        xs = layout.join(pieces)
-        last = xs
-        if again is not None:
-            last = layout.join_again(lambda: packing.pieces(again()), xs)
         trip = Trip(
             api=self.api,
             axes=self.axes,
             layout=layout,
             ways=[self.route(b.codec) for b in layout.buckets],
-            xs=xs,
-            again=last,
+            xs=layout.join(pieces),
             turn=self.turn(count),
             ratio=ratio,
             valid=packing.valid(),

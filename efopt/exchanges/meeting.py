@@ -47,13 +47,7 @@ class Meeting:
 def round_trip(trip: Trip, before: Kept) -> Back:
     """What a single worker hears of what it says."""
     means, rests, states = converse(
-        trip.layout,
-        trip.xs,
-        before.states,
-        trip.turns(),
-        alone,
-        trip.valid,
-        trip.again,
+        trip.layout, trip.xs, before.states, trip.turns(), alone, trip.valid
     )
     return Back(means, rests, before._replace(states=states))
 
@@ -65,17 +59,11 @@ def meet(trip: Trip, before: Kept) -> Back:
     owed = owners.opened(trip.api, trip.kept(), axes, server)
     meeting = Meeting(trip, axes, tuple(map(trip.scaled, owed)))
     means, rests, states = converse(
-        trip.layout,
-        trip.xs,
-        before.states,
-        trip.turns(),
-        meeting,
-        trip.valid,
-        trip.again,
+        trip.layout, trip.xs, before.states, trip.turns(), meeting, trip.valid
     )
     rests = [
         x - mean.decode() if way.pays_average else rest
-        for way, x, mean, rest in zip(trip.ways, trip.again, means, rests, strict=True)
+        for way, x, mean, rest in zip(trip.ways, trip.xs, means, rests, strict=True)
     ]
     server = owners.closed(meeting.owed, axes, server)
     return Back(means, rests, before._replace(states=states, server=server))

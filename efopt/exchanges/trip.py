@@ -24,7 +24,6 @@ class Trip:
       layout: What the buckets are.
       ways: The exchange that carries each.
       xs: What is said: arrays ``(n, *block)`` in the compute dtype.
-      again: The same, computed anew for the pass that reads it last.
       turn: The step and this worker.
       ratio: Factor on what is in units of the step before, or ``None``.
       valid: As for :meth:`efopt.codecs.layout.Bucket.blocks`.
@@ -35,7 +34,6 @@ class Trip:
     layout: Layout
     ways: Sequence[Exchange]
     xs: Sequence[jax.Array]
-    again: Sequence[jax.Array]
     turn: Turn
     ratio: jax.Array | None
     valid: Mapping[int, jax.Array]
@@ -48,9 +46,7 @@ class Trip:
         ways = [way.settled(codecs) for way in self.ways]
         pairs = zip(ways, self.xs, strict=True)
         xs = [way.enter(x, self.axes) for way, x in pairs]
-        told = zip(xs, self.xs, self.again, strict=True)
-        again = [a if x is old else x for x, old, a in told]
-        return dataclasses.replace(self, ways=ways, xs=xs, again=again)
+        return dataclasses.replace(self, ways=ways, xs=xs)
 
     def turns(self) -> list[Turn]:
         """The turn of each bucket: where messages are equal, so is what they draw."""

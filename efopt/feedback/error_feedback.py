@@ -259,7 +259,6 @@ def feedback_through(
             state.link,
             state.count,
             like=updates,
-            again=store.again(updates, owed, turn, ratio),
             ratio=ratio,
             keep=store.keeper(updates, owed, turn, ratio),
         )

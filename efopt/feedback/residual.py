@@ -12,7 +12,6 @@ from efopt.exchanges.home import require_fresh
 from efopt.exchanges.link import Link
 from efopt.feedback.stored import StoredResidual, stored_residual
 from efopt.ground import bits
-from efopt.ground.barriers import anew
 from efopt.ground.dtypes import check_float_dtype, compute_dtype
 from efopt.workers.node import PerWorker
 
@@ -50,17 +49,6 @@ class ExactResidual:
             return g.astype(wide) + (e if ratio is None else e * ratio.astype(wide))
 
         return jax.tree.map(add, updates, residual)
-
-    def again(
-        self, updates: Any, residual: Any, turn: Turn, ratio: Any
-    ) -> Callable[[], Any] | None:
-        """What computes :meth:`recall` anew; ``None``: it is kept."""
-
-        def recalled():
-            given, owed = anew(updates, residual)
-            return self.recall(given, owed, turn, ratio)
-
-        return recalled
 
     def keeper(
         self, updates: Any, residual: Any, turn: Turn, ratio: Any

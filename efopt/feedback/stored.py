@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efopt.codecs.blocks import Turn, rows
+from efopt.codecs.blocks import MOST, Turn, rows
 from efopt.codecs.codec import Codec
 from efopt.codecs.compressor import Compressor, make
 from efopt.codecs.layout import BUCKET_SIZE, Bucket, Layout, lay_out
@@ -27,7 +27,6 @@ DAMPING = 0.9  # of a memory that is linear and noisy
 FORMS = ("increment", "rewrite")
 PRIVATE = 0x27D4EB2F  # tells the memory's private randomness from the compressor's
 SMALL_MATRIX, SMALL_VECTOR = 1 << 8, 1 << 16  # leaves below are kept exact
-MOST = 2**31 - 1  # coordinates whose places are numbered
 PIECES = 32  # in which a large leaf is written, at most
 PIECE = 1 << 19  # coordinates of a piece, at least: many small ones keep a GPU waiting
 
@@ -167,12 +166,6 @@ class StoredResidual:
             jax.ShapeDtypeStruct(x.shape, compute_dtype(x.dtype)) for x in arrays
         ]
         return treedef.unflatten(layout.part(xs, structs))
-
-    def again(
-        self, updates: Any, residual: Any, turn: Turn, ratio: Any
-    ) -> Callable[[], Any] | None:
-        """What computes :meth:`recall` anew; ``None``: it is kept."""
-        del updates, residual, turn, ratio
 
     def keeper(
         self, updates: Any, residual: Any, turn: Turn, ratio: Any

@@ -51,30 +51,6 @@ def once_with(
     return out, unknown
 
 
-def anew(*trees: Any) -> tuple[Any, ...]:
-    """The arrays of trees, which a GPU's compiler does not know to be the same.
-
-    What is computed of them is computed in the pass that reads it, and not written by
-    one pass for another to read: two arrays are added faster than their sum is written.
-
-    Args:
-      trees: Trees of arrays of numbers. Small ones come back as they are.
-    """
-    arrays, treedef = jax.tree.flatten(trees)
-    large = [i for i, x in enumerate(arrays) if x.size >= LARGE]
-
-    def unknown(xs):
-        return [lax.optimization_barrier(x) for x in xs]
-
-    if large:
-        xs = lax.platform_dependent(
-            [arrays[i] for i in large], cuda=unknown, rocm=unknown, default=list
-        )
-        for i, x in zip(large, xs, strict=True):
-            arrays[i] = x
-    return treedef.unflatten(arrays)
-
-
 def cut_once(
     joined: Sequence[jax.Array],
     sizes: Sequence[Sequence[int]],

@@ -16,6 +16,7 @@ COMPRESSORS = [
     efopt.compressors.two_magnitudes(),
     efopt.random_k(k=9, unbiased=True),
     efopt.compressors.count_sketch(fraction=0.3),
+    efopt.random_block(fraction=0.3),
     pytest.param(efopt.compressors.count_sketch(width=2), marks=pytest.mark.slow),
 ]
 SHAPES = [(1,), (9, 7), (), (23,), (0, 3), (8,), (129,), (23,), (40, 5)]
@@ -61,7 +62,7 @@ def test_a_leaf_side_by_side_says_what_it_says_in_a_batch_of_its_size(compressor
         jax.tree.map(np.testing.assert_array_equal, given, expected)
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS[:4], ids=str)
+@pytest.mark.parametrize("compressor", COMPRESSORS[:5], ids=str)
 def test_a_program_grows_little_by_a_leaf_of_another_size(compressor):
     def operations(sizes):
         params = [jnp.zeros(size) for size in sizes]

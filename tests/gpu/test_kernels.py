@@ -57,7 +57,7 @@ def compiled(tx, placed):
     ("compressor", "memory", "kernels", "moved", "temporary"),
     [
         pytest.param(efopt.sign(), None, 15, 24.3, 13, id="sign"),
-        pytest.param(efopt.scaled_sign(1024), None, 18, 25.3, 14, id="scaled_sign"),
+        pytest.param(efopt.scaled_sign(1024), None, 21, 29.3, 14, id="scaled_sign"),
         pytest.param(efopt.quantize(8), None, 16, 26.2, 156, id="quantize"),
         pytest.param(efopt.power_sgd(4), None, 156, 32.3, 404, id="power_sgd"),
         pytest.param(BLOCK, efopt.quantize(8), 22, 20.4, 12, id="in-8-bits"),
@@ -65,7 +65,9 @@ def compiled(tx, placed):
 )
 def test_no_pass_too_many(compressor, memory, kernels, moved, temporary, placed):
     program = compiled(efopt.error_feedback(compressor, memory=memory), placed)
-    found = count_kernels(program.as_text())
+    text, memory = program.as_text(), program.memory_analysis()
+    assert text is not None and memory is not None
+    found = count_kernels(text)
     assert found.bytes / COORDINATES <= moved
     assert found.number <= kernels
-    assert program.memory_analysis().temp_size_in_bytes <= 1e6 * temporary
+    assert memory.temp_size_in_bytes <= 1e6 * temporary
