@@ -159,7 +159,7 @@ class Codec:
     def lane(self, size: int) -> tuple[int, Hashable] | None:
         """In what lanes a whole leaf may stand, beside others of other sizes.
 
-        Of a codec that is written for :class:`efopt.codecs.lanes.Lanes`, the rows into
+        Of a codec that is written for ``efopt.codecs.lanes.Lanes``, the rows into
         which leaves are folded, and what those must have in common that share lanes.
         ``None``: leaves of one size alone share a batch.
         """
