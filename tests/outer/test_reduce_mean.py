@@ -99,8 +99,8 @@ def test_what_crosses_the_axis_is_small():
         compiler_options=FAST,
     )
     report = efopt.wire.measure(step, deltas, state)
-    # 40 signs of a shard and 4 of a piece in whole words, and their scales.
-    assert report.over(AXIS).operand_bytes == 8 + 4 + 2 * 4
+    # 40 signs of a shard and 4 of a piece are 6 bytes, in whole words 8, and two scales.
+    assert report.over(AXIS).operand_bytes == 8 + 2 * 4
 
 
 def test_bad_input_is_refused():
