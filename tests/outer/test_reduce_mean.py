@@ -99,7 +99,7 @@ def test_what_crosses_the_axis_is_small():
         compiler_options=FAST,
     )
     report = efopt.wire.measure(step, deltas, state)
-    # 40 signs of a shard and 4 of a piece are 6 bytes, in whole words 8, and two scales.
+    # 40 signs of a shard and 4 of a piece, together in whole words, and two scales.
     assert report.over(AXIS).operand_bytes == 8 + 2 * 4
 
 
