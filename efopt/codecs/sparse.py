@@ -116,14 +116,26 @@ class Sparse(Codec, abc.ABC):
 
     def _scattered(self, how, x, values, payload, blocks, turn):
         places = self.places(payload, blocks, turn)
+
+        def put(x, index, values, unique=True):
+            update = getattr(x.at[index], how)
+            return update(values, unique_indices=unique, mode="promise_in_bounds")
+
         row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
-        if blocks.end is None:
-            update = getattr(x.at[row, places], how)
-            return update(values, unique_indices=True, mode="promise_in_bounds")
-        # What lies in the padding is zero, and not written.
-        flat = x.reshape(-1)[: blocks.end].at[row * np.int32(blocks.size) + places]
-        update = getattr(flat, how)
-        return blocks.padded(update(values, unique_indices=True, mode="drop"))
+        if blocks.end in (None, x.size):
+            return put(x, (row, places), values)
+        flat, at = x.reshape(-1)[: blocks.end], row * np.int32(blocks.size) + places
+        if len(x) > 1:
+            flat = put(flat, at[:-1], values[:-1])
+        # The last block alone has padding, of zeros. What lies there is not written: it
+        # writes another's value once more, or adds nothing.
+        at, values = at[-1], values[-1]
+        valid = at < blocks.end
+        other = jnp.argmax(valid)
+        spare = jnp.minimum(at[other], np.int32(blocks.end - 1))
+        value = -0.0 if how == "add" else jnp.where(valid[other], values[other], 0)
+        at, values = jnp.where(valid, at, spare), jnp.where(valid, values, value)
+        return blocks.padded(put(flat, at, values, unique=False))
 
     def read(self, payload: Any, blocks: Blocks, turn: Turn) -> jax.Array:
         """The values ``(n, k)`` of a payload."""
