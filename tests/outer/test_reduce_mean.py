@@ -1,7 +1,6 @@
 """The drop-in for loops that hold a worker axis: five lines of such a loop change."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
