@@ -349,7 +349,7 @@ class Process:
         return 8 * sent / (large - small), small / (2 * (n - 1))
 
     def training(self, tx, axis, sharded_parameters, *, stands_still=False):
-        """A jitted step, what it takes, how that begins, parameters' shapes and specs."""
+        """A jitted step, what it takes, how that begins, parameters' shapes, specs."""
         import jax
         import jax.numpy as jnp
         import optax
