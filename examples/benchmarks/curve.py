@@ -316,12 +316,11 @@ class Trained(Process):
         start = time.perf_counter()
         try:
             tx = transformation(method, self.settings)
-            step, begin, shapes, _ = self.training(tx, "dcn", True)
+            step, state, compiled, shapes, _ = self.training(tx, "dcn", True)
             rows = (self.text.rows, self.text.length + 1)
             tokens = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=self.over)
-            state = begin.eval_shape(jax.eval_shape(lambda: jax.random.key(0)))
             step = step.lower(state, tokens).compile()
-            begin = begin.lower(jax.random.key(0)).compile()
+            begin = compiled(jax.random.key(0))
         except Exception as error:  # the others may work
             return error
         size = sum(x.size for x in jax.tree.leaves(shapes))
