@@ -135,11 +135,6 @@ def local_steps(
       <https://arxiv.org/abs/2501.18512>`_, 2025 (fragments, delay and blending)
     """
     api = "local_steps"
-    for name, given in (("inner", inner), ("outer", outer)):
-        if not isinstance(given, optax.GradientTransformation):
-            raise TypeError(
-                f"`{api}({name})` takes an Optax transformation, got {given!r}."
-            )
     axes = Axes.maybe(api, axis_name)
     parts = read(api, every, start, fragments, delay)
     if checks.static_float(api, "alpha", alpha) >= 1:
