@@ -38,12 +38,6 @@ CHOICES = [
     ("efopt.compressors.count_sketch.LANE", "in a sketch", "many", [0, 1 << 13]),
     ("efopt.feedback.stored.PIECE", "in 8 bits", "many", [1 << 15, 1 << 19, NEVER]),
     ("efopt.feedback.stored.PIECES", "in 8 bits", "stacked", [1, 8, 32, 128]),
-    (
-        "efopt.codecs.layout.BUCKET_SIZE",
-        "scaled_sign, whole",
-        "many",
-        [1 << 16, 1 << 20],
-    ),
     ("efopt.compressors.scaled_sign.LANE", "scaled_sign, whole", "many", [0, 1 << 16]),
     ("efopt.codecs.sparse.LANE", "random_k", "many", [0, 1 << 13, 1 << 16]),
 ]
@@ -118,9 +112,8 @@ def main():
                 if args.output:
                     args.output.write_text(json.dumps(results, indent=1))
     print(f"{results.get('device')}, {' '.join(args.size)}")
-    print(
-        f"  {'':12} {'ms':>9} {'kernels':>8} {'B/coord':>8} {'temp MB':>7} {'compile':>6}"
-    )
+    heads = "ms", "kernels", "B/coord", "temp MB", "compile"
+    print(" " * 14 + "{:>10}{:>9}{:>9}{:>8}{:>7}".format(*heads))
     for name, rows in results["rows"].items():
         print(name)
         for value, row in rows.items():
