@@ -60,7 +60,7 @@ def local_steps(
     The outer transformation is any Optax chain with an exchange of efopt. It gets the
     *pseudo-gradient* :math:`\theta - \theta_i = -d_i` of each worker, in the dtype of
     the parameters, and its updates move the common parameters. Between meetings nothing
-    crosses the axis: a meeting stands in a branch that all workers take together.
+    crosses the axis: a meeting is a loop of one turn or none, all workers alike.
     States of the inner optimizer remain each worker's own and are never averaged.
 
     *Fragments.* The leaves may be parted; then each part has a meeting of its own every
@@ -135,11 +135,6 @@ def local_steps(
       <https://arxiv.org/abs/2501.18512>`_, 2025 (fragments, delay and blending)
     """
     api = "local_steps"
-    for name, given in (("inner", inner), ("outer", outer)):
-        if not isinstance(given, optax.GradientTransformation):
-            raise TypeError(
-                f"`{api}({name})` takes an Optax transformation, got {given!r}."
-            )
     axes = Axes.maybe(api, axis_name)
     parts = read(api, every, start, fragments, delay)
     if checks.static_float(api, "alpha", alpha) >= 1:

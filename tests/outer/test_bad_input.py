@@ -101,6 +101,13 @@ def test_what_is_no_transformation_is_refused(name):
         make(**{name: optax.sgd})
 
 
+@pytest.mark.parametrize("name", ["inner", "outer"])
+def test_mini_steps_of_optax_are_a_transformation(name):
+    """Which optax gives no class of one."""
+    part = {"inner": optax.sgd(0.1), "outer": optax.chain(MEAN, optax.sgd(1.0))}[name]
+    jax.eval_shape(make(**{name: optax.MultiSteps(part, 2)}).init, PARAMS)
+
+
 def test_a_step_without_the_common_parameters_is_refused():
     tx = efopt.local_steps(optax.sgd(0.1), optax.sgd(1.0), every=2)
     with pytest.raises(ValueError, match="needs the common parameters"):
