@@ -53,7 +53,9 @@ def dense(entrance, bias=False):
 cases = pytest.mark.parametrize(
     "case, entrance",
     [
-        slow(c, e, when=e != "global" or c in VARIANTS)
+        pytest.param(c, e, marks=meshes.NIGHTLY)
+        if (c, e) == ("power_sgd", "global")
+        else slow(c, e, when=e != "global" or c in VARIANTS)
         for c in LEAST
         for e in meshes.ENTRANCES
     ],
