@@ -83,6 +83,7 @@ def test_refreshes_are_those_of_the_paper(group):
     assert set(np.flatnonzero(got)) == refreshes(group, 3000, 3000)
 
 
+@pytest.mark.slow
 def test_in_the_warm_up_it_is_adam_on_averaged_gradients():
     params, grads = problem(SHAPES, 2, steps=10)
     tx = efopt.optimizers.one_bit_adam(small, warmup=10, axis_name=AXIS)

@@ -58,7 +58,9 @@ def dense(entrance, bias=False, mesh=MESH):
 cases = pytest.mark.parametrize(
     "case, entrance",
     [
-        slow(c, e, when=e != "global" or c in VARIANTS)
+        pytest.param(c, e, marks=meshes.NIGHTLY)
+        if (c, e) == ("power_sgd", "global")
+        else slow(c, e, when=e != "global" or c in VARIANTS)
         for c in LEAST
         for e in meshes.ENTRANCES
     ],

@@ -178,25 +178,26 @@ def test_huge_and_empty_gradients_leave_it_finite():
     assert state.skipped == 0
 
 
-def test_a_report_names_leaves_of_every_part_and_the_steps_skipped():
+@pytest.mark.parametrize("how", ["auto", slow("vmap")])
+def test_a_report_names_leaves_of_every_part_and_the_steps_skipped(how):
     parts = {"ef": feedback(), "dense": efopt.compress(TOP, axis_name=AXIS)}
     tx = optax.partition(parts, {"b": "dense", "w": "ef"})
     tx = efopt.watch.skip_not_finite(
         observe(optax.chain(tx, optax.sgd(0.1))), axis_name=AXIS
     )
     bad = {k: np.full((WORKERS, *s), np.nan, "f") for k, s in SHAPES.items()}
-    for how in ("auto", "vmap"):
-        _, state = run(how, tx, params(), [*draw(), bad], WORKERS)
-        got = report(state)
-        names = [[row.name for row in part] for part in got.parts]
-        assert names == [["['b']", "total"], ["['w']", "total"]]
-        assert (got.skipped, got.streak) == (1, 1)
-        text = str(got)
-        assert "['w']" in text and "skipped steps: 1, in a row: 1" in text
-        assert [part[0].server_ratio is None for part in got.parts] == [True, False]
+    _, state = run(how, tx, params(), [*draw(), bad], WORKERS)
+    got = report(state)
+    names = [[row.name for row in part] for part in got.parts]
+    assert names == [["['b']", "total"], ["['w']", "total"]]
+    assert (got.skipped, got.streak) == (1, 1)
+    text = str(got)
+    assert "['w']" in text and "skipped steps: 1, in a row: 1" in text
+    assert [part[0].server_ratio is None for part in got.parts] == [True, False]
     assert optax.tree.get_all_with_path(state, "residual_ratio")
 
 
+@pytest.mark.slow
 def test_within_accumulation_and_after_a_dense_start():
     tx = efopt.accumulate(
         optax.chain(feedback(start=1), optax.sgd(0.1)), every=2, axis_name=AXIS
