@@ -72,7 +72,9 @@ def cut_once(
     whole, unknown = once_with(joined, starts)
     return [
         [
-            lax.dynamic_slice_in_dim(x, start, size, axis)
+            lax.dynamic_slice_in_dim(
+                x, start, size, axis, allow_negative_indices=False
+            )
             for start, size in zip(offsets, some, strict=True)
         ]
         for x, offsets, some in zip(whole, unknown, sizes, strict=True)
