@@ -181,7 +181,7 @@ class Layout:
             if len(b.leaves) > 1:
                 shared.append((b, x))
             else:
-                (i,) = b.leaves
+                i = b.leaves[0]
                 arrays[i] = b.codec.unflatten(b.flat(0, x), self.shapes[i])
         if not shared:
             return arrays

@@ -47,7 +47,7 @@ class Padded(Blocks):
 
     def joined(self, x, axis):
         runs = self._runs(axis)
-        first = runs.number(np.arange(len(x)) * x.shape[1])
+        first = runs.number([i * x.shape[1] for i in range(len(x))])
         place = (first + runs.place())[0].astype(jnp.int32)
         rows = x.reshape(-1, *x.shape[2:])
         return rows.at[place].get(mode="promise_in_bounds")[None]
