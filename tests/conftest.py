@@ -85,17 +85,16 @@ def _instruction_set() -> str:
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
 
 
+# Tracing makes millions of small objects, and what is imported and collected stays
+# until the end: the collector of garbage walked through it for a tenth of the time.
+gc.set_threshold(50_000, 10, 10)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Has the collector of garbage look at what tests make, and less often.
-
-    Tracing makes millions of small objects, and what is imported and collected by now
-    stays until the end: to walk through it again and again was a tenth of the time.
-    """
+    """Has it look at what tests make alone."""
     del session
-    gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
 
 
 # --------------------------------------------------------------- eager operations

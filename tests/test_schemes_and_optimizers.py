@@ -277,6 +277,7 @@ def test_it_converges_on_a_quadratic(row):
 # ----------------------------------------------- what efopt promises of workers
 
 
+@functools.cache
 def placed(row, how="auto", **changes):
     """Transformation, mesh, and `(params, state)` described as placed on it."""
     tx, mesh = make(row, AXIS, **changes), make_mesh(how, WORKERS)

@@ -6,7 +6,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from registry import AXIS, WORKERS
-from workers_under_test import FAST, make_mesh, run, slow
+from workers_under_test import FAST, make_mesh, run, run_with_states, slow
 
 import efopt
 from efopt import wire
@@ -60,8 +60,8 @@ def squares(tree, mean=True):
 )
 def test_the_numbers_are_those_of_residuals_and_gradients(compressor, exchange, how):
     grads, tx = draw(), observe(feedback(compressor, exchange))
-    _, state = run(how, tx, params(), grads, WORKERS)
-    _, before = run(how, tx, params(), grads[:-1], WORKERS)
+    states = [s for _, s in run_with_states(how, tx, params(), grads, WORKERS)]
+    before, state = states[-2:]
     rows = lambda x: x.reshape(WORKERS, *x.shape[x.ndim - 2 :])  # noqa: E731
 
     def residual(state):
@@ -87,10 +87,7 @@ def test_the_numbers_are_those_of_residuals_and_gradients(compressor, exchange, 
         np.testing.assert_allclose(parts, total, rtol=1e-5)
         assert (ratio > 0).all()
     assert np.asarray(seen.steps).reshape(-1)[0] == STEPS
-    deltas = [
-        one(run(how, tx, params(), grads[: t + 1], WORKERS)[1].link.watched.delta)[0]
-        for t in range(STEPS)
-    ]
+    deltas = [one(s.link.watched.delta)[0] for s in states]
     np.testing.assert_allclose(
         one(seen.mean_delta)[0], np.mean(deltas, 0), rtol=1e-5, atol=1e-6
     )
