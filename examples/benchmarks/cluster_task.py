@@ -50,23 +50,32 @@ class Task:
             picks = draws.integers(len(labels), size=(self.workers, self.batch))
             yield images[picks[self.rank]], labels[picks[self.rank]]
 
-    def time(self, step, warm_up=WARM_UP):
+    def time(self, step, warm_up=WARM_UP, wait=lambda: None):
         """Runs `step`, which takes a batch and returns the loss, on every batch.
 
-        The first `warm_up` steps do not count.
+        The first `warm_up` steps do not count. `wait` waits for all workers: what
+        counts they begin together, and it ends when the last of them is done.
         """
-        seconds, losses, sent = [], [], 0
+        seconds, losses, sent, begin, work = [], [], 0, 0.0, 0.0
         for i, batch in enumerate(self.batches()):
             if i == warm_up:
                 Path(self.report).with_suffix(".ready").touch()
-                sent = self._sent()
+                wait()
+                sent, begin, work = (
+                    self._sent(),
+                    time.perf_counter(),
+                    time.process_time(),
+                )
             start = time.perf_counter()
             losses.append(step(batch))
             seconds.append(time.perf_counter() - start)
-        sent = (self._sent() - sent) / (self.steps - warm_up)
+        counted = self.steps - warm_up
+        sent, work = (self._sent() - sent) / counted, time.process_time() - work
+        wait()
         return {
             "step_seconds": statistics.median(seconds[warm_up:]),
-            "mean_seconds": statistics.mean(seconds[warm_up:]),
+            "mean_seconds": (time.perf_counter() - begin) / counted,
+            "processor_seconds": work / counted,  # of all threads of this worker
             "losses": losses,
             # The loopback interface carries the bytes of all workers, and others'.
             "interface_bytes": None if self.interface == "lo" else sent,
