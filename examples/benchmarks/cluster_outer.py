@@ -80,7 +80,7 @@ def add_plans(rate, rows, unlimited, workers):
 
 def table(rows):
     """The rows as lines of text, held against those who never meet."""
-    line = "{:20}  {:>8}  {:>8}  {:>9}  {:>15}  {:>9}  {:>8}  {:>9}".format
+    line = "{:20}  {:>8}  {:>8}  {:>9}  {:>15}  {:>11}  {:>6}  {:>8}".format
     heads = (
         "step",
         "of alone",
