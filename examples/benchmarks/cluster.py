@@ -24,9 +24,10 @@ is left out where it is not installed (`pip install torch`).
     python examples/benchmarks/cluster.py --outer --rates 100mbit --batch 8 64 256
 
 With `--outer` workers meet at every thirtieth or ninetieth step, beside those that do
-at every one and those that never do. All begin to count together and end when the last
-is done; seconds of a step are means, held against a step alone, HLO bytes those of a
-meeting, and the file is cluster_outer.json. `processor` is what a worker's own threads
+at every one and those that never do: in turns, a round each, which all begin together
+and which ends when the last is done. Seconds of a step are means of a round, in the
+median of all rounds, held against a step alone; HLO bytes are those of a meeting, and
+the file is cluster_outer.json. `processor` is what a worker's own threads
 computed in a step: what is left of it was waiting, for the link and for the other.
 `<= 1.1 from` are the steps of a round that make a step a tenth longer than alone,
 according to `efopt.wire.plan`. Several `--batch` are steps of several lengths.
@@ -238,7 +239,7 @@ def parse_args(arguments=None):
     add("--rates", nargs="*", metavar="RATE", help=f"of {known}; default: all")
     add("--workers", type=int, default=2, help=f"2 to {MAX_WORKERS}, default: 2")
     add("--methods", nargs="+", metavar="METHOD", help=f"of {scripts}")
-    add("--steps", type=int, help="of a method in a round, default: 20 (outer: 213)")
+    add("--steps", type=int, help="of a method in a round, default: 20 (outer: 240)")
     add("--rounds", type=int, default=3, help="of all methods, default: 3")
     add("--batch", type=int, nargs="+", help="images of a worker, default: 8")
     add("--port", type=int, default=0, help="on localhost, default: one that is free")
@@ -276,10 +277,10 @@ def parse_args(arguments=None):
         )
     if not 0 <= args.port <= 65535:
         parser.error(f"argument --port: must be 0 to 65535, got {args.port}")
-    first = cluster_outer.FIRST if args.outer else WARM_UP  # steps that do not count
     if args.steps is None:
-        args.steps = first + 2 * cluster_outer.SELDOM if args.outer else 20
-    for name, least in {"steps": first + 1, "rounds": 1, "batch": 1}.items():
+        args.steps = 240 if args.outer else 20
+    steps = cluster_outer.EVERY if args.outer else WARM_UP + 1
+    for name, least in {"steps": steps, "rounds": 1, "batch": 1}.items():
         value = getattr(args, name)
         value = min(value) if name == "batch" else value
         if value < least:
@@ -288,6 +289,8 @@ def parse_args(arguments=None):
         parser.error(f"argument --output: no folder {args.output}")
     args.rates = [*RATES] if args.rates is None else args.rates
     args.methods = args.methods or [*SCRIPTS]
+    if args.outer and "alone" not in args.methods:  # which all are held against
+        args.methods.insert(0, "alone")
     return args
 
 

@@ -1,19 +1,20 @@
 """One worker of `cluster.py --outer`, which meets the others every so many steps."""
 
-import dataclasses
+import itertools
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import cluster_jax
 import optax
-from cluster_task import LEARNING_RATE, MOMENTUM, WARM_UP, task_of
+from cluster_task import LEARNING_RATE, MOMENTUM, task_of
 
 import efopt
 
 EVERY, SELDOM = 30, 90
-FIRST = EVERY + WARM_UP  # steps that do not count, a meeting among them
-FEW = WARM_UP + 10  # steps of a method that meets at each
+FEW = 3  # steps of a stretch of those that meet at each
 NEVER = 10**9  # steps of a round: that there is none
 SIGN, DENSE = efopt.scaled_sign(1024), efopt.compressors.identity()
 
@@ -54,15 +55,16 @@ METHODS = {
 
 
 def add_plans(rate, rows, unlimited, workers):
-    """Adds what a step should take at a rate in bit/s: from those on localhost.
+    """Adds what a step should take at a rate in bit/s.
 
-    Computation is that of a step alone, there; what a method takes beyond that, there,
-    is what compressing costs.
+    Computation is that of a step alone, which needs no link; what a method takes beyond
+    that on localhost is what compressing costs.
     """
-    alone = unlimited["alone"]["step_seconds"]
+    alone = rows["alone"]["step_seconds"]
+    free = {name: row["step_seconds"] for name, row in unlimited.items()}
     for name, row in rows.items():
         method = METHODS[name]
-        more = max(0.0, unlimited[name]["step_seconds"] - alone) * method.every
+        more = max(0.0, free[name] - free["alone"]) * method.every
         rounds = cluster_jax.plan_of(
             method.compressor,
             workers,
@@ -108,23 +110,56 @@ def table(rows):
     return "\n".join(lines)
 
 
+class Run:
+    """A method at work, stretch by stretch: a whole number of its rounds each."""
+
+    def __init__(self, task, method, mesh):
+        self.method, self.losses, self.stretches = method, [], []
+        self.length = {NEVER: EVERY, 1: FEW}.get(method.every, method.every)
+        self._training = cluster_jax.Training(method.make(), mesh)
+        self._wait = lambda: cluster_jax.latency(mesh)
+        self._task, self._batches = task, itertools.cycle(task.batches())
+
+    def stretch(self):
+        """All workers begin it together, and it ends when the last of them is done."""
+        self._wait()
+        begin = time.perf_counter(), time.process_time(), self._task.sent()
+        for batch in itertools.islice(self._batches, self.length):
+            self.losses.append(self._training.step(batch))
+        work, sent = time.process_time() - begin[1], self._task.sent() - begin[2]
+        self._wait()
+        spent = time.perf_counter() - begin[0], work, sent
+        self.stretches.append([x / self.length for x in spent])
+
+    def results(self):
+        """Medians of all stretches but the first, which compiles and takes memory."""
+        counted = self.stretches[1:] or self.stretches
+        seconds, work, sent = (statistics.median(x) for x in zip(*counted, strict=True))
+        wire = self._training.wire(next(self._batches))
+        return {
+            "step_seconds": seconds,
+            "processor_seconds": work,
+            "losses": self.losses,
+            "interface_bytes": None if self._task.interface == "lo" else sent,
+            # Of a meeting, if any.
+            "hlo_bytes": sum(c.link_bytes for c in wire.collectives)
+            * (self.method.every < NEVER),
+        }
+
+
 def main():
     task = task_of(sys.argv[1])
-    mesh, results = cluster_jax.joined(task), {}
+    mesh = cluster_jax.joined(task)
     message = cluster_jax.latency(mesh)
-    for name in task.methods:
-        method = METHODS[name]
-        training = cluster_jax.Training(method.make(), mesh)
-        few = dataclasses.replace(task, steps=min(task.steps, FEW))
-        orders, first = (few, WARM_UP) if method.every == 1 else (task, FIRST)
-        timed = orders.time(training.step, first, lambda: cluster_jax.latency(mesh))
-        wire = training.wire(next(task.batches()))
-        sent = sum(c.link_bytes for c in wire.collectives)  # of a meeting, if any
-        # In the mean: a median would not see the few steps that meet.
-        results[name] = {**timed, "step_seconds": timed["mean_seconds"]}
-        results[name]["hlo_bytes"] = 0 if name == "alone" else sent
-        results[name]["latency"] = message
-    task.save(results)
+    runs = {name: Run(task, METHODS[name], mesh) for name in task.methods}
+    # In turns, stretch by stretch: a neighbour's minute is then no method's own.
+    for turn in range(1 + task.steps // EVERY):
+        for run in runs.values():
+            if turn % max(1, run.length // EVERY) == 0:
+                run.stretch()
+    task.save(
+        {name: {**run.results(), "latency": message} for name, run in runs.items()}
+    )
 
 
 if __name__ == "__main__":

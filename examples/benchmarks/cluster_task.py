@@ -50,38 +50,26 @@ class Task:
             picks = draws.integers(len(labels), size=(self.workers, self.batch))
             yield images[picks[self.rank]], labels[picks[self.rank]]
 
-    def time(self, step, warm_up=WARM_UP, wait=lambda: None):
-        """Runs `step`, which takes a batch and returns the loss, on every batch.
-
-        The first `warm_up` steps do not count. `wait` waits for all workers: what
-        counts they begin together, and it ends when the last of them is done.
-        """
-        seconds, losses, sent, begin, work = [], [], 0, 0.0, 0.0
+    def time(self, step):
+        """Runs `step`, which takes a batch and returns the loss, on every batch."""
+        seconds, losses, sent = [], [], 0
         for i, batch in enumerate(self.batches()):
-            if i == warm_up:
+            if i == WARM_UP:
                 Path(self.report).with_suffix(".ready").touch()
-                wait()
-                sent, begin, work = (
-                    self._sent(),
-                    time.perf_counter(),
-                    time.process_time(),
-                )
+                sent = self.sent()
             start = time.perf_counter()
             losses.append(step(batch))
             seconds.append(time.perf_counter() - start)
-        counted = self.steps - warm_up
-        sent, work = (self._sent() - sent) / counted, time.process_time() - work
-        wait()
+        sent = (self.sent() - sent) / (self.steps - WARM_UP)
         return {
-            "step_seconds": statistics.median(seconds[warm_up:]),
-            "mean_seconds": (time.perf_counter() - begin) / counted,
-            "processor_seconds": work / counted,  # of all threads of this worker
+            "step_seconds": statistics.median(seconds[WARM_UP:]),
             "losses": losses,
             # The loopback interface carries the bytes of all workers, and others'.
             "interface_bytes": None if self.interface == "lo" else sent,
         }
 
-    def _sent(self):
+    def sent(self):
+        """Bytes that have left through the interface."""
         counter = Path("/sys/class/net", self.interface, "statistics/tx_bytes")
         return int(counter.read_text())
 
