@@ -178,9 +178,8 @@ class Meeting:
 
 
 CURE = (
-    "; in a plain jitted step over global arrays take the gradients of "
-    "`efopt.value_and_grad(..., axis_name={0!r})` at `efopt.local_params(params, "
-    "{0!r}, state)` as they are; or pass `axis_name=None` for a single worker"
+    ", at `efopt.local_params(params, {0!r}, state)`; or pass `axis_name=None` for a "
+    "single worker"
 )
 
 

@@ -455,6 +455,7 @@ def print_table(found):
 def draw(found, path):
     """Loss by seconds, a line a method, a thin one a seed."""
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     plt.style.use(STYLE)
     names = [
@@ -474,6 +475,9 @@ def draw(found, path):
             )
             label = None
     axes.set(xscale="log", xlabel="seconds of training", ylabel="loss of unseen text")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_title(f"{found['machine']}, {found['parameters'] / 1e6:.3g} M parameters")
     figure.legend(loc="outside right upper")
     figure.savefig(path)

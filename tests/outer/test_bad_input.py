@@ -132,6 +132,15 @@ def test_parameters_that_are_a_workers_own_are_refused():
         jax.eval_shape(step, carry)
 
 
+def test_gradients_that_are_nobodys_own_are_refused():
+    """Outside of mapped functions, and not from `efopt.value_and_grad`."""
+    with pytest.raises(ValueError, match="none of that name is bound") as seen:
+        jax.eval_shape(make().update, PARAMS, state_of(make()), PARAMS)
+    said = str(seen.value)
+    assert said.count("in a plain jitted step") == 1
+    assert "as they are, at `efopt.local_params(params, 'data', state)`" in said
+
+
 def test_a_single_worker_refuses_the_gradients_of_several():
     tx = efopt.local_steps(optax.sgd(0.1), optax.sgd(1.0), every=2)
     grads = efopt.PerWorker(jax.tree.map(lambda p: p[None], PARAMS), AXIS)
