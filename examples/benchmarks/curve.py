@@ -316,12 +316,11 @@ class Trained(Process):
         start = time.perf_counter()
         try:
             tx = transformation(method, self.settings)
-            step, begin, shapes, _ = self.training(tx, "dcn", True)
+            step, state, compiled, shapes, _ = self.training(tx, "dcn", True)
             rows = (self.text.rows, self.text.length + 1)
             tokens = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=self.over)
-            state = begin.eval_shape(jax.eval_shape(lambda: jax.random.key(0)))
             step = step.lower(state, tokens).compile()
-            begin = begin.lower(jax.random.key(0)).compile()
+            begin = compiled(jax.random.key(0))
         except Exception as error:  # the others may work
             return error
         size = sum(x.size for x in jax.tree.leaves(shapes))
@@ -456,6 +455,7 @@ def print_table(found):
 def draw(found, path):
     """Loss by seconds, a line a method, a thin one a seed."""
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     plt.style.use(STYLE)
     names = [
@@ -475,6 +475,9 @@ def draw(found, path):
             )
             label = None
     axes.set(xscale="log", xlabel="seconds of training", ylabel="loss of unseen text")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_title(f"{found['machine']}, {found['parameters'] / 1e6:.3g} M parameters")
     figure.legend(loc="outside right upper")
     figure.savefig(path)

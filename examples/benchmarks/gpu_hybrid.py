@@ -285,7 +285,7 @@ class Process:
     def __init__(self, index, settings):
         import jax
 
-        self.index, self.settings, self.ready = index, settings, {}
+        self.index, self.settings, self.ready, self.first = index, settings, {}, {}
         self.dcn_link = settings.get("dcn_link")
         n = settings["gpus"]
         # This process sees one GPU; without the list, all of the host are looked for.
@@ -349,7 +349,7 @@ class Process:
         return 8 * sent / (large - small), small / (2 * (n - 1))
 
     def training(self, tx, axis, sharded_parameters, *, stands_still=False):
-        """A jitted step, the first state by a key, and parameters' shapes and specs."""
+        """A jitted step, what it takes, how that begins, parameters' shapes, specs."""
         import jax
         import jax.numpy as jnp
         import optax
@@ -364,16 +364,27 @@ class Process:
         m = mesh.shape["fsdp"] if sharded_parameters else 1
         specs = jax.tree.map(lambda x: sharded(x, m), shapes)
 
-        def begin(key):
-            params = init(key)
-            state = {"params": params, "opt": tx.init(params)}
-            return efopt.distribute(state, mesh, specs)
-
         # Laid out in one program: each array by itself would be compiled for long.
         state = {"params": shapes, "opt": jax.eval_shape(tx.init, shapes)}
         state = efopt.distribute(state, mesh, specs)
         places = jax.tree.map(lambda x: x.sharding, state)
-        begin = jax.jit(begin, out_shardings=places)
+        # Numbers are drawn by one program for all methods: it takes long to compile.
+        first = jax.jit(init, out_shardings=places["params"])
+        first = self.first.setdefault(sharded_parameters, first)
+
+        def fill(params):
+            filled = {"params": params, "opt": tx.init(params)}
+            return efopt.distribute(filled, mesh, specs)
+
+        fill = jax.jit(fill, out_shardings=places, donate_argnums=0)
+
+        def begin(key):
+            return fill(first(key))
+
+        def compiled(key):  # while others are compiled, too
+            first.lower(key).compile()
+            fill.lower(state["params"]).compile()
+            return begin
 
         def step(state, tokens):
             grad = efopt.value_and_grad(self.loss_fn(model), axis_name=axis)
@@ -386,7 +397,7 @@ class Process:
             return {"params": params, "opt": opt}, loss
 
         step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-        return step, begin, shapes, specs
+        return step, state, compiled, shapes, specs
 
     def model(self, sharded_parameters=True):
         return transformer(self.settings, self.mesh if sharded_parameters else None)
@@ -410,7 +421,7 @@ class Process:
         settings = self.settings
         axis = ("dcn", "fsdp") if method.startswith("hierarchical") else "dcn"
         tx, compressor, exchange = transformation(method)
-        step, begin, shapes, specs = self.training(
+        step, state, compiled, shapes, specs = self.training(
             tx, axis, axis == "dcn", stands_still=compressor is None
         )
         rows = settings["gpus"] * settings["batch"]
@@ -422,8 +433,8 @@ class Process:
 
         tokens = jax.jit(tokens, out_shardings=over)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        lowered = step.lower(begin.eval_shape(key), tokens.eval_shape(key))
-        begin.lower(jax.random.key(0)).compile()  # while others are compiled, too
+        lowered = step.lower(state, tokens.eval_shape(key))
+        begin = compiled(jax.random.key(0))
         planned = None
         if compressor is not None:
             planned = compressor, shapes, exchange, axis, specs
