@@ -96,6 +96,22 @@ def test_fragments_send_what_is_planned():
     assert sent == sorted(meetings) and len(sent) == 2
 
 
+def test_on_two_levels_a_device_sends_what_is_planned():
+    report = wire.measure(program("global", fragments=2)).over(AXIS)
+    planned = wire.plan(
+        COMPRESSOR,
+        PARAMS,
+        mesh={AXIS: 2, "other": 4},
+        axis_name=AXIS,
+        params_specs={"b": P(), "w": P("other")},
+        platform="cpu",
+        every=4,
+        fragments=2,
+    )
+    meetings = [m.bytes_over(AXIS).operand for m in planned.rounds.meetings]
+    assert sorted(c.operand_bytes for c in report.collectives) == sorted(meetings)
+
+
 @pytest.mark.parametrize("delay", [0, 1])
 def test_a_delayed_meeting_does_not_wait_for_the_gradients_of_its_step(delay):
     """What the meetings are given, traced back to the arguments of the program."""
