@@ -391,6 +391,18 @@ def test_what_ends_one_method_on_gpus_leaves_the_others(monkeypatch, tmp_path, c
 
 
 @pytest.mark.slow
+def test_thresholds_sets_a_constant_and_marks_what_is_in_use(tmp_path):
+    size = "--size --layers 1 --width 64 --vocabulary 512 --count"
+    options = "--only AT_ONCE --output found.json", size
+    done = run("benchmarks/thresholds.py", *" ".join(options).split(), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ((name, rows),) = json.loads((tmp_path / "found.json").read_text())["rows"].items()
+    assert name.startswith("efopt.exchanges.exchange.AT_ONCE")
+    assert [value for value, row in rows.items() if row["in use"]] == ["8"]
+    assert rows["1"]["bytes_a_coordinate"] > 2 * rows["8"]["bytes_a_coordinate"]
+
+
+@pytest.mark.slow
 def test_gpu_keeps_what_came_before_a_silence(monkeypatch, tmp_path):
     gpu = example(monkeypatch, "benchmarks", "gpu")
     script = tmp_path / "unlucky.py"
