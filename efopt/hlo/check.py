@@ -42,7 +42,8 @@ def check(
       *args: As for :func:`measure`.
       at_most: Bytes that may leave a device in a step, such as the
         ``bytes_sent_per_worker`` of a :func:`plan`; ``None`` for no limit. With
-        ``axis`` the link bytes of collectives that cross it, each counted whole. With
+        ``axis`` the link bytes of collectives that cross it, each counted whole. What
+        stands in a branch counts as if it were taken: the meeting of local steps. With
         ``beyond`` the bytes more than there, and ``None`` is 0.
       carriers: HLO types that may travel: ``"u32"`` in any collective,
         ``"all-reduce:f32"`` in that one only, as linear payloads are.
@@ -64,7 +65,7 @@ def check(
         ``fn`` is none that can be measured.
       ValueError: If the promise is broken; it names the collective. Also if ``at_most``
         is negative, an operation in ``carriers`` is unknown, the mesh is not known or
-        has no such axis, or a collective runs an unknown number of times, so that no
+        has no such axis, or a collective is in a loop of unknown length, so that no
         limit can be promised.
 
     Examples:
@@ -98,7 +99,7 @@ def check(
         found, sent = _more(promised, granted)
         more = " more than in `beyond`"
         at_most = 0 if at_most is None else at_most
-    unknown = [c for c in found if c.executions is None]
+    unknown = [c for c in found if not c.bounded]
     if at_most is not None and unknown:
         raise ValueError(
             f"`check(at_most=...)` cannot be promised: {_described(unknown[0])} runs "
@@ -154,7 +155,7 @@ def _more(
         sizes[_kind(c)] += c.link_bytes
     for c in theirs:
         sizes[_kind(c)] -= c.link_bytes
-    found = [c for c in ours if sizes[_kind(c)] > 0 or c.executions is None]
+    found = [c for c in ours if sizes[_kind(c)] > 0 or not c.bounded]
     return tuple(found), sum(n for n in sizes.values() if n > 0)
 
 

@@ -88,7 +88,7 @@ def _inside(instruction: Instruction, program: Program) -> list[str]:
 
 def _trips(instruction: Instruction, program: Program) -> float:
     (body,) = _inside(instruction, program)
-    found = [times for _, loop, times in program.callers[body] if loop]
+    found = [times for _, loop, times, _ in program.callers[body] if loop]
     return found[0] if len(found) == 1 and not math.isnan(found[0]) else 1.0
 
 

@@ -24,6 +24,7 @@ _TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
 
 Instruction = re.Match[str]
 Body = Mapping[str, Instruction]
+Call = tuple[str, bool, float, float]
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,14 @@ class Program:
 
     Attributes:
       bodies: Each computation: its instructions by their names.
-      callers: Who calls it: caller, whether in a loop or branch, how often (or nan).
+      callers: Who calls it: caller, whether in a loop or branch, how often (or nan),
+        and how often at most (or inf).
       partitions: ``num_partitions`` of the first line, or ``None`` without one.
       replicas: ``replica_count`` of the first line, or 1.
     """
 
     bodies: Mapping[str, Body]
-    callers: Mapping[str, list[tuple[str, bool, float]]]
+    callers: Mapping[str, list[Call]]
     partitions: int | None
     replicas: int
 
@@ -53,11 +55,11 @@ class Program:
             elif opening := _OPENING.match(line.strip()):
                 computation = opening[1]
                 bodies[computation] = {}
-        callers: dict[str, list[tuple[str, bool, float]]] = defaultdict(list)
+        callers: dict[str, list[Call]] = defaultdict(list)
         for caller, body in bodies.items():
             for instruction in body.values():
-                for called, role, times in _calls(instruction, body, bodies):
-                    callers[called].append((caller, role, times))
+                for called, inside, runs, most in _calls(instruction, body, bodies):
+                    callers[called].append((caller, inside, runs, most))
         return cls(bodies, callers, *_counts(text))
 
     def entry(self) -> str:
@@ -77,15 +79,16 @@ class Program:
             for name in re.findall(r"[\w.-]+", called)
         ]
 
-    def runs(self, computation: str) -> tuple[bool, float]:
-        """Whether it is in a loop or branch, and how often a step runs it (or nan)."""
+    def runs(self, computation: str) -> tuple[bool, float, float]:
+        """If in a loop or branch; runs in a step (or nan), and at most (or inf)."""
         if computation not in self.callers:
-            return False, 1
-        loop, runs = False, 0.0
-        for caller, inside, times in self.callers[computation]:
-            outer_loop, outer_runs = self.runs(caller)
+            return False, 1, 1
+        loop, runs, most = False, 0.0, 0.0
+        for caller, inside, times, bound in self.callers[computation]:
+            outer_loop, outer_runs, outer_most = self.runs(caller)
             loop, runs = loop or inside or outer_loop, runs + times * outer_runs
-        return loop, runs
+            most += bound * outer_most if bound else 0.0
+        return loop, runs, most
 
 
 def _whole(lines: Iterable[str]) -> Iterator[str]:
@@ -133,19 +136,22 @@ def names(operands: str) -> list[str]:
 
 def _calls(
     instruction: Instruction, body: Body, bodies: Mapping[str, Body]
-) -> Iterator[tuple[str, bool, float]]:
-    """Yields what it calls: name, whether that is a loop or branch, runs (or nan)."""
+) -> Iterator[Call]:
+    """Yields what it calls: name, if a loop or branch, runs (or nan), at most."""
     if instruction["opcode"].endswith(("-update", "-done")):
         return  # they repeat the call of their start
     calls = _CALL.findall(instruction["attributes"] or "")
-    trips = math.nan
+    trips, most = math.nan, math.inf
     if instruction["opcode"] == "while":
         trips = _trips(instruction, body, bodies, dict(calls))
+        once = math.isnan(trips) and _once(bodies, dict(calls))
+        most = 1 if once else math.inf if math.isnan(trips) else trips
+    looped = {"body": (trips, most), "condition": (trips + 1, most + 1)}
     for role, called in calls:
         plain = role in ("calls", "to_apply", "called_computations")
-        looped = {"body": trips, "condition": trips + 1}
+        runs, bound = (1, 1) if plain else looped.get(role, (math.nan, 1))
         for name in re.findall(r"[\w.-]+", called):
-            yield name, not plain, 1 if plain else looped.get(role, math.nan)
+            yield name, not plain, runs, bound
 
 
 def _trips(
@@ -199,6 +205,23 @@ def _trips(
     if len(by) != 1 or by[0] is None or by[0] <= 0 or first is None or last is None:
         return math.nan
     return max(0, -(-(last - first) // by[0]))
+
+
+def _once(bodies: Mapping[str, Body], calls: Mapping[str, str]) -> bool:
+    """Whether an element of a loop's tuple says if it goes on, and each turn denies."""
+    condition, inside = (
+        bodies.get(calls.get(role, "").lstrip("%"), {})
+        for role in ("condition", "body")
+    )
+    test, after = _root(condition), _root(inside)
+    if test is None or after is None or after["opcode"] != "tuple":
+        return False
+    i, steps = _element(_source(test["name"], condition)), names(after["operands"])
+    denied = None if i is None or len(steps) <= i else _source(steps[i], inside)
+    return denied is not None and (denied["opcode"], denied["operands"]) == (
+        "constant",
+        "false",
+    )
 
 
 def _root(body: Body) -> Instruction | None:

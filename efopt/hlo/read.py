@@ -57,7 +57,8 @@ def read_hlo(text: str, num_partitions: int | None = None) -> tuple[Collective, 
 
     A start and its done are one collective, and so are a send and its recv, and the
     reduction of a whole tuple. A loop multiplies by its trip count where the text
-    states it or shows a counter; all branches of a conditional count. What the compiler
+    states it or shows a counter; all branches of a conditional count, and a loop that
+    each turn ends, as that of a meeting of local steps, once. What the compiler
     puts in a collective's place is reported as what it is, and ``instead_of`` names
     what stood there, where that shows. What passes between a device and its own host
     (callbacks) is not counted.
@@ -128,8 +129,7 @@ def collectives(
                 found = _collective(
                     instruction, operation, body, program, num_partitions
                 )
-                loop, runs = program.runs(computation)
-                yield _repeated(found, loop, runs)
+                yield _repeated(found, *program.runs(computation))
 
 
 def _operation(instruction: Instruction, sent: set[str]) -> str | None:
@@ -242,7 +242,7 @@ def _collective(
     )
 
 
-def _repeated(c: Collective, loop: bool, runs: float) -> Collective:
+def _repeated(c: Collective, loop: bool, runs: float, most: float) -> Collective:
     """All executions of it in a step; one where their number is not known."""
     times = 1 if math.isnan(runs) else int(runs)
     return replace(
@@ -251,6 +251,7 @@ def _repeated(c: Collective, loop: bool, runs: float) -> Collective:
         link_bytes=c.link_bytes * times,
         loop=loop,
         executions=None if math.isnan(runs) else times,
+        bounded=most <= times,
     )
 
 

@@ -32,6 +32,8 @@ class Collective:
       loop: Whether it stands in a loop or a branch.
       executions: How often a step runs it, or ``None`` where the text does not tell;
         then the bytes are those of one execution.
+      bounded: Whether a step runs it no more often than that: also in a branch, and in
+        a loop that every turn ends.
       instead_of: The operation that the compiler has replaced by this one, if that can
         be seen: ``"all-gather"`` for the all-reduce of a zero-padded buffer.
       between_slices: Whether it joins TPU slices, by way of their hosts: a ``send`` and
@@ -54,6 +56,7 @@ class Collective:
     link_bytes: int
     loop: bool = False
     executions: int | None = 1
+    bounded: bool = True
     instead_of: str | None = None
     between_slices: bool = False
     groups: tuple[tuple[int, ...], ...] = field(default=(), compare=False, repr=False)

@@ -96,6 +96,18 @@ def test_fragments_send_what_is_planned():
     assert sent == sorted(meetings) and len(sent) == 2
 
 
+@pytest.mark.parametrize(
+    "how, options", [("auto", {}), ("global", {"fragments": 2})], ids=str
+)
+def test_a_promise_holds_for_the_step_of_a_meeting(how, options):
+    step = program(how, **options)
+    sent = wire.measure(step).over(AXIS).bytes_sent_per_worker
+    promise = {"axis": AXIS, "carriers": ["u32", "f32", "s8", "u8"]}
+    wire.check(step, at_most=sent, **promise)
+    with pytest.raises(ValueError, match="bytes leave a worker"):
+        wire.check(step, at_most=sent - 1, **promise)
+
+
 def test_on_two_levels_a_device_sends_what_is_planned():
     report = wire.measure(program("global", fragments=2)).over(AXIS)
     planned = wire.plan(

@@ -145,6 +145,85 @@ def test_no_limit_can_be_promised_for_a_loop_of_unknown_length():
         wire.check(Text(text), carriers=["f32"], at_most=1e9)
 
 
+MAYBE = """
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+}
+
+%turn (p: (pred[], f32[4])) -> (pred[], f32[4]) {
+  %p = (pred[], f32[4]{0}) parameter(0)
+  %due = pred[] get-tuple-element(%p), index=0
+  %given = f32[4]{0} get-tuple-element(%p), index=1
+  %sum = f32[4]{0} all-reduce(%given), replica_groups={{0,1}}, to_apply=%add
+  %over = pred[] constant(false)
+  ROOT %after = (pred[], f32[4]{0}) tuple(%over, %sum)
+}
+
+%goes_on (q: (pred[], f32[4])) -> pred[] {
+  %q = (pred[], f32[4]{0}) parameter(0)
+  ROOT %test = pred[] get-tuple-element(%q), index=0
+}
+
+ENTRY %main (a: (pred[], f32[4])) -> (pred[], f32[4]) {
+  %a = (pred[], f32[4]{0}) parameter(0)
+  ROOT %while = (pred[], f32[4]{0}) while(%a), condition=%goes_on, body=%turn
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "old, new, bounded",
+    [
+        ("", "", True),
+        ("tuple(%over,", "tuple(%copied,", True),
+        ("constant(false)", "constant(true)", False),
+        ("tuple(%over,", "tuple(%due,", False),
+        ("ROOT %test", "%test", False),
+        ("ROOT %after", "%after", False),
+    ],
+    ids=["once", "a copy", "for ever", "as before", "no test", "no end"],
+)
+def test_a_loop_that_each_turn_ends_runs_at_most_once(old, new, bounded):
+    text = MAYBE.replace(old, new) if old else MAYBE
+    text = text.replace(
+        "  ROOT %after", "  %copied = pred[] copy(%over)\n  ROOT %after"
+    )
+    (c,) = wire.read_hlo(text)
+    assert (c.loop, c.executions, c.bounded) == (True, None, bounded)
+    if bounded:
+        wire.check(Text(text), carriers=["f32"], at_most=16)
+        with pytest.raises(ValueError, match="16 bytes leave a worker"):
+            wire.check(Text(text), carriers=["f32"], at_most=15)
+    else:
+        with pytest.raises(ValueError, match="an unknown number of times"):
+            wire.check(Text(text), carriers=["f32"], at_most=1e9)
+
+
+@pytest.mark.parametrize("loops", [False, True])
+def test_a_branch_counts_as_if_it_were_taken(mesh, loops):
+    def branch(x):
+        mean = lambda x: jax.lax.pcast(jax.lax.pmean(x, "data"), "data", to="varying")  # noqa: E731
+        return jax.lax.cond(jax.lax.pmax(x[0, 0], "data") > 0, mean, lambda x: x, x)
+
+    def body(x):
+        again = lambda x: jax.lax.pmax(x[0, 0], "data") > 1  # noqa: E731
+        return jax.lax.while_loop(again, branch, x) if loops else branch(x)
+
+    step, x = (
+        sharded(body, mesh),
+        place(jax.ShapeDtypeStruct((8, 500), "float32"), mesh),
+    )
+    promise = {"axis": "data", "carriers": ["f32"], "at_most": 2 * 4 * 501}
+    if loops:
+        with pytest.raises(ValueError, match="an unknown number of times"):
+            wire.check(step, x, **promise)
+        return
+    report = wire.check(step, x, **promise)
+    assert {c.executions for c in report.collectives} == {1, None}
+    with pytest.raises(ValueError, match="bytes leave a worker"):
+        wire.check(step, x, **(promise | {"at_most": 4 * 500}))
+
+
 @pytest.mark.parametrize(
     ("promise", "error", "says"),
     [
