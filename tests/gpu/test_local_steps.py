@@ -61,3 +61,6 @@ def test_a_step_copies_nothing_on_its_way_past_a_meeting():
     whole = re.compile(rf"\[(1,)?{SHAPE[0]},{SHAPE[1]}\]")
     copied = [n for n, x in entry.items() if x["opcode"] == "copy"]
     assert not [n for n in copied if whole.search(entry[n]["type"])]
+    report = efopt.wire.measure(program)
+    assert report.collectives and all(c.bounded for c in report.collectives)
+    assert {c.executions for c in report.collectives} == {None}
