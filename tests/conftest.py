@@ -1,6 +1,7 @@
 """What every test stands on: eight virtual CPU devices and a cache of programs."""
 
 import collections
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -82,6 +83,18 @@ def _instruction_set() -> str:
     flags = [line for line in lines if line.startswith(("flags", "Features"))]
     words = [platform.machine(), platform.processor(), *flags[:1]]
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
+
+
+# Tracing makes millions of small objects, and what is imported and collected stays
+# until the end: the collector of garbage walked through it for a tenth of the time.
+gc.set_threshold(50_000, 10, 10)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Has it look at what tests make alone."""
+    del session
+    gc.freeze()
 
 
 # --------------------------------------------------------------- eager operations

@@ -55,7 +55,7 @@ def own(grads):
 
 
 RANGE = "must lie in (0, 1]"
-STATIC = "must be a Python int, because it fixes an array shape"
+STATIC = "must be a Python int, because it fixes shapes or the program"
 OPTIONS = {
     "start-negative": (
         lambda: feedback(efopt.sign(), start=-3),

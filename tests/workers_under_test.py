@@ -86,12 +86,18 @@ def mapped(how, tx, params, n=8, **options):
 
 
 def run(how, tx, params, grads, n=8):
+    steps = run_with_states(how, tx, params, grads, n)
+    return [params for params, _ in steps], steps[-1][1]
+
+
+def run_with_states(how, tx, params, grads, n=8):
+    """As ``run``, with the state of every step beside its parameters."""
     fn, state, place = mapped(how, tx, params, n)
-    history = []
+    steps = []
     for g in grads:
         state = fn(state, place(g))
-        history.append(jax.tree.map(np.asarray, state[0]))
-    return history, jax.tree.map(np.asarray, state[1])
+        steps.append(jax.tree.map(np.asarray, state))
+    return steps
 
 
 def copies(x, n=8):

@@ -47,7 +47,8 @@ def keyword_only(function: F) -> F:
         try:
             return function(*args, **kwargs)
         except (TypeError, ValueError) as error:
-            if "api" not in parameters:  # else it was told whom to name
+            # Else it was told whom to name, or what failed was made by others.
+            if not parameters.keys() & {"api", "scheme"}:
                 _rename(error, function.__name__)
             raise
 
@@ -68,9 +69,9 @@ def static_int(
     """``value`` if it is a Python int in range, or a reasoned error."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
-            f"`{api}({name}=...)` must be a Python int, because it fixes an array "
-            f"shape; got {type(value).__name__}. With `optax.inject_hyperparams` pass "
-            f"`static_args=('{name}',)`."
+            f"`{api}({name}=...)` must be a Python int, because it fixes shapes or the "
+            f"program; got {type(value).__name__}. With `optax.inject_hyperparams` "
+            f"pass `static_args=('{name}',)`."
         )
     if value < least:
         raise ValueError(f"`{api}({name}=...)` must be at least {least}, got {value}.")

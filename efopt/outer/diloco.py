@@ -36,7 +36,8 @@ def diloco(
 
     Without a compressor the algorithm of the paper; with one, error feedback stands
     between the pseudo-gradient and the outer step. Its message may then be a sign a
-    coordinate: on a small language model that lost nothing.
+    coordinate: before Nesterov's momentum that made the loss of a small language model
+    5 % larger, before a plain average and with a memory that fades 0.5 to 1.5 %.
 
     With ``fragments``, ``delay`` and ``alpha`` it is Streaming DiLoCo. The second paper
     blends with ``alpha=0.5`` and sends 4 bits a coordinate, without feedback: here

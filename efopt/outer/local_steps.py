@@ -54,13 +54,14 @@ def local_steps(
     The parameters in the train state are the common ones, equal on all workers; they
     stand still between meetings, and a checkpoint of them and of this state goes on in
     the middle of a round. A worker's drift from them is in the state. The forward pass
-    takes the sum: ``efopt.local_params(params, axis_name, opt_state)``. To evaluate,
-    take the common ones.
+    takes the sum: ``efopt.local_params(params, axis_name, opt_state)``; a gradient that
+    was taken at the common ones looks the same, and no error tells the two apart. To
+    evaluate, take the common ones.
 
     The outer transformation is any Optax chain with an exchange of efopt. It gets the
     *pseudo-gradient* :math:`\theta - \theta_i = -d_i` of each worker, in the dtype of
     the parameters, and its updates move the common parameters. Between meetings nothing
-    crosses the axis: a meeting stands in a branch that all workers take together.
+    crosses the axis: a meeting is a loop of one turn or none, all workers alike.
     States of the inner optimizer remain each worker's own and are never averaged.
 
     *Fragments.* The leaves may be parted; then each part has a meeting of its own every
@@ -77,7 +78,8 @@ def local_steps(
     common parameters: ``0`` takes these, ``1`` never does.
 
     Shapes: any tree of floating-point leaves -> the same, in the parameters' dtypes.
-    Cost: that of ``outer``, once in ``every`` steps.
+    Cost: that of ``outer``, once in ``every`` steps. In memory the drift, and while
+    gradients are taken the sum, a copy of the parameters.
     Properties: with ``every=1``, the identity, ``sgd(a)`` inside and ``sgd(1)`` outside
     it is ``sgd(a)``; after a meeting without ``alpha`` and ``delay`` no worker has a
     drift.
@@ -135,11 +137,6 @@ def local_steps(
       <https://arxiv.org/abs/2501.18512>`_, 2025 (fragments, delay and blending)
     """
     api = "local_steps"
-    for name, given in (("inner", inner), ("outer", outer)):
-        if not isinstance(given, optax.GradientTransformation):
-            raise TypeError(
-                f"`{api}({name})` takes an Optax transformation, got {given!r}."
-            )
     axes = Axes.maybe(api, axis_name)
     parts = read(api, every, start, fragments, delay)
     if checks.static_float(api, "alpha", alpha) >= 1:

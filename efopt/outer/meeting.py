@@ -101,25 +101,22 @@ class Meeting:
         outs, drifts = [], []
         for j in range(labels.number):
             common = self.parts.part(labels, params, j)
-            take, skip = self._branches(common, stacked)
-            drift, due = self.parts.part(labels, own.drift, j), True
+            meet = self._meeting(common, stacked)
+            args = self.parts.part(labels, own.drift, j), states[j]
             if self.parts.every == 1:
-                out, states[j] = take(drift, states[j])
+                out, drift, states[j] = meet(*args)
             else:
                 due = self.parts.due(steps, j, labels.number)
-                out, states[j] = lax.cond(due, take, skip, drift, laid_out(states[j]))
-            # Outside of the branch: what passes through one is copied at every step.
-            rest = lambda d, u, p, due=due: self._rest(d, u, p, due, stacked)  # noqa: E731
-            drifts = [*drifts, jax.tree.map(rest, drift, out, common)]
-            outs = [*outs, out]
+                out, drift, states[j] = _if(due, meet, *args, common)
+            outs, drifts = [*outs, out], [*drifts, drift]
         local = _with_drift(local, self.parts.join(labels, drifts))
         after = states[0] if self.parts.given is None else tuple(states)
         return self.parts.join(labels, outs), local, after
 
-    def _branches(self, params: Any, stacked: bool) -> tuple[Any, Any]:
-        """What is done of some leaves where they meet, and where they do not."""
+    def _meeting(self, params: Any, stacked: bool) -> Any:
+        """What is done of some leaves where they meet."""
 
-        def take(drift: Any, outer: Any) -> Any:
+        def meet(drift: Any, outer: Any) -> Any:
             # 2311.08105 Algorithm 1, lines 12 and 14
             minus: Any = jax.tree.map(
                 lambda d, p: self._minus(d, p, stacked), drift, params
@@ -130,31 +127,26 @@ class Meeting:
             for path, u in jax.tree_util.tree_flatten_with_path(out)[0]:
                 if self.axes is not None and set(self.axes.names) & varying(u):
                     raise ValueError(self._no_exchange(path))
-            return bits.cast_like(out, params), outer
+            out = bits.cast_like(out, params)
+            rest = lambda d, u, p: self._rest(d, u, p, stacked)  # noqa: E731
+            return out, jax.tree.map(rest, drift, out, params), outer
 
-        def skip(drift, outer):
-            out = jax.eval_shape(take, drift, outer)[0]
-            zeros = lambda u, p: vary(jnp.zeros_like(p), *varying(u))  # noqa: E731
-            return jax.tree.map(zeros, out, params), outer
-
-        return take, skip
+        return meet
 
     def _minus(self, d: jax.Array, p: jax.Array, stacked: bool) -> jax.Array:
         """The pseudo-gradient: the common parameters minus a worker's."""
         minus = bits.cast(-d, jnp.result_type(p))
         return minus if self.axes is None or stacked else minus.reshape(d.shape[1:])
 
-    def _rest(
-        self, d: jax.Array, u: jax.Array, p: jax.Array, due: Any, stacked: bool
-    ) -> Any:
-        """A drift; at a meeting what parts it from the new parameters, or a share."""
+    def _rest(self, d: jax.Array, u: jax.Array, p: jax.Array, stacked: bool) -> Any:
+        """What parts a worker from the new common parameters, or a share of it."""
         if not (self.alpha or self.parts.delay):  # a new round starts, line 3
-            return jnp.where(due, jnp.zeros_like(d), d)
+            return jnp.zeros_like(d)
         share = 1.0 if self.parts.delay else self.alpha
         by = wide(moved(p, u)) - wide(p)  # in the dtype of the parameters
 
         def one(d):
-            return jnp.where(due, (d - by) * share, d)
+            return (d - by) * share
 
         if self.axes is None:
             return one(d)
@@ -186,9 +178,8 @@ class Meeting:
 
 
 CURE = (
-    "; in a plain jitted step over global arrays take the gradients of "
-    "`efopt.value_and_grad(..., axis_name={0!r})` at `efopt.local_params(params, "
-    "{0!r}, state)` as they are; or pass `axis_name=None` for a single worker"
+    ", at `efopt.local_params(params, {0!r}, state)`; or pass `axis_name=None` for a "
+    "single worker"
 )
 
 
@@ -196,6 +187,24 @@ def homes(state: Any) -> list[Home]:
     """Of all exchanges with other workers in a state."""
     is_home = lambda x: isinstance(x, Home)  # noqa: E731
     return [x for x in jax.tree.leaves(state, is_leaf=is_home) if is_home(x)]
+
+
+def _if(due: jax.Array, meet: Any, drift: Any, outer: Any, params: Any) -> Any:
+    """A meeting if it is due; else updates of zero, and drift and state as they are.
+
+    A loop of one turn or none: what it holds stays in its place. What passes through a
+    branch a compiler may copy at every step, on the way in and on the way out.
+    """
+    outer = laid_out(outer)
+    out = jax.eval_shape(meet, drift, outer)[0]
+    zeros = lambda u, p: vary(jnp.zeros_like(p), *varying(u))  # noqa: E731
+    start = jax.tree.map(zeros, out, params), drift, outer
+
+    def turn(carry):
+        due, (_, drift, outer) = carry
+        return jnp.zeros_like(due), meet(drift, outer)
+
+    return lax.while_loop(lambda carry: carry[0], turn, (due, start))[1]
 
 
 def _with_drift(local: Any, drift: Any) -> Any:

@@ -3,10 +3,12 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
 from efopt.ground.checks import keyword_only
+from efopt.outer.meeting import homes
 from efopt.workers.axes import Axes, AxisName
 from efopt.workers.node import PerWorker
 from efopt.workers.placement import distribute, stack_workers
@@ -87,8 +89,10 @@ def reduce_mean(
       The mean, a tree of arrays ``(...)``, equal on all workers, and the new state.
 
     Raises:
-      TypeError: If ``axis_name`` is neither a string nor a tuple of strings.
-      ValueError: If the state does not fit, or the step is mapped over the axis.
+      TypeError: If ``axis_name`` is neither a string nor a tuple of strings, or
+        ``scheme`` is no transformation.
+      ValueError: If deltas and state are not of the same workers, the state is not of
+        an exchange over this axis, or the step is mapped over it.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -107,6 +111,13 @@ def reduce_mean(
             "`reduce_mean(axis_name=...)` is for arrays that hold all workers, and "
             f"this step is mapped over {axes.key!r} already: call `scheme.update`."
         )
+    if not any(set(x.link.axes.names) == set(axes.names) for x in homes(state)):
+        raise ValueError(
+            f"`reduce_mean(axis_name={axes.key!r})` needs a scheme with an exchange "
+            "over this axis, such as `efopt.error_feedback(compressor, "
+            f"axis_name={axes.key!r})`, and the state that "
+            "`efopt.outer.init_mean` makes of it."
+        )
     update = optax.with_extra_args_support(scheme).update
     if _lies_on(deltas, axes):
         marked: Any = PerWorker(deltas, axes.key)
@@ -116,8 +127,25 @@ def reduce_mean(
             f"`reduce_mean(axis_name={axis_name!r})` names several axes, and the "
             "deltas lie on no mesh with them."
         )
+    _require_rows(deltas, state)
     means, state = jax.vmap(update, axis_name=axes.key)(deltas, state)
     return jax.tree.map(lambda x: x[0], means), state
+
+
+def _require_rows(deltas: Any, state: Any) -> None:
+    """Raises unless all have a row for each of the same workers."""
+    n = next((jnp.shape(x)[:1] for x in jax.tree.leaves(deltas)), ())
+    for name, tree in (("deltas", deltas), ("state", state)):
+        for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            if jnp.shape(x)[:1] != n or not n:
+                raise ValueError(
+                    "`reduce_mean` takes deltas and a state of arrays with a row for "
+                    f"each worker, as many in all. The first delta has {(*n, 0)[0]}, "
+                    f"and shape {jnp.shape(x)} came in the {name} at "
+                    f"{jax.tree_util.keystr(path) or 'the root'}. Make the state with "
+                    "`efopt.outer.init_mean(scheme, params, num_workers=...)`, or for "
+                    "deltas on a mesh with `mesh=...`."
+                )
 
 
 def _lies_on(tree: Any, axes: Axes) -> bool:

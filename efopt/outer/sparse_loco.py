@@ -34,8 +34,8 @@ def sparse_loco(
 
     The average is that of the paper, over all workers, also where some of them sent
     nothing for a coordinate. The code that was released with it averages over those who
-    sent it, which makes steps larger, above all with few workers: a larger
-    ``outer_learning_rate`` is near that.
+    sent it: ``exchange=efopt.exchanges.all_gather(senders=True)``, of the same bytes.
+    Steps are then larger, above all with few workers.
 
     Shapes: any tree of floating-point leaves -> the same, in the parameters' dtypes.
     Cost: ``compressor.payload_bits`` per leaf and worker, once in ``every`` steps: with

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from efopt.ground import checks
 from efopt.hlo.networks import MeshNetworks, Network, duration, rate
 from efopt.hlo.report import WireReport
 
@@ -75,6 +76,23 @@ class Rounds:
             return None
         return max(1, math.ceil(self.exchange_seconds / self.compute_seconds))
 
+    def every_within(self, share: float) -> int | None:
+        """The shortest round whose meetings take at most a share of its computation.
+
+        Compression counts, as what does not hide. ``None`` if bandwidth or computation
+        is not known.
+
+        Args:
+          share: Such as 0.1: a step is then at most a tenth longer than without.
+        """
+        if checks.static_float("every_within", "share", share) == 0:
+            raise ValueError("`every_within(share)` must be above 0: nothing is free.")
+        if self.network.bandwidth is None or not self.compute_seconds:
+            return None
+        meetings = self.exchange_seconds + self.compress_seconds
+        # A rounding error is no step.
+        return max(1, math.ceil(meetings / (share * self.compute_seconds) - 1e-9))
+
     @property
     def verdict(self) -> str:
         """In a sentence, whether it pays to meet that rarely."""
@@ -88,7 +106,8 @@ class Rounds:
             return said
         return (
             f"{said} From rounds of {self.balanced_every:,} steps on the exchange "
-            "takes no longer than the computation."
+            "takes no longer than the computation, and meetings no more than a tenth "
+            f"of it from {self.every_within(0.1):,} on."
         )
 
     def __str__(self) -> str:

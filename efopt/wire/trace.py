@@ -4,8 +4,9 @@ The real conversation is traced with abstract values and its collectives are cou
 that there is no second description of payloads, carriers and padding to go stale.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from efopt.codecs.compressor import Compressor
+from efopt.exchanges.link import Link
 from efopt.exchanges.opening import open_link
 from efopt.hlo import algorithms
 from efopt.hlo.report import Collective
@@ -50,11 +52,7 @@ def exchanged(
       sums: The dtype in which a platform sums another, by their names.
     """
     link = open_link("plan", compressor, axis_name=AXIS, exchange=exchange)
-
-    def step(tree):
-        return link.average(link.receive(tree), link.init(tree), jnp.int32(0)).mean
-
-    return traced(step, tree, num_workers, sums or {})
+    return list(_on_a_line(link, *_key(tree, sums), num_workers))
 
 
 def exchanged_on(
@@ -81,8 +79,45 @@ def exchanged_on(
       sums: As for :func:`exchanged`.
     """
     link = open_link("plan", compressor, axis_name=axis_name, exchange=exchange)
+    return list(_on_a_mesh(link, *_key(tree, sums), mesh, tuple(specs)))
+
+
+def _key(tree: Any, sums: Mapping[str, str] | None) -> tuple[Hashable, ...]:
+    """A tree of structs and what else a trace depends on, to remember it by."""
+    leaves, treedef = jax.tree.flatten(tree)
+    widest = jnp.result_type(float)  # that of 64 bits, or not
+    return treedef, tuple(leaves), tuple((sums or {}).items()), widest
+
+
+# A trace takes most of a plan's time, and knows no bandwidth: plans for several links,
+# and the advice of one, ask for the same few.
+@functools.lru_cache(maxsize=256)
+def _on_a_line(
+    link: Link, treedef: Any, leaves: Any, sums: Any, widest: Any, num_workers: int
+) -> Sequence[Collective]:
+    del widest
+
+    def step(tree):
+        return link.average(link.receive(tree), link.init(tree), jnp.int32(0)).mean
+
+    trace = jax.make_jaxpr(step, axis_env=[(AXIS, num_workers)])
+    jaxpr = trace(treedef.unflatten(leaves)).jaxpr
+    return [c for _, c in _collected(jaxpr, {AXIS: num_workers}, dict(sums))]
+
+
+@functools.lru_cache(maxsize=256)
+def _on_a_mesh(
+    link: Link,
+    treedef: Any,
+    leaves: Any,
+    sums: Any,
+    widest: Any,
+    mesh: AbstractMesh,
+    specs: Sequence[P],
+) -> Sequence[Collective]:
+    del widest
+    tree = treedef.unflatten(leaves)
     assert link.axes is not None and link.workers is not None
-    treedef = jax.tree.structure(tree)
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     known = {
         jax.tree_util.keystr(path): spec
@@ -107,20 +142,12 @@ def exchanged_on(
     jaxpr = jax.make_jaxpr(around)(stacked).jaxpr
     sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
     found = []
-    for names, c in _collected(jaxpr, sizes, sums or {}):
+    for names, c in _collected(jaxpr, sizes, dict(sums)):
         crossed = [name for name in sizes if name in names and sizes[name] > 1]
         if crossed:
             spans = tuple(sizes[name] for name in crossed)
             found.append(replace(c, axes=tuple(crossed), spans=spans))
     return found
-
-
-def traced(
-    fn: Callable[..., Any], x: Any, num_workers: int, sums: Mapping[str, str]
-) -> list[Collective]:
-    """The collectives of ``fn(x)`` over the mapped axis :data:`AXIS`."""
-    jaxpr = jax.make_jaxpr(fn, axis_env=[(AXIS, num_workers)])(x).jaxpr
-    return [c for _, c in _collected(jaxpr, {AXIS: num_workers}, sums)]
 
 
 def _collected(

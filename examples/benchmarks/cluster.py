@@ -21,11 +21,16 @@ is left out where it is not installed (`pip install torch`).
     python examples/benchmarks/cluster.py --rates 100mbit 1gbit
     python examples/benchmarks/cluster.py --kill  # and what becomes of the others
     python examples/benchmarks/cluster.py --hybrid --rates 100mbit 1gbit
-    python examples/benchmarks/cluster.py --outer --rates 100mbit
+    python examples/benchmarks/cluster.py --outer --rates 100mbit --batch 8 64 256
 
-With `--outer` workers meet at every thirtieth step, beside those that do at every one
-and those that never do; seconds of a step are then means over all rounds but the first,
-HLO bytes those of a meeting, and the file is cluster_outer.json.
+With `--outer` workers meet at every thirtieth or ninetieth step, beside those that do
+at every one and those that never do: in turns, a round each, which all begin together
+and which ends when the last is done. Seconds of a step are means of a round, in the
+median of all rounds, held against a step alone; HLO bytes are those of a meeting, and
+the file is cluster_outer.json. `processor` is what a worker's own threads
+computed in a step: what is left of it was waiting, for the link and for the other.
+`<= 1.1 from` are the steps of a round that make a step a tenth longer than alone,
+according to `efopt.wire.plan`. Several `--batch` are steps of several lengths.
 
 With `--hybrid` a host has four virtual devices and parameters are sharded over them:
 two hosts are a mesh of `dcn` 2 x `fsdp` 4, compressed over `dcn` alone. HLO bytes are
@@ -65,7 +70,7 @@ MAX_WORKERS = 4
 ENDLESS = 10**6  # steps
 
 
-def benchmark(rate, options, cache):
+def benchmark(rate, batch, options, cache):
     """Trains with every method on links of one rate: method -> measurements.
 
     The median of several rounds of all methods: a neighbour that takes the processor
@@ -75,7 +80,7 @@ def benchmark(rate, options, cache):
     with network_of(rate, options) as network:
         for script in options.rounds * [*dict.fromkeys(map(SCRIPTS.get, rounds))]:
             own = [name for name in options.methods if SCRIPTS[name] == script]
-            arguments = script, network, own, options.steps, options.batch, cache
+            arguments = script, network, own, options.steps, batch, cache
             with cluster_fleet.fleet(*arguments) as workers:
                 reports = cluster_fleet.await_results(workers)
             for name in own:
@@ -107,7 +112,7 @@ def outages(rate, options, cache):
         with (
             network_of(rate, options) as network,
             cluster_fleet.fleet(
-                "cluster_jax.py", network, ["dense"], ENDLESS, options.batch, cache
+                "cluster_jax.py", network, ["dense"], ENDLESS, options.batch[0], cache
             ) as workers,
         ):
             ends = cluster_fleet.outage(workers, how)
@@ -234,15 +239,18 @@ def parse_args(arguments=None):
     add("--rates", nargs="*", metavar="RATE", help=f"of {known}; default: all")
     add("--workers", type=int, default=2, help=f"2 to {MAX_WORKERS}, default: 2")
     add("--methods", nargs="+", metavar="METHOD", help=f"of {scripts}")
-    add("--steps", type=int, help="of a method in a round, default: 20 (outer: 153)")
+    add("--steps", type=int, help="of a method in a round, default: 20 (outer: 240)")
     add("--rounds", type=int, default=3, help="of all methods, default: 3")
-    add("--batch", type=int, default=8, help="images of a worker, default: 8")
+    add("--batch", type=int, nargs="+", help="images of a worker, default: 8")
     add("--port", type=int, default=0, help="on localhost, default: one that is free")
     add("--hybrid", action="store_true", help="hosts of four devices, sharded inside")
     add("--outer", action="store_true", help="local steps, and meetings")
     add("--kill", action="store_true", help="take a worker away instead of timing")
     add("--output", type=Path, default=Path("."), help="folder, default: this one")
     args = parser.parse_args(arguments)
+    args.batch = args.batch or [8]
+    if len(args.batch) > 1 and not args.outer:
+        parser.error("argument --batch: several go with --outer alone")
     if args.outer:
         SCRIPTS.clear()
         SCRIPTS.update(dict.fromkeys(cluster_outer.METHODS, "cluster_outer.py"))
@@ -253,7 +261,7 @@ def parse_args(arguments=None):
         SCRIPTS.update(dict.fromkeys(cluster_hybrid.METHODS, "cluster_hybrid.py"))
         if args.kill:
             parser.error("argument --hybrid: not with --kill")
-        if args.batch % cluster_hybrid.DEVICES:
+        if any(batch % cluster_hybrid.DEVICES for batch in args.batch):
             parser.error(
                 f"argument --batch: must be a multiple of {cluster_hybrid.DEVICES} "
                 "devices with --hybrid"
@@ -269,23 +277,44 @@ def parse_args(arguments=None):
         )
     if not 0 <= args.port <= 65535:
         parser.error(f"argument --port: must be 0 to 65535, got {args.port}")
-    first = cluster_outer.FIRST if args.outer else WARM_UP  # steps that do not count
     if args.steps is None:
-        args.steps = first + 4 * cluster_outer.EVERY if args.outer else 20
-    for name, least in {"steps": first + 1, "rounds": 1, "batch": 1}.items():
+        args.steps = 240 if args.outer else 20
+    steps = cluster_outer.EVERY if args.outer else WARM_UP + 1
+    for name, least in {"steps": steps, "rounds": 1, "batch": 1}.items():
         value = getattr(args, name)
+        value = min(value) if name == "batch" else value
         if value < least:
             parser.error(f"argument --{name}: must be at least {least}, got {value}")
     if not args.output.is_dir():
         parser.error(f"argument --output: no folder {args.output}")
     args.rates = [*RATES] if args.rates is None else args.rates
     args.methods = args.methods or [*SCRIPTS]
+    if args.outer and "alone" not in args.methods:  # which all are held against
+        args.methods.insert(0, "alone")
     return args
 
 
 def stop(number, frame):
     """Ends the program by an exception, so that everything is cleaned up."""
     sys.exit(128 + number)
+
+
+def measured(batch, options, cache):
+    """All rates, of which each is printed when it is done: rate -> rows."""
+    results = {}
+    for rate in (LOCALHOST, *options.rates):
+        rows = benchmark(rate, batch, options, cache)
+        before = results.get(LOCALHOST)
+        if before and options.outer:
+            cluster_outer.add_plans(RATES[rate], rows, before, options.workers)
+        elif before and not options.hybrid:
+            add_predictions(rate, rows, before, options.workers)
+        results[rate] = rows
+        lines = cluster_outer.table(rows) if options.outer else table(rows)
+        print(f"\n{rate}, batch {batch}\n{lines}", flush=True)
+    if len(options.batch) == 1:
+        return results
+    return {f"{rate}, batch {batch}": rows for rate, rows in results.items()}
 
 
 def main():
@@ -306,12 +335,8 @@ def main():
                 rate = options.rates[0] if options.rates else LOCALHOST
                 sys.exit(0 if outages(rate, options, cache) else 1)
             results = {}
-            for rate in (LOCALHOST, *options.rates):
-                rows = benchmark(rate, options, cache)
-                if rate != LOCALHOST and not (options.hybrid or options.outer):
-                    add_predictions(rate, rows, results[LOCALHOST], options.workers)
-                results[rate] = rows
-                print(f"\n{rate}\n{table(rows)}", flush=True)
+            for batch in options.batch:
+                results |= measured(batch, options, cache)
     except ClusterError as error:
         sys.exit(f"cluster.py: {error}")
     names = "workers", "steps", "rounds", "batch"

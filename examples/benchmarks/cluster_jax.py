@@ -56,10 +56,13 @@ def optimizer(name):
 def plan(name, num_workers, **link):
     """What efopt expects of a method, from shapes alone."""
     compressor, exchange = METHODS[name]
+    return plan_of(compressor, num_workers, exchange=exchange, **link)
+
+
+def plan_of(compressor, num_workers, **options):
+    """What efopt expects of a compressor."""
     shapes = jax.eval_shape(Network().init, jax.random.key(0), jnp.zeros((1, PIXELS)))
-    return efopt.wire.plan(
-        compressor, shapes, num_workers=num_workers, exchange=exchange, **link
-    )
+    return efopt.wire.plan(compressor, shapes, num_workers=num_workers, **options)
 
 
 class Network(nn.Module):

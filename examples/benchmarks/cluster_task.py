@@ -50,29 +50,26 @@ class Task:
             picks = draws.integers(len(labels), size=(self.workers, self.batch))
             yield images[picks[self.rank]], labels[picks[self.rank]]
 
-    def time(self, step, warm_up=WARM_UP):
-        """Runs `step`, which takes a batch and returns the loss, on every batch.
-
-        The first `warm_up` steps do not count.
-        """
+    def time(self, step):
+        """Runs `step`, which takes a batch and returns the loss, on every batch."""
         seconds, losses, sent = [], [], 0
         for i, batch in enumerate(self.batches()):
-            if i == warm_up:
+            if i == WARM_UP:
                 Path(self.report).with_suffix(".ready").touch()
-                sent = self._sent()
+                sent = self.sent()
             start = time.perf_counter()
             losses.append(step(batch))
             seconds.append(time.perf_counter() - start)
-        sent = (self._sent() - sent) / (self.steps - warm_up)
+        sent = (self.sent() - sent) / (self.steps - WARM_UP)
         return {
-            "step_seconds": statistics.median(seconds[warm_up:]),
-            "mean_seconds": statistics.mean(seconds[warm_up:]),
+            "step_seconds": statistics.median(seconds[WARM_UP:]),
             "losses": losses,
             # The loopback interface carries the bytes of all workers, and others'.
             "interface_bytes": None if self.interface == "lo" else sent,
         }
 
-    def _sent(self):
+    def sent(self):
+        """Bytes that have left through the interface."""
         counter = Path("/sys/class/net", self.interface, "statistics/tx_bytes")
         return int(counter.read_text())
 

@@ -53,7 +53,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from gpu_hybrid import STYLE, Process, launch, serve
+from gpu_hybrid import STYLE, Process, launch_all, serve, write
 
 HERE = Path(__file__).parent
 TRAIN_TORCH = HERE / "curve_torch.py"
@@ -316,12 +316,11 @@ class Trained(Process):
         start = time.perf_counter()
         try:
             tx = transformation(method, self.settings)
-            step, begin, shapes, _ = self.training(tx, "dcn", True)
+            step, state, compiled, shapes, _ = self.training(tx, "dcn", True)
             rows = (self.text.rows, self.text.length + 1)
             tokens = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=self.over)
-            state = begin.eval_shape(jax.eval_shape(lambda: jax.random.key(0)))
             step = step.lower(state, tokens).compile()
-            begin = begin.lower(jax.random.key(0)).compile()
+            begin = compiled(jax.random.key(0))
         except Exception as error:  # the others may work
             return error
         size = sum(x.size for x in jax.tree.leaves(shapes))
@@ -456,6 +455,7 @@ def print_table(found):
 def draw(found, path):
     """Loss by seconds, a line a method, a thin one a seed."""
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     plt.style.use(STYLE)
     names = [
@@ -475,6 +475,9 @@ def draw(found, path):
             )
             label = None
     axes.set(xscale="log", xlabel="seconds of training", ylabel="loss of unseen text")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_title(f"{found['machine']}, {found['parameters'] / 1e6:.3g} M parameters")
     figure.legend(loc="outside right upper")
     figure.savefig(path)
@@ -501,11 +504,11 @@ def parse_args():
     add("--search", type=int, default=0, help="steps, to find rates; see above")
     add("--rates", type=Path, nargs="+", default=[], help="what --search has written")
     add("--join", type=Path, nargs="+", default=[], help="curve.json of other calls")
-    add("--budget", type=float, default=3600, help="seconds after which none begins")
+    add("--budget", type=float, default=3600, help="seconds in all, default: 3600")
     add("--gpus", type=int, default=2, help="1 or an even number, default: 2")
     add("--one-host", action="store_true", help="over the fast link instead")
     add("--cpu", action="store_true", help="processes of one CPU device each")
-    add("--jobs", type=int, default=4, help="programs compiled at a time, default: 4")
+    add("--jobs", type=int, default=1, help="programs compiled at a time, default: 1")
     add("--layers", type=int, default=8)
     add("--width", type=int, default=1024)
     add("--heads", type=int, default=8)
@@ -558,7 +561,7 @@ class Found:
         self.all |= {k: v for k, v in earlier.items() if k != "command"}
 
     def write(self):
-        self.path.write_text(json.dumps(self.all, indent=1))
+        write(self.path, self.all)
 
     def train(self, names, into, **more):
         """Trains by methods that are not there yet, and writes each as it ends."""
@@ -567,21 +570,21 @@ class Found:
             delattr(ours, name)
         for script, known in ((__file__, METHODS), (TRAIN_TORCH, TORCH)):
             left = [n for n in names if n in known and n not in into]
-            if not left or time.monotonic() - BEGAN > self.args.budget:
-                continue
             ours.target = target_of(into)
-            for name, row in launch(script, left, ours):
-                if name is None:  # still compiling
+            ends = BEGAN + self.args.budget
+            for name, row in launch_all(script, left, ours, ends):
+                if name is None:
+                    after = time.monotonic() - BEGAN
+                    print(f"{after:5.0f} s: compiled {row['compiled']}", flush=True)
                     continue
                 kind, version = row.pop("device"), row.pop("version")
                 self.all["parameters"] = row.pop("parameters")
                 if not self.all["machine"]:
                     self.all["machine"] = f"{self.args.gpus} x {kind}, {version}"
                 into[name] = row
+                ours.target = target_of(into)  # of processes that start anew
                 self.write()
                 yield name, row
-                if time.monotonic() - BEGAN > self.args.budget:
-                    break
 
 
 BEGAN = time.monotonic()

@@ -21,14 +21,8 @@ import sys
 import time
 from pathlib import Path
 
-SOCKETS = {
-    "NCCL_P2P_DISABLE": "1",
-    "NCCL_SHM_DISABLE": "1",
-    "NCCL_IB_DISABLE": "1",
-    "NCCL_SOCKET_IFNAME": "lo",
-}
-LINKS = {"fast": {}, "sockets": SOCKETS}
-COMMON = {"NCCL_NVLS_ENABLE": "0"}
+from gpu import COMMON, LINKS
+from gpu_hybrid import write
 
 
 def methods():
@@ -139,7 +133,8 @@ def main():
     if args.child:
         measure(settings)
         return
-    results = {**settings, "links": {}}
+    flags = os.environ.get("XLA_FLAGS", "")
+    results = {**settings, "xla_flags": flags, "links": {}}
     for link in args.links:
         command = [sys.executable, __file__, "--child"]
         for key, value in settings.items():
@@ -159,7 +154,7 @@ def main():
                 ratio = row["ms"] / least
                 print(f"{row['name']:34} {row['ms']:8.2f} ms {ratio:6.2f}x", flush=True)
                 if args.output:
-                    args.output.write_text(json.dumps(results, indent=1))
+                    write(args.output, results)
         if child.returncode:
             sys.exit(f"delay.py: the run over {link} failed")
 

@@ -5,8 +5,8 @@ each number of GPUs, over the fast link and over sockets (peer-to-peer copies, s
 memory and InfiniBand switched off in NCCL), and with DistributedDataParallel of PyTorch
 beside it, where that is installed. XLA has a kernel of its own for all-reduces of at
 most 4 MB between GPUs of one process, over peer memory, which settings of NCCL do not
-reach: over sockets it is switched off. Prints a table, writes gpu.json and draws
-gpu.png:
+reach: over sockets it is switched off. Prints a table, writes gpu.json as rows come and
+draws gpu.png:
 
   step       median milliseconds of a step, and how many times faster than `dense`
   predicted  by `efopt.wire.plan`, from the link that two all-reduces measured
@@ -21,13 +21,17 @@ gpu.png:
 """
 
 import argparse
+import contextlib
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
+import threading
 from importlib import util
 from pathlib import Path
+
+from gpu_hybrid import free_port, write
 
 XLA_S_OWN = "--xla_gpu_unsupported_use_all_reduce_one_shot_kernel"
 SOCKETS = {
@@ -54,21 +58,42 @@ HERE = Path(__file__).parent
 STYLE = HERE.parent / "pictures.mplstyle"
 
 
-def child(script, settings, link, *arguments):
-    """Runs one of the two training scripts; its JSON, or None if it failed."""
+def child(script, settings, link, limit, *arguments):
+    """Runs one of the two training scripts; yields what it has found so far.
+
+    It is ended where it is silent for ``limit`` seconds.
+    """
     command = [sys.executable, str(HERE / script), json.dumps(settings), *arguments]
     environment = os.environ | COMMON | LINKS[link]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        print(f"{script} failed on {link}:\n{done.stderr[-2000:]}", file=sys.stderr)
-        return None
-    return json.loads(done.stdout.splitlines()[-1])
+    # In a group of its own, with the processes that it may start.
+    p = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, process_group=0
+    )
 
+    def stop():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(p.pid, signal.SIGKILL)
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+    def watched():
+        late = threading.Timer(limit, stop)
+        late.start()
+        return late
+
+    late = watched()
+    try:
+        for line in p.stdout or ():
+            if line.startswith("{"):
+                late.cancel()
+                yield json.loads(line)
+                late = watched()
+        if p.wait():
+            print(f"{script} failed on {link}", file=sys.stderr)
+    finally:
+        late.cancel()
+        stop()
+        p.wait()
+        if p.stdout:
+            p.stdout.close()
 
 
 def table(run):
@@ -148,6 +173,7 @@ def main():
     add("--width", type=int, default=4096)
     add("--batch", type=int, default=256, help="rows of all workers together")
     add("--steps", type=int, default=20, help="that are timed, default: 20")
+    add("--limit", type=int, default=150, help="seconds of silence, default: 150")
     add("--output", type=Path, default=Path("."), help="folder, default: this one")
     args = parser.parse_args()
     if min(*args.gpus, args.layers, args.width, args.steps, 1) < 1:
@@ -157,28 +183,35 @@ def main():
     if not args.output.is_dir():
         parser.error(f"--output: no folder {args.output}")
 
+    # Whoever ends this ends the processes too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     runs = []
     settings = {k: getattr(args, k) for k in ("layers", "width", "batch", "steps")}
+    save = lambda runs: write(args.output / "gpu.json", {**settings, "runs": runs})  # noqa: E731
     for gpus in args.gpus:
         for link in args.links if gpus > 1 else args.links[:1]:
             asked = {**settings, "gpus": gpus}
             asked["methods"] = [m for m in args.methods if m in JAX]
-            run = child("gpu_jax.py", asked, link)
-            if run is None:
+            run = {}
+            for found in child("gpu_jax.py", asked, link, args.limit):
+                run = {**found, "gpus": gpus, "link": link}
+                save([*runs, run])
+            if not run:  # nor the link's rate
                 continue
+            own, device = run["methods"], run["device"]
             asked["methods"] = [m for m in args.methods if m in TORCH]
             if asked["methods"] and util.find_spec("torch"):
-                peer = child("gpu_torch.py", asked, link, free_port())
-                if peer is not None:
-                    run["methods"] |= peer["methods"]
-                    run["device"] += f", {peer['device']}"
-            run |= {"gpus": gpus, "link": link}
+                port = str(free_port())
+                for peer in child("gpu_torch.py", asked, link, args.limit, port):
+                    run["methods"] = own | peer["methods"]
+                    run["device"] = f"{device}, {peer['device']}"
+                    save([*runs, run])
+            if not run["methods"]:
+                continue
             runs.append(run)
             rate = run["bandwidth"] / 1e9
             print(f"\n{run['device']}, {link}: {rate:.1f} Gbit/s measured")
             print(table(run), flush=True)
-            everything = {**settings, "runs": runs}
-            (args.output / "gpu.json").write_text(json.dumps(everything, indent=2))
     if not runs:
         sys.exit("gpu.py: nothing could be measured")
     if util.find_spec("matplotlib"):

@@ -48,7 +48,9 @@ import contextlib
 import gc
 import hashlib
 import json
+import math
 import os
+import random
 import shlex
 import signal
 import socket
@@ -105,13 +107,30 @@ COUNTER = Path("/sys/class/net/lo/statistics/tx_bytes")
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that is free, and below those that the system gives to connections.
+
+    One of the latter may be given away before the first process listens at it.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
-def launch(script, methods, args):
-    """Runs methods, one process a GPU; yields each one's name and what was found."""
+def write(path, found):
+    """Writes JSON, whole or not at all: a run may be ended at any time."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(found, indent=1))
+    beside.replace(path)
+
+
+def launch(script, methods, args, ends=math.inf):
+    """Runs methods, one process a GPU; yields each one's name and what was found.
+
+    No longer than until ``ends`` on the monotonic clock, nor when nothing has been
+    heard for `--limit` seconds, nor when one of the processes has failed.
+    """
     settings = {k: v for k, v in vars(args).items() if k != "output"}
     settings |= {"methods": methods, "port": free_port()}
     processes = []
@@ -139,24 +158,53 @@ def launch(script, methods, args):
         for p in processes:
             p.kill()
 
-    def watched():
-        late = threading.Timer(args.limit, stop)
-        late.start()
-        return late
+    heard, over = [time.monotonic()], threading.Event()
 
-    late = watched()
+    def watch():
+        while not over.wait(0.2):
+            now, codes = time.monotonic(), [p.poll() for p in processes]
+            why = None
+            if any(codes):
+                why = f"processes ended with {codes}"
+            elif now > ends:
+                why = "no time is left"
+            elif now > heard[0] + args.limit:
+                why = f"nothing was heard for {args.limit} s"
+            if why:
+                print(f"{Path(script).name}: {why}", file=sys.stderr, flush=True)
+                stop()
+                break
+
+    threading.Thread(target=watch, daemon=True).start()
     try:
         for line in processes[0].stdout:
             if line.startswith("{"):
-                late.cancel()
+                heard[0] = time.monotonic()
                 found = json.loads(line)
-                yield found.pop("method"), found
-                late = watched()
+                name = found.pop("method")
+                yield name, found
+                if name == methods[-1]:
+                    break  # nor wait for processes to take leave of each other
     finally:
-        late.cancel()
+        over.set()
         stop()
         for p in processes:
             p.wait()
+        processes[0].stdout.close()
+
+
+def launch_all(script, methods, args, ends=math.inf):
+    """The same, and starts anew behind a method that ends the processes.
+
+    So does one that stands still.
+    """
+    while methods and time.monotonic() < ends:
+        done = -1
+        for name, found in launch(script, methods, args, ends):
+            if name is not None:
+                done = methods.index(name)
+            yield name, found
+        methods = methods[done + 2 :]  # the one behind failed, and told why, or stood
 
 
 def row(name, found, methods):
@@ -237,7 +285,7 @@ class Process:
     def __init__(self, index, settings):
         import jax
 
-        self.index, self.settings, self.ready = index, settings, {}
+        self.index, self.settings, self.ready, self.first = index, settings, {}, {}
         self.dcn_link = settings.get("dcn_link")
         n = settings["gpus"]
         # This process sees one GPU; without the list, all of the host are looked for.
@@ -301,7 +349,7 @@ class Process:
         return 8 * sent / (large - small), small / (2 * (n - 1))
 
     def training(self, tx, axis, sharded_parameters, *, stands_still=False):
-        """A jitted step, the first state by a key, and parameters' shapes and specs."""
+        """A jitted step, what it takes, how that begins, parameters' shapes, specs."""
         import jax
         import jax.numpy as jnp
         import optax
@@ -316,16 +364,27 @@ class Process:
         m = mesh.shape["fsdp"] if sharded_parameters else 1
         specs = jax.tree.map(lambda x: sharded(x, m), shapes)
 
-        def begin(key):
-            params = init(key)
-            state = {"params": params, "opt": tx.init(params)}
-            return efopt.distribute(state, mesh, specs)
-
         # Laid out in one program: each array by itself would be compiled for long.
         state = {"params": shapes, "opt": jax.eval_shape(tx.init, shapes)}
         state = efopt.distribute(state, mesh, specs)
         places = jax.tree.map(lambda x: x.sharding, state)
-        begin = jax.jit(begin, out_shardings=places)
+        # Numbers are drawn by one program for all methods: it takes long to compile.
+        first = jax.jit(init, out_shardings=places["params"])
+        first = self.first.setdefault(sharded_parameters, first)
+
+        def fill(params):
+            filled = {"params": params, "opt": tx.init(params)}
+            return efopt.distribute(filled, mesh, specs)
+
+        fill = jax.jit(fill, out_shardings=places, donate_argnums=0)
+
+        def begin(key):
+            return fill(first(key))
+
+        def compiled(key):  # while others are compiled, too
+            first.lower(key).compile()
+            fill.lower(state["params"]).compile()
+            return begin
 
         def step(state, tokens):
             grad = efopt.value_and_grad(self.loss_fn(model), axis_name=axis)
@@ -338,7 +397,7 @@ class Process:
             return {"params": params, "opt": opt}, loss
 
         step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-        return step, begin, shapes, specs
+        return step, state, compiled, shapes, specs
 
     def model(self, sharded_parameters=True):
         return transformer(self.settings, self.mesh if sharded_parameters else None)
@@ -362,7 +421,7 @@ class Process:
         settings = self.settings
         axis = ("dcn", "fsdp") if method.startswith("hierarchical") else "dcn"
         tx, compressor, exchange = transformation(method)
-        step, begin, shapes, specs = self.training(
+        step, state, compiled, shapes, specs = self.training(
             tx, axis, axis == "dcn", stands_still=compressor is None
         )
         rows = settings["gpus"] * settings["batch"]
@@ -374,8 +433,8 @@ class Process:
 
         tokens = jax.jit(tokens, out_shardings=over)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        lowered = step.lower(begin.eval_shape(key), tokens.eval_shape(key))
-        begin.lower(jax.random.key(0)).compile()  # while others are compiled, too
+        lowered = step.lower(state, tokens.eval_shape(key))
+        begin = compiled(jax.random.key(0))
         planned = None
         if compressor is not None:
             planned = compressor, shapes, exchange, axis, specs
@@ -485,17 +544,18 @@ class Process:
         import jax
 
         self.wait()
+        told, mine = None, self.index == 0
         with tempfile.TemporaryDirectory() as folder:
-            mine = self.index == 0
-            with jax.profiler.trace(folder) if mine else contextlib.nullcontext():
-                for _ in range(steps):
-                    jax.block_until_ready(once())
-            self.wait()
             try:
-                return where_time_goes(kernels(folder), steps, wire) if mine else None
+                with jax.profiler.trace(folder) if mine else contextlib.nullcontext():
+                    for _ in range(steps):
+                        jax.block_until_ready(once())
+                if mine:
+                    told = where_time_goes(kernels(folder), steps, wire)
             except Exception:  # what was timed before is worth more
                 traceback.print_exc()
-                return None
+        self.wait()  # the others do so, whatever happened here
+        return told
 
     def identical(self, params):
         """Whether both halves hold the same parameters, bit for bit."""
@@ -750,26 +810,16 @@ def draw(run, path):
 
 
 def measured(names, others, args):
-    """Each method's name, and what was found. One that stands still is left out.
-
-    Then processes start anew, with those that are left.
-    """
+    """Each method's name, and what was found."""
     began = time.monotonic()
-    late = lambda: time.monotonic() - began > args.budget  # noqa: E731
-    for script, left in (__file__, names), (TRAIN_TORCH, others):
-        while left and not late():
-            done = -1
-            for name, found in launch(script, left, args):
-                if name is None:
-                    after = time.monotonic() - began
-                    print(f"{after:5.0f} s: compiled {found['compiled']}", flush=True)
-                else:
-                    args.dcn_link = found.get("dcn_link", args.dcn_link)
-                    done = left.index(name)
-                    yield name, found
-                if late():
-                    break
-            left = left[done + 2 :]  # the one behind failed, and told why, or stood
+    for script, some in (__file__, names), (TRAIN_TORCH, others):
+        for name, found in launch_all(script, some, args, began + args.budget):
+            if name is None:
+                after = time.monotonic() - began
+                print(f"{after:5.0f} s: compiled {found['compiled']}", flush=True)
+            else:
+                args.dcn_link = found.get("dcn_link", args.dcn_link)
+                yield name, found
 
 
 def main():
@@ -825,7 +875,7 @@ def main():
         run["methods"][name] = found
         found["pays_below"] = pays_below(found, run["methods"])
         print(row(name, found, run["methods"]), flush=True)
-        args.output.write_text(json.dumps({"runs": [run]}, indent=2))
+        write(args.output, {"runs": [run]})
     if not run["methods"]:
         sys.exit("gpu_hybrid.py: nothing could be measured")
     lines = [pieces(name, found) for name, found in run["methods"].items()]

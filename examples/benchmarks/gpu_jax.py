@@ -1,10 +1,14 @@
-"""Training with JAX and efopt on the GPUs of one host, for `gpu.py`: prints JSON."""
+"""Training with JAX and efopt on the GPUs of one host, for `gpu.py`.
+
+Prints what was found so far, a line of JSON after each method.
+"""
 
 import functools
 import json
 import statistics
 import sys
 import time
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -199,61 +203,64 @@ def floor_seconds(settings, rounds):
     return median_seconds(lambda: add(params), rounds)
 
 
+def trained(name, mesh, settings, found):
+    """One method's row."""
+    rounds, n = settings["steps"], mesh.size
+    tx, compressor, exchange = METHODS[name]
+    compress = 0.0
+    if name != "dense":
+        compress = compress_seconds(compressor, settings, rounds)
+    plan = efopt.wire.plan(
+        compressor,
+        network(settings["layers"], settings["width"]),
+        num_workers=n,
+        exchange=exchange,
+        bandwidth=found["bandwidth"],
+        latency=found["latency"],
+        compute_seconds=found["compute_seconds"],
+        compress_seconds=compress,
+    )
+    training = Training(tx, mesh, settings)
+    wire = training.wire()
+    seconds, sent = measured(training.step, max(rounds, 48))
+    return {
+        "step_seconds": seconds,
+        "predicted_seconds": plan.step_seconds,
+        "compress_seconds": compress,
+        "compress_passes": compress / found["pass_seconds"],
+        "operand_bytes": wire.operand_bytes,
+        "bytes_sent": wire.bytes_sent_per_worker,
+        "bytes_counted": None if sent is None else sent / n,
+        "planned_bytes_sent": plan.bytes_sent_per_worker,
+        "identical": training.identical(),
+        "loss": float(training.loss[0]),
+    }
+
+
 def main():
     settings = json.loads(sys.argv[1])
     rounds, n = settings["steps"], settings["gpus"]
     devices = jax.devices()[:n]
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((n,), ("data",), auto, devices=devices)
-    shapes = network(settings["layers"], settings["width"])
     bandwidth, latency = link(mesh, rounds)
-    compute = compute_seconds(settings, n, rounds)
-    pass_seconds = floor_seconds(settings, rounds)
-    results = {}
+    found = {
+        "device": f"{n} x {devices[0].device_kind}, jax {jax.__version__}",
+        "bandwidth": bandwidth,
+        "latency": latency,
+        "compute_seconds": compute_seconds(settings, n, rounds),
+        "pass_seconds": floor_seconds(settings, rounds),
+        "methods": {},
+    }
+    print(json.dumps(found), flush=True)
     for name in settings["methods"]:
-        tx, compressor, exchange = METHODS[name]
-        compress = 0.0
-        if name != "dense":
-            compress = compress_seconds(compressor, settings, rounds)
-        plan = efopt.wire.plan(
-            compressor,
-            shapes,
-            num_workers=n,
-            exchange=exchange,
-            bandwidth=bandwidth,
-            latency=latency,
-            compute_seconds=compute,
-            compress_seconds=compress,
-        )
-        training = Training(tx, mesh, settings)
-        wire = training.wire()
-        seconds, sent = measured(training.step, max(rounds, 48))
-        results[name] = {
-            "step_seconds": seconds,
-            "predicted_seconds": plan.step_seconds,
-            "compress_seconds": compress,
-            "compress_passes": compress / pass_seconds,
-            "operand_bytes": wire.operand_bytes,
-            "bytes_sent": wire.bytes_sent_per_worker,
-            "bytes_counted": None if sent is None else sent / n,
-            "planned_bytes_sent": plan.bytes_sent_per_worker,
-            "identical": training.identical(),
-            "loss": float(training.loss[0]),
-        }
-        del training
-    device = devices[0].device_kind
-    print(
-        json.dumps(
-            {
-                "device": f"{n} x {device}, jax {jax.__version__}",
-                "bandwidth": bandwidth,
-                "latency": latency,
-                "compute_seconds": compute,
-                "pass_seconds": pass_seconds,
-                "methods": results,
-            }
-        )
-    )
+        try:
+            found["methods"][name] = trained(name, mesh, settings, found)
+        except Exception:  # the others may work
+            print(f"{name} failed:", file=sys.stderr)
+            traceback.print_exc()
+            continue
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

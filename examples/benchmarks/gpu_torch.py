@@ -1,4 +1,7 @@
-"""The same network with DistributedDataParallel, for `gpu.py`: prints JSON."""
+"""The same network with DistributedDataParallel, for `gpu.py`.
+
+Prints what was found so far, a line of JSON after each method.
+"""
 
 import json
 import os
@@ -69,9 +72,9 @@ def train(rank, settings, port, queue):
         if before is not None:
             sent = (counted() - before) / len(seconds[5:])
             results[name]["bytes_counted"] = sent / n
+        if rank == 0:
+            queue.put(results)
         del model, optimizer
-    if rank == 0:
-        queue.put(results)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -83,9 +86,10 @@ def main():
     workers = mp.spawn(
         train, (settings, port, queue), nprocs=settings["gpus"], join=False
     )
-    results = queue.get()
+    for _ in settings["methods"]:
+        found = {"device": f"torch {torch.__version__}", "methods": queue.get()}
+        print(json.dumps(found), flush=True)
     workers.join()
-    print(json.dumps({"device": f"torch {torch.__version__}", "methods": results}))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,14 @@ the average of several workers' payloads: payloads read, average written.
     XLA_FLAGS=--xla_gpu_autotune_level=0 JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 \
         python examples/benchmarks/kernels.py --target tests/gpu/h100.txtpb
 
-The state is returned first: donated buffers are paired with results in order, and a
+`thresholds.py` runs it with other values of the library's constants (`--set`). The
+state is returned first: donated buffers are paired with results in order, and a
 residual in the updates' place would be one copy more.
 """
 
 import argparse
 import gzip
+import importlib
 import json
 import math
 import statistics
@@ -104,6 +106,15 @@ def placing(target):
         )
 
     return put, topology.devices[0].device_kind
+
+
+def set_constant(text):
+    """``efopt.compressors.top_k.FEW=0``: a constant, or what a function returns."""
+    name, _, value = text.partition("=")
+    module, _, name = name.rpartition(".")
+    home, value = importlib.import_module(module), int(value)
+    old = getattr(home, name)  # an error where there is none
+    setattr(home, name, (lambda *_: value) if callable(old) else value)
 
 
 def size(tree):
@@ -301,11 +312,14 @@ def main():
     add("--target", type=Path, help="count for the GPU of this description, not there")
     add("--dearest", type=int, default=6, help="kernels named in the JSON file")
     add("--keep", type=Path, help="a folder for the programs' texts")
+    add("--set", nargs="*", default=[], help="constants, `efopt.module.NAME=value`")
     add("--output", type=Path, help="a JSON file to write")
     args = parser.parse_args()
     if min(args.layers, args.width, args.vocabulary, args.context, args.jobs) < 1:
         parser.error("sizes and --jobs must be at least 1")
 
+    for text in args.set:
+        set_constant(text)
     placed, device = placing(args.target)
     args.count = args.count or args.target is not None
     results = {"device": device, "jax": jax.__version__, "rows": {}}

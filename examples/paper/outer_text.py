@@ -26,14 +26,17 @@ Seconds are those of a link of 100 Mbit/s and of 1 Gbit/s a worker: what
 text is chosen as in conef_text.py.
 
 With several of `--batch`, `--lr` and `--schedule` all their settings are run, those of
-one batch side by side. A run with the same options goes on where one before it stopped.
+one batch side by side. A run with the same options goes on where one before it stopped;
+one with others asks for another folder.
 """
 
 import argparse
 import itertools
 import json
 import statistics
+import sys
 import time
+import traceback
 from pathlib import Path
 
 import jax
@@ -372,12 +375,14 @@ def parse_args():
 
 
 def found_before(path, head):
-    """The settings of a file, if its head is that of this run."""
+    """The settings of a file, whose head must be that of this run."""
     if not path.is_file():
         return []
     before = json.loads(path.read_text())
     settings = before.pop("settings", [])
-    return settings if before == head else []
+    if before != head:
+        sys.exit(f"outer_text.py: {path} is of other options: choose another folder")
+    return settings
 
 
 def main():
@@ -400,22 +405,30 @@ def main():
         return there[0]
 
     kinds = list(itertools.product(args.lr, args.schedule))
-    longest = 0.0
+    longest, failed = 0.0, []
     for batch, name in itertools.product(args.batch, args.methods):
         ours = [setting(batch=batch, lr=lr, schedule=shape) for lr, shape in kinds]
         missing = [i for i, s in enumerate(ours) if name not in s["results"]]
         clock = time.perf_counter()
         if not missing or (args.limit and clock - began + longest > args.limit):
             continue
-        plan = planned(name, args, data[2], args.compute_ms / 1e3)
-        runs = run(name, args, batch, [kinds[i] for i in missing], data)
+        try:
+            plan = planned(name, args, data[2], args.compute_ms / 1e3)
+            runs = run(name, args, batch, [kinds[i] for i in missing], data)
+        except Exception:  # the others may work
+            traceback.print_exc()
+            failed.append(name)
+            continue
         took = time.perf_counter() - clock
         longest = max(longest, took)
         for i, result in zip(missing, runs, strict=True):
             ours[i]["results"][name] = {**result, **plan, "run_seconds": took}
             loss, lr, shape = np.mean(result["losses"][-1][1]), *kinds[i]
             print(f"  {name}, batch {batch}, {lr:g} {shape}: {loss:.4f}", flush=True)
-        path.write_text(json.dumps({**head, "settings": settings}, indent=1))
+        # Whole or not at all: the run may be ended at any time.
+        beside = path.with_suffix(".new")
+        beside.write_text(json.dumps({**head, "settings": settings}, indent=1))
+        beside.replace(path)
     settings = [s for s in settings if s["results"]]
     for some in settings:
         print_table(some)
@@ -425,7 +438,10 @@ def main():
     for i, some in enumerate(settings):
         more = f"_{i}" if i else ""
         draw(some, args, args.output / f"outer_text{more}.png")
-    print(f"Written: {path}, and the curves beside it")
+    if settings:
+        print(f"Written: {path}, and the curves beside it")
+    if failed:
+        sys.exit(f"outer_text.py: failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

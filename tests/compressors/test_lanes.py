@@ -6,18 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from workers_under_test import slow
 
 import efopt
 from efopt.codecs.blocks import Turn
 from efopt.codecs.layout import lay_out
 
+# By default one of signs and one of what is drawn.
 COMPRESSORS = [
     efopt.scaled_sign(),
-    efopt.compressors.two_magnitudes(),
     efopt.random_k(k=9, unbiased=True),
-    efopt.compressors.count_sketch(fraction=0.3),
-    efopt.random_block(fraction=0.3),
-    pytest.param(efopt.compressors.count_sketch(width=2), marks=pytest.mark.slow),
+    slow(efopt.compressors.two_magnitudes()),
+    slow(efopt.compressors.count_sketch(fraction=0.3)),
+    slow(efopt.random_block(fraction=0.3)),
+    slow(efopt.compressors.count_sketch(width=2)),
 ]
 SHAPES = [(1,), (9, 7), (), (23,), (0, 3), (8,), (129,), (23,), (40, 5)]
 

@@ -198,7 +198,7 @@ def test_parameters_are_those_of_pieces_by_hand(case, mesh, entrance):
 
 
 UNDIVIDED = {"even": (8, 3), "odd": (5, 3), "tall": (9,)}
-DRAWN_BY_DEFAULT = {("random_block", 0, "global"), ("random_k", 1, "manual")}
+DRAWN_BY_DEFAULT = {("random_k", 1, "manual")}
 DRAWN = {
     "random_block": lambda **k: efopt.random_block(seed=3, **k),
     "random_k": lambda **k: efopt.random_k(seed=3, **k),

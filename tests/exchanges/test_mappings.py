@@ -71,10 +71,10 @@ def test_same_parameters_however_workers_are_mapped(name):
                     np.testing.assert_array_equal(workers, expected, err_msg=how)
 
 
-@pytest.mark.parametrize("n", [slow(2), 3])
-@pytest.mark.parametrize(
-    "name", ["scaled_two_phase", slow("sign_vote"), slow("top_k_gather")]
-)
+# By default three workers that exchange late stand for it, in test_in_flight.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("name", ["scaled_two_phase", "sign_vote", "top_k_gather"])
 def test_any_number_of_workers(name, n):
     """Workers on devices and workers by vmap agree, also where ranges do not divide."""
     grads = gradients(2, n=n)

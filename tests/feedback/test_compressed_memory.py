@@ -408,8 +408,10 @@ def test_the_sum_over_workers_is_conserved():
 
 @pytest.mark.parametrize(
     "memory",
-    [efopt.quantize(8, stochastic=True), efopt.compressors.count_sketch(fraction=0.2)],
-    ids=["int8", "sketch"],
+    [
+        pytest.param(efopt.quantize(8, stochastic=True), id="int8"),
+        slow(efopt.compressors.count_sketch(fraction=0.2), id="sketch"),
+    ],
 )
 def test_damping_of_nothing_is_contractive_error_feedback(memory):
     grads = np.random.default_rng(0).standard_normal((3, 64, 64), np.float32)

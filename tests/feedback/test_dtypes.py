@@ -95,7 +95,8 @@ def test_a_state_leaves_a_step_in_the_dtypes_it_came_in(name, given, kept, start
             assert np.isfinite(np.asarray(x, np.float64)).all()
 
 
-@pytest.mark.parametrize("name", [slow("exact"), slow("damped"), "two_phase"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["exact", "damped", "two_phase"])
 def test_accumulate_takes_wider_gradients(name):
     with jax.enable_x64(True):
         tx = efopt.accumulate(SCHEMES[name](), every=2, axis_name=AXIS)

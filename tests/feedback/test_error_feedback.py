@@ -283,9 +283,7 @@ def _per_worker(t, i):
     return [np.asarray(x[i], np.float64) for x in jax.tree.leaves(t)]
 
 
-@pytest.mark.parametrize(
-    "name", [slow(n, when=n not in ("scaled", "top_k")) for n in ORACLES]
-)
+@pytest.mark.parametrize("name", [slow(n, when=n != "scaled") for n in ORACLES])
 def test_error_feedback_is_its_oracle(name, mesh):
     compressor, exchange, compress = ORACLES[name]
     rng = np.random.default_rng(4)
@@ -341,7 +339,7 @@ def test_two_phase_is_its_oracle(mesh):
             )
 
 
-@pytest.mark.parametrize("feedback", [False, True], ids=["plain", "feedback"])
+@pytest.mark.parametrize("feedback", [slow(False), True], ids=["plain", "feedback"])
 def test_majority_vote_is_its_oracle_and_ties_are_positive(feedback, mesh):
     rng = np.random.default_rng(6)
     scheme = efopt.error_feedback if feedback else efopt.compress

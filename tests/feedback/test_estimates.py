@@ -175,13 +175,15 @@ def test_the_mean_is_that_of_all_estimates_and_what_owners_owe():
 # ---------------------------------------------------------------------- its corners
 
 
-def test_with_full_gain_and_no_estimate_it_is_error_feedback():
+@pytest.mark.parametrize(
+    "options", [{}, slow({"memory": efopt.quantize(8)}), slow({"start": 2})], ids=str
+)
+def test_with_full_gain_and_no_estimate_it_is_error_feedback(options):
     params, grads, _, _ = unlike(4, 10)
-    for options in ({}, {"memory": efopt.quantize(8)}, {"start": 2}):
-        tx = econtrol(TOP, gain=1, estimate=False, axis_name=AXIS, **options)
-        old = efopt.error_feedback(TOP, axis_name=AXIS, **options)
-        got, want = (simulate(whole(t), params, grads)[0] for t in (tx, old))
-        chex.assert_trees_all_close(got, want, rtol=0, atol=1e-6)
+    tx = econtrol(TOP, gain=1, estimate=False, axis_name=AXIS, **options)
+    old = efopt.error_feedback(TOP, axis_name=AXIS, **options)
+    got, want = (simulate(whole(t), params, grads)[0] for t in (tx, old))
+    chex.assert_trees_all_close(got, want, rtol=0, atol=1e-6)
 
 
 def test_with_hardly_any_gain_it_is_ef21():

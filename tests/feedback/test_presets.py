@@ -70,6 +70,7 @@ def test_loco_is_its_oracle():
     follows(simulate(tx, params, grads)[0], path)
 
 
+@pytest.mark.slow
 def test_without_mean_and_reset_loco_is_contractive_error_feedback():
     params, grads = problem({"b": (11,), "w": (12, 30)}, 2, 10)
     options = dict(memory=efopt.quantize(8), axis_name=AXIS)

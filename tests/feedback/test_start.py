@@ -50,7 +50,7 @@ def trees(seed, number, lead=()):
     [
         ("compress", "vmap"),
         ("error_feedback", "auto"),
-        ("conef", "auto"),
+        slow("conef", "auto"),
         slow("damped", "auto"),
         slow("conef", "vmap"),
         slow("conef", "pmap"),

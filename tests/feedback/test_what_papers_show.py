@@ -248,6 +248,7 @@ def test_sparse_noise_is_where_signs_beat_feedback():
 # ----------------------------------------------------------------- majority vote
 
 
+@pytest.mark.slow
 def test_identical_workers_vote_as_one():
     grads = np.random.default_rng(0).standard_normal((3, 40), np.float32)
 

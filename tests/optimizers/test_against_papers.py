@@ -288,7 +288,7 @@ VIRTUAL = {
 }
 
 
-@pytest.mark.parametrize("name", some(VIRTUAL, "two_phase", "behind"))
+@pytest.mark.parametrize("name", some(VIRTUAL, "two_phase"))
 def test_virtual_params_walk_the_path_of_sgd(name):
     tx, momentum = VIRTUAL[name]
     params, grads, x0, lists = problem(6)
@@ -315,7 +315,7 @@ def test_virtual_params_of_a_fresh_state_are_the_parameters():
         jax.tree.map(np.testing.assert_array_equal, got, params)
 
 
-@pytest.mark.parametrize("name", some(["inside", "two_phase"], "inside"))
+@pytest.mark.parametrize("name", some(["inside", "two_phase"]))
 def test_virtual_params_are_the_same_placed_stacked_and_inside(name):
     tx = VIRTUAL[name][0]
     params, grads, _, _ = problem(7, 4)
@@ -456,7 +456,7 @@ def step_alone(tx, params, state, grads):
         slow(efopt.ef_sgd, {"compressor": efopt.top_k(fraction=0.3)}),
         slow(efopt.ef_signsgd, {"momentum": 0.9}),
         slow(efopt.dist_ef_sgd, {"compressor": BLOCKED}),
-        (efopt.power_sgd_momentum, {"rank": 2}),
+        slow(efopt.power_sgd_momentum, {"rank": 2}),
         slow(efopt.optimizers.dion, {"rank": 2, "fallback": optax.sgd(0.1)}),
         slow(efopt.optimizers.distributed_lion, {}),
         slow(efopt.optimizers.one_bit_adam, {"warmup": 2, "compressor": BLOCKED}),
@@ -470,10 +470,11 @@ def test_partition_runs_each_leaf_by_its_own_optimizer(factory, options):
     close(got["b"], alone(optax.sgd(schedule))["b"])
 
 
+# By default tests/workers/test_placement.py stands for it.
 @pytest.mark.parametrize(
     ("factory", "options"),
     [
-        (efopt.ef_signsgd, {"momentum": 0.9}),
+        slow(efopt.ef_signsgd, {"momentum": 0.9}),
         slow(efopt.optimizers.dion, {"rank": 2, "fallback": optax.sgd(0.1)}),
         slow(efopt.optimizers.distributed_lion, {}),
         slow(efopt.optimizers.one_bit_adam, {"warmup": 2, "compressor": BLOCKED}),
@@ -601,6 +602,7 @@ def compiled(tx, n):
     return jax.jit(fn, donate_argnums=0), state, grads
 
 
+@pytest.mark.parametrize("n", [slow(2), 8])
 @pytest.mark.parametrize(
     "tx",
     [
@@ -608,15 +610,14 @@ def compiled(tx, n):
         pytest.param(efopt.dist_ef_sgd(0.1, axis_name=AXIS), id="dist_ef_sgd"),
     ],
 )
-def test_one_bit_a_coordinate_each_way_for_any_number_of_workers(tx):
+def test_one_bit_a_coordinate_each_way_for_any_number_of_workers(tx, n):
     size = sum(np.prod(s) for s in LAYERS)
-    for n in (2, 8):
-        got = wire.measure(*compiled(tx, n))
-        sent = {c.operation: c.operand_bytes for c in got.collectives}
-        assert set(sent) == {"all-to-all", "all-gather"}
-        assert 8 * sent["all-to-all"] / size <= 1.04
-        assert 8 * n * sent["all-gather"] / size <= 1.04
-        assert got.bytes_sent_per_worker <= 2 * 1.04 / 8 * size
+    got = wire.measure(*compiled(tx, n))
+    sent = {c.operation: c.operand_bytes for c in got.collectives}
+    assert set(sent) == {"all-to-all", "all-gather"}
+    assert 8 * sent["all-to-all"] / size <= 1.04
+    assert 8 * n * sent["all-gather"] / size <= 1.04
+    assert got.bytes_sent_per_worker <= 2 * 1.04 / 8 * size
 
 
 def test_a_step_of_signum_needs_half_the_parameters_bytes_and_less_than_sgd():

@@ -50,7 +50,9 @@ def test_dion_is_its_oracle():
         np.testing.assert_allclose(mean, momenta[1:], rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("workers", [slow(2), slow(3), WORKERS])
+# By default tests/topology/test_sharded_dion.py stands for it.
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 3, WORKERS])
 def test_averaging_the_factors_is_dion_on_averaged_gradients(workers):
     """To 1e-5 over 20 steps, with data that differ, dense where that is smaller."""
     shapes = {"long": (24, 10), "layers": (3, 10, 24), "small": (5, 4)}

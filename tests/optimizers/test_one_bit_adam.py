@@ -83,6 +83,7 @@ def test_refreshes_are_those_of_the_paper(group):
     assert set(np.flatnonzero(got)) == refreshes(group, 3000, 3000)
 
 
+@pytest.mark.slow
 def test_in_the_warm_up_it_is_adam_on_averaged_gradients():
     params, grads = problem(SHAPES, 2, steps=10)
     tx = efopt.optimizers.one_bit_adam(small, warmup=10, axis_name=AXIS)
@@ -136,7 +137,9 @@ def test_a_gradient_that_comes_late_is_found_at_the_next_refresh():
 LAYERS = {"a": np.zeros((256, 128), np.float32), "b": np.zeros(8192, np.float32)}
 
 
-@pytest.mark.parametrize("n", [slow(2), 8])
+# By default the three branches of 0/1 Adam stand for it.
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 8])
 def test_bytes_are_those_of_the_plans_of_both_branches(n):
     tx = efopt.optimizers.one_bit_adam(1e-3, warmup=100, axis_name=AXIS)
     measured = wire.measure(*compiled(tx, LAYERS, n))

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sklearn.datasets import load_digits
 
 import efopt
 
@@ -23,6 +22,8 @@ SEEDS = range(3)
 
 @functools.cache
 def data():
+    from sklearn.datasets import load_digits  # slowly: for those who run it
+
     images, labels = load_digits(return_X_y=True)
     return (images / 16).astype(np.float32), labels.astype(np.int32)
 

@@ -132,6 +132,7 @@ def test_common_parameters_move_at_meetings_alone_where_nobody_is_apart():
             assert moved[t - 1].any() == (t in LATER) != apart, t
 
 
+@pytest.mark.slow
 def test_what_was_applied_and_what_is_owed_is_what_workers_moved_by():
     """In steps, whatever the rates: u_i + E_i are the average applied and the new E_i.
 
@@ -158,6 +159,7 @@ def test_what_was_applied_and_what_is_owed_is_what_workers_moved_by():
             )
 
 
+@pytest.mark.slow
 def test_a_distance_of_one_is_no_local_steps_at_all():
     """Beyond the last doubling of one nothing else changes: the same iterates."""
     never = run(longest=2, doubling=STEPS)[0]
@@ -166,6 +168,7 @@ def test_a_distance_of_one_is_no_local_steps_at_all():
         np.testing.assert_allclose(never[name], plain[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rates_of_zero_move_nobody_and_pay_nothing():
     """A schedule that is zero for several rounds, and goes on."""
     last = min(t for t in LATER if t >= 30)  # at which rates before were summed

@@ -101,6 +101,13 @@ def test_what_is_no_transformation_is_refused(name):
         make(**{name: optax.sgd})
 
 
+@pytest.mark.parametrize("name", ["inner", "outer"])
+def test_mini_steps_of_optax_are_a_transformation(name):
+    """Which optax gives no class of one."""
+    part = {"inner": optax.sgd(0.1), "outer": optax.chain(MEAN, optax.sgd(1.0))}[name]
+    jax.eval_shape(make(**{name: optax.MultiSteps(part, 2)}).init, PARAMS)
+
+
 def test_a_step_without_the_common_parameters_is_refused():
     tx = efopt.local_steps(optax.sgd(0.1), optax.sgd(1.0), every=2)
     with pytest.raises(ValueError, match="needs the common parameters"):
@@ -123,6 +130,15 @@ def test_parameters_that_are_a_workers_own_are_refused():
     step = jax.shard_map(own, mesh=mesh, in_specs=(specs,), out_specs=specs[1])
     with pytest.raises(ValueError, match="`local_steps.*takes the common parameters"):
         jax.eval_shape(step, carry)
+
+
+def test_gradients_that_are_nobodys_own_are_refused():
+    """Outside of mapped functions, and not from `efopt.value_and_grad`."""
+    with pytest.raises(ValueError, match="none of that name is bound") as seen:
+        jax.eval_shape(make().update, PARAMS, state_of(make()), PARAMS)
+    said = str(seen.value)
+    assert said.count("in a plain jitted step") == 1
+    assert "as they are, at `efopt.local_params(params, 'data', state)`" in said
 
 
 def test_a_single_worker_refuses_the_gradients_of_several():

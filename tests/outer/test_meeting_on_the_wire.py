@@ -74,7 +74,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("how, options", CASES)
-def test_nothing_crosses_the_axis_but_in_the_branch_of_a_meeting(how, options):
+def test_nothing_crosses_the_axis_but_in_a_meeting(how, options):
     report = wire.measure(program(how, **options))
     found = report.over(AXIS).collectives
     assert found and all(c.executions is None for c in found), report
@@ -96,9 +96,25 @@ def test_fragments_send_what_is_planned():
     assert sent == sorted(meetings) and len(sent) == 2
 
 
+def test_on_two_levels_a_device_sends_what_is_planned():
+    report = wire.measure(program("global", fragments=2)).over(AXIS)
+    planned = wire.plan(
+        COMPRESSOR,
+        PARAMS,
+        mesh={AXIS: 2, "other": 4},
+        axis_name=AXIS,
+        params_specs={"b": P(), "w": P("other")},
+        platform="cpu",
+        every=4,
+        fragments=2,
+    )
+    meetings = [m.bytes_over(AXIS).operand for m in planned.rounds.meetings]
+    assert sorted(c.operand_bytes for c in report.collectives) == sorted(meetings)
+
+
 @pytest.mark.parametrize("delay", [0, 1])
 def test_a_delayed_meeting_does_not_wait_for_the_gradients_of_its_step(delay):
-    """What the branches are given, traced back to the arguments of the program."""
+    """What the meetings are given, traced back to the arguments of the program."""
     options = {"fragments": 2, "delay": 1, "alpha": 0.5} if delay else {}
     entry, reached = ancestors(program("auto", **options).as_text())
     (batch,) = [n for n, x in entry.items() if is_batch(x)]
@@ -111,11 +127,11 @@ def is_batch(instruction):
 
 
 def ancestors(text):
-    """The entry of a program, and all that its conditionals with meetings depend on."""
+    """The entry of a program, and all that its loops with meetings depend on."""
     found = Program.parse(text)
     (main,) = [name for name in found.bodies if name and name not in found.callers]
     entry = found.bodies[main]
-    queue = [n for n, x in entry.items() if x["opcode"] == "conditional"]
+    queue = [n for n, x in entry.items() if x["opcode"] == "while"]
     assert queue
     reached = set()
     while queue:

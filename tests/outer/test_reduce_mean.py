@@ -1,7 +1,6 @@
 """The drop-in for loops that hold a worker axis: five lines of such a loop change."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -118,6 +117,34 @@ def test_bad_input_is_refused():
         efopt.outer.reduce_mean(
             two, targets(), state=two.init(PARAMS), axis_name=("a", "b")
         )
-    few = jax.tree.map(lambda x: jnp.asarray(x[:2]), targets())
-    with pytest.raises(ValueError):
-        efopt.outer.reduce_mean(FEEDBACK, few, state=state, axis_name=AXIS)
+
+
+def no_exchange():
+    """The first worker's delta would come out, and no error."""
+    sgd = optax.sgd(1.0)
+    return {"scheme": sgd, "state": efopt.outer.init_mean(sgd, PARAMS, num_workers=4)}
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (lambda: {"deltas": {**targets(), "b": np.ones((2, 8))}}, "has 2, and shape"),
+        (lambda: {"deltas": {**targets(), "w": np.float32(1)}}, r"\(\) came in the d"),
+        (lambda: {"deltas": PARAMS}, "has 8, and shape"),
+        (
+            lambda: {"state": FEEDBACK.init(PARAMS)},
+            r"\(\) came in the state.*init_mean",
+        ),
+        (lambda: {"state": None}, "an exchange over this axis.*init_mean"),
+        (lambda: {"axis_name": "other"}, "an exchange over this axis"),
+        (no_exchange, "an exchange over this axis"),
+        (lambda: {"deltas": {"w": targets()["w"]}}, "^`error_feedback.*structure"),
+        (lambda: {"scheme": 3}, r"`reduce_mean\(scheme=...\)` must be"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_our_words(given, said):
+    state = efopt.outer.init_mean(FEEDBACK, PARAMS, num_workers=WORKERS)
+    sound = {"scheme": FEEDBACK, "deltas": targets(), "state": state, "axis_name": AXIS}
+    sound |= given()
+    with pytest.raises(ValueError, match=said):
+        efopt.outer.reduce_mean(sound.pop("scheme"), sound.pop("deltas"), **sound)

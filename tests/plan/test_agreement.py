@@ -19,12 +19,18 @@ MIXED = efopt.compressors.partition(
     {"signs": efopt.scaled_sign(64), "dense": efopt.compressors.identity()},
     {"matrix": "signs", "vector": "dense", "none": "dense"},
 )
-# Every exchange and kind of payload once by default, all rows by `pytest -m slow`, and
-# four workers, between two and eight, by `-m exhaustive`.
+# By default a vote, and what is drawn, summed or mixed: of each exchange there are the
+# bytes in tests/wire/test_compiled_steps.py. All rows by `pytest -m slow`, and four
+# workers, between two and eight, by `-m exhaustive`.
+DEFAULT = {
+    ("sign", "majority_vote"),
+    ("random_block_10pct", "all_gather"),
+    ("power_sgd", "all_gather"),
+}
 CASES = [
     slow(
         *(row.make(), exchange, n),
-        when=n < 8 or exchange != row.exchanges[-1] or not (row.one_bit or row.kind),
+        when=(row.name, exchange) not in DEFAULT or n < 8,
         rare=n == 4,
         id=f"{row.name}-{exchange}-{n}",
     )

@@ -136,6 +136,17 @@ def test_break_even_at_the_ends():
     assert not slow.helps
 
 
+def test_links_of_any_speed_are_planned_from_one_trace(monkeypatch):
+    options = dict(compressor=efopt.sign(), params=S((77, 3), jnp.float32))
+    wire.plan(**options, num_workers=3, bandwidth=1e9)
+    monkeypatch.setattr(jax, "make_jaxpr", None)
+    assert wire.plan(**options, num_workers=3, bandwidth=1e6, latency=1.0).helps
+    with pytest.raises(TypeError):  # which is another one for other workers
+        wire.plan(**options, num_workers=4)
+    with pytest.raises(TypeError), jax.enable_x64(True):
+        wire.plan(**options, num_workers=3)
+
+
 def test_a_plan_that_does_not_help_names_what_would():
     text = str(wire.plan(efopt.scaled_sign(), MATRIX, num_workers=100, bandwidth=1e9))
     assert "This will not help." in text

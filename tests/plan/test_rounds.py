@@ -31,6 +31,11 @@ def test_a_round_is_its_meetings_and_the_computation_of_its_steps():
     assert rounds.step_seconds == pytest.approx(rounds.round_seconds / 10)
     n = rounds.balanced_every
     assert (n - 1) * 0.25 < rounds.exchange_seconds <= n * 0.25
+    n, meetings = rounds.every_within(0.1), rounds.exchange_seconds + 0.5
+    assert (n - 1) * 0.025 < meetings <= n * 0.025
+    assert f"a tenth of it from {n} on" in rounds.verdict
+    with pytest.raises(ValueError, match="above 0"):
+        rounds.every_within(0.0)
 
 
 def test_fragments_part_the_peak_and_not_the_sum():
@@ -39,7 +44,9 @@ def test_fragments_part_the_peak_and_not_the_sum():
     assert len(rounds.meetings) == 3
     assert rounds.peak_bytes == rounds.bytes_per_round / 3
     assert rounds.bytes_per_round == whole.bytes_sent_per_worker
-    assert rounds.balanced_every is None  # without a bandwidth
+    assert (
+        rounds.balanced_every is rounds.every_within(0.1) is None
+    )  # without a bandwidth
 
 
 def test_by_label_each_leaf_is_compressed_as_in_the_whole_tree():

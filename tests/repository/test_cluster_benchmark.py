@@ -80,6 +80,27 @@ def test_prediction(cluster):
     assert rows["torch dense"] == {}
 
 
+def test_rounds_are_held_against_steps_alone(cluster):
+    """A step alone, what compressing adds, and a thirtieth of the link's time."""
+    rows = {
+        "alone": {"latency": 0.0, "step_seconds": 0.02},
+        "sign, 30": {"latency": 0.0, "step_seconds": 0.025},
+    }
+    unlimited = {"alone": {"step_seconds": 0.03}, "sign, 30": {"step_seconds": 0.031}}
+    cluster.cluster_outer.add_plans(100e6, rows, unlimited, workers=2)
+    wire = 8 * (4_073_354 / 8 + 4_073_354 / 1024 * 4) / 100e6
+    predicted = [row["predicted_seconds"] for row in rows.values()]
+    assert predicted == pytest.approx([0.02, 0.021 + wire / 30], rel=0.001)
+    within = (30 * 0.001 + wire) / (0.1 * 0.02)
+    assert 0 <= rows["sign, 30"]["every_within_a_tenth"] - within < 1.2
+    for row in rows.values():
+        row |= {"processor_seconds": 0.02, "loss": 1.0}
+    head, *lines = cluster.cluster_outer.table(rows).splitlines()
+    assert [len(line) for line in lines] == 2 * [len(head)]
+    figures = "sign, 30 25.0 ms 1.25x 20.0 ms 22.4 ms -10% 37 1.000 -"
+    assert lines[1].split() == figures.split()
+
+
 def test_workers_are_averaged(cluster):
     one = {"step_seconds": 1.0, "interface_bytes": None, "losses": [9.0, *5 * [1.0]]}
     two = {"step_seconds": 2.0, "interface_bytes": None, "losses": [9.0, *5 * [3.0]]}
@@ -121,6 +142,7 @@ def test_machine_is_named_by_what_matters(cluster):
         ("--steps 3", "must be at least 4, got 3"),
         ("--rounds 0", "must be at least 1, got 0"),
         ("--batch 0", "must be at least 1, got 0"),
+        ("--batch 8 64", "several go with --outer alone"),
         ("--port -1", "must be 0 to 65535, got -1"),
         ("--port 65536", "must be 0 to 65535, got 65536"),
         ("--output no_such_folder", "no folder no_such_folder"),

@@ -1,5 +1,6 @@
 """The examples, run as a user runs them: from a shell, in a folder of their own."""
 
+import argparse
 import importlib.util
 import json
 import math
@@ -8,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -354,6 +356,54 @@ def test_curve_compares_seconds_to_a_common_loss(monkeypatch):
     assert one.batch(5).shape == (6, 9) and not np.array_equal(*map(one.batch, (5, 6)))
 
 
+UNLUCKY = """
+import json, sys, time
+index, settings = int(sys.argv[2]), json.loads(sys.argv[3])
+for method in settings["methods"]:
+    if method == "stands still":
+        time.sleep(600)
+    if method == "dies" and index == 1:
+        sys.exit(3)
+    if method == "dies":
+        time.sleep(600)
+    if method != "fails":
+        print(json.dumps({"method": method, "target": settings["target"]}), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_what_ends_one_method_on_gpus_leaves_the_others(monkeypatch, tmp_path, capsys):
+    hybrid = example(monkeypatch, "benchmarks", "gpu_hybrid")
+    script = tmp_path / "unlucky.py"
+    script.write_text(UNLUCKY)
+    args = argparse.Namespace(gpus=2, cpu=True, one_host=False, limit=3, target=None)
+    methods = ["one", "fails", "two", "dies", "three", "stands still", "four", "fails"]
+    found = []
+    for name, told in hybrid.launch_all(script, methods, args):
+        found.append((name, told["target"]))
+        args.target = len(found)  # what is found is known to processes that start anew
+    assert found == [("one", None), ("two", None), ("three", 2), ("four", 3)]
+    told = capsys.readouterr().err
+    assert "ended with [None, 3]" in told and "nothing was heard for 3 s" in told
+    args.limit, ends = 600, time.monotonic() + 2
+    assert not list(hybrid.launch_all(script, ["stands still", "one"], args, ends))
+    assert "no time is left" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_gpu_keeps_what_came_before_a_silence(monkeypatch, tmp_path):
+    gpu = example(monkeypatch, "benchmarks", "gpu")
+    script = tmp_path / "unlucky.py"
+    script.write_text("""
+import time
+for found in '{"one": 1}', "a warning", '{"one": 1, "two": 2}':
+    print(found, flush=True)
+time.sleep(600)
+""")
+    found = list(gpu.child(script, {}, "fast", 3))
+    assert found == [{"one": 1}, {"one": 1, "two": 2}]
+
+
 @pytest.mark.slow
 def test_conef_text_tells_its_options_and_writes_what_it_found(tmp_path):
     script, text = "paper/conef_text.py", tmp_path / "text.txt"
@@ -388,6 +438,13 @@ def test_outer_text_tells_what_meetings_send_and_writes_what_it_found(tmp_path):
     assert found["average"]["bytes"] == found["dense"]["bytes"] / 4
     assert found["sparse"]["bytes"] < found["average"]["bytes"] / 50
     assert (tmp_path / "outer_text.png").is_file()
+    # What was found stays: other options are of another folder.
+    kept = (tmp_path / "outer_text.json").read_text()
+    done = run(
+        script, "--data", text, *options.split(), "--seeds", "2", folder=tmp_path
+    )
+    assert done.returncode == 1 and "choose another folder" in done.stderr
+    assert (tmp_path / "outer_text.json").read_text() == kept
 
 
 WRONG_LABELS = """

@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import efopt
 
+# For single cases of a product, which run by `pytest -m slow` as well.
+NIGHTLY = pytest.mark.slow(nightly=True)
 ENTRANCES = ("manual", "nested", "global")
 RATE = 0.5
 

@@ -142,7 +142,9 @@ def test_microbatches_accumulated_in_a_scan_around_the_step(entrance):
     meshes.close(end["params"], jax.tree.map(np.asarray, state["params"]), atol=1e-5)
 
 
-@each_entrance
+@pytest.mark.parametrize(
+    "entrance", [slow("nested"), pytest.param("global", marks=meshes.NIGHTLY)]
+)
 def test_a_scan_over_microbatches_inside_the_step(entrance):
     """The loss itself runs over microbatches: efopt meets once a step."""
 

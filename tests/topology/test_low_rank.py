@@ -88,7 +88,14 @@ def test_one_round_is_that_of_numpy():
     np.testing.assert_allclose(moved / meshes.RATE, average, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["two", pytest.param("three", marks=pytest.mark.slow)])
+# By default tests/plan/test_plan_mesh.py stands for it.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("two", marks=meshes.NIGHTLY),
+        pytest.param("three", marks=pytest.mark.slow),
+    ],
+)
 def test_bytes_by_axis_are_those_of_the_plan(name):
     mesh, shapes = MESHES[name]
     params, specs, grads = task(mesh, shapes)

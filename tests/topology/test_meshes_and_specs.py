@@ -44,10 +44,20 @@ COMPRESSORS = {
 # both kinds of mesh, and each exchange in blocks; `pytest -m slow` takes the product.
 DEFAULT = {
     ("dcn4xfsdp2-dcn-explicit", "sign-two_phase", "global"),
-    ("fsdp2xdcn2xtensor2-dcn-auto", "sign-two_phase", "manual"),
     ("pod2xdcn2xfsdp2-pod+dcn-auto", "random_block-two_phase", "nested"),
+}
+NIGHTLY = {
+    ("fsdp2xdcn2xtensor2-dcn-auto", "sign-two_phase", "manual"),
     ("fsdp4xdcn2-dcn-auto", "top_k-all_gather", "global"),
 }
+
+
+def marks(case):
+    if case in DEFAULT:
+        return []
+    return [meshes.NIGHTLY if case in NIGHTLY else pytest.mark.slow]
+
+
 PRODUCT = [
     (mesh, compressor, entrance)
     for mesh in MESHES
@@ -76,10 +86,7 @@ def by_hand(mesh, compressor):
 
 @pytest.mark.parametrize(
     "mesh, compressor, entrance",
-    [
-        pytest.param(*case, marks=[] if case in DEFAULT else [pytest.mark.slow])
-        for case in PRODUCT
-    ],
+    [pytest.param(*case, marks=marks(case)) for case in PRODUCT],
 )
 def test_every_mesh_trains_as_its_shards_by_hand(mesh, compressor, entrance):
     mesh = MESHES[mesh]
@@ -127,7 +134,10 @@ def test_pieces_of_unequal_length(case, entrance):
     meshes.copies_equal(state)
 
 
-@pytest.mark.parametrize("entrance", [slow("manual"), slow("nested"), "global"])
+@pytest.mark.parametrize(
+    "entrance",
+    [slow("manual"), slow("nested"), pytest.param("global", marks=meshes.NIGHTLY)],
+)
 def test_bfloat16_parameters(entrance):
     """Payloads and averages in the leaves' dtype, residuals in float32."""
     mesh = meshes.TWO_BY_FOUR

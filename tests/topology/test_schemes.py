@@ -164,14 +164,22 @@ CODECS = {
     "demo": efopt.compressors.dct_top_k(k=2, tile=4),
     "senders": efopt.top_k(k=2, block_size=16),
 }
-# One of each way to keep state: none, what workers owe, with momentum in front, stored
-# compressed, from a dense start, an estimate, gathered over mini-steps, and what owners
+# One of each way to keep state: none, stored compressed, an estimate from a dense
+# start, gathered over mini-steps with momentum in front, and what workers and owners
 # owe after a schedule. Most through the entrance that is farthest from the flat case;
 # workers that meet seldom have tests/topology/test_local_steps_on_meshes.py.
 DEFAULT = {
-    (scheme, "global")
-    for scheme in ("signsgd ef_sgd memory start ef21 accumulate_momentum").split()
+    (scheme, "global") for scheme in "signsgd memory ef21 accumulate_momentum".split()
 } | {("dist_ef_sgd", "nested")}
+
+
+NIGHTLY = {("ef_sgd", "global"), ("start", "global")}
+
+
+def marks(case):
+    if case in DEFAULT:
+        return []
+    return [meshes.NIGHTLY if case in NIGHTLY else pytest.mark.slow]
 
 
 def given(scheme):
@@ -192,7 +200,7 @@ def by_hand(scheme):
 @pytest.mark.parametrize(
     "scheme, entrance",
     [
-        pytest.param(s, e, marks=[] if (s, e) in DEFAULT else [pytest.mark.slow])
+        pytest.param(s, e, marks=marks((s, e)))
         for s in SCHEMES
         for e in meshes.ENTRANCES
     ],

@@ -6,7 +6,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from registry import AXIS, WORKERS
-from workers_under_test import FAST, make_mesh, run, slow
+from workers_under_test import FAST, make_mesh, run, run_with_states, slow
 
 import efopt
 from efopt import wire
@@ -60,8 +60,8 @@ def squares(tree, mean=True):
 )
 def test_the_numbers_are_those_of_residuals_and_gradients(compressor, exchange, how):
     grads, tx = draw(), observe(feedback(compressor, exchange))
-    _, state = run(how, tx, params(), grads, WORKERS)
-    _, before = run(how, tx, params(), grads[:-1], WORKERS)
+    states = [s for _, s in run_with_states(how, tx, params(), grads, WORKERS)]
+    before, state = states[-2:]
     rows = lambda x: x.reshape(WORKERS, *x.shape[x.ndim - 2 :])  # noqa: E731
 
     def residual(state):
@@ -87,10 +87,7 @@ def test_the_numbers_are_those_of_residuals_and_gradients(compressor, exchange, 
         np.testing.assert_allclose(parts, total, rtol=1e-5)
         assert (ratio > 0).all()
     assert np.asarray(seen.steps).reshape(-1)[0] == STEPS
-    deltas = [
-        one(run(how, tx, params(), grads[: t + 1], WORKERS)[1].link.watched.delta)[0]
-        for t in range(STEPS)
-    ]
+    deltas = [one(s.link.watched.delta)[0] for s in states]
     np.testing.assert_allclose(
         one(seen.mean_delta)[0], np.mean(deltas, 0), rtol=1e-5, atol=1e-6
     )
@@ -178,25 +175,26 @@ def test_huge_and_empty_gradients_leave_it_finite():
     assert state.skipped == 0
 
 
-def test_a_report_names_leaves_of_every_part_and_the_steps_skipped():
+@pytest.mark.parametrize("how", ["auto", slow("vmap")])
+def test_a_report_names_leaves_of_every_part_and_the_steps_skipped(how):
     parts = {"ef": feedback(), "dense": efopt.compress(TOP, axis_name=AXIS)}
     tx = optax.partition(parts, {"b": "dense", "w": "ef"})
     tx = efopt.watch.skip_not_finite(
         observe(optax.chain(tx, optax.sgd(0.1))), axis_name=AXIS
     )
     bad = {k: np.full((WORKERS, *s), np.nan, "f") for k, s in SHAPES.items()}
-    for how in ("auto", "vmap"):
-        _, state = run(how, tx, params(), [*draw(), bad], WORKERS)
-        got = report(state)
-        names = [[row.name for row in part] for part in got.parts]
-        assert names == [["['b']", "total"], ["['w']", "total"]]
-        assert (got.skipped, got.streak) == (1, 1)
-        text = str(got)
-        assert "['w']" in text and "skipped steps: 1, in a row: 1" in text
-        assert [part[0].server_ratio is None for part in got.parts] == [True, False]
+    _, state = run(how, tx, params(), [*draw(), bad], WORKERS)
+    got = report(state)
+    names = [[row.name for row in part] for part in got.parts]
+    assert names == [["['b']", "total"], ["['w']", "total"]]
+    assert (got.skipped, got.streak) == (1, 1)
+    text = str(got)
+    assert "['w']" in text and "skipped steps: 1, in a row: 1" in text
+    assert [part[0].server_ratio is None for part in got.parts] == [True, False]
     assert optax.tree.get_all_with_path(state, "residual_ratio")
 
 
+@pytest.mark.slow
 def test_within_accumulation_and_after_a_dense_start():
     tx = efopt.accumulate(
         optax.chain(feedback(start=1), optax.sgd(0.1)), every=2, axis_name=AXIS

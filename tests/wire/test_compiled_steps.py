@@ -93,10 +93,7 @@ def _unit(block, shape):
 
 @pytest.mark.parametrize(
     ("compressor", "exchange"),
-    [
-        slow(*c, when=i not in (4, 8), id="{}-{}".format(*c))
-        for i, c in enumerate(CASES)
-    ],
+    [slow(*c, when=i != 8, id="{}-{}".format(*c)) for i, c in enumerate(CASES)],
 )
 def test_collectives_do_not_grow_with_leaves_or_dtypes(compressor, exchange):
     shapes = [(5, 8), (17,)] * 10
@@ -137,10 +134,10 @@ def test_bytes_of_two_phase_do_not_grow_with_workers():
     shapes = [(1024, 64)]
     sent = [
         report(efopt.scaled_sign(1024), "two_phase", shapes, n).bytes_sent_per_worker
-        for n in (2, 4, 8)
+        for n in (2, 8)
     ]
     payload = efopt.scaled_sign(1024).payload_bits(shapes[0]) // 8
-    for n, b in zip((2, 4, 8), sent, strict=True):
+    for n, b in zip((2, 8), sent, strict=True):
         assert b == pytest.approx(2 * payload * (n - 1) / n, rel=0.01)
 
 

@@ -322,7 +322,7 @@ def test_state_made_inside_the_mapped_function_equals_a_placed_one(mesh, name):
     [
         slow("chain", "outside"),
         ("chain", "inside"),
-        ("accumulate", "outside"),
+        slow("accumulate", "outside"),
         slow("accumulate", "inside"),
     ],
 )
@@ -437,6 +437,7 @@ def test_accumulate_sends_nothing_outside_the_branch(mesh):
     assert all(c.loop for c in report.collectives)
 
 
+@pytest.mark.slow
 def test_accumulate_of_one_is_the_inner_transformation(mesh):
     inner = optax.chain(feedback(), optax.sgd(LR))
     tx = efopt.accumulate(inner, every=1, axis_name=AXIS)
@@ -615,6 +616,7 @@ def test_flax_train_state_takes_stacked_gradients(mesh):
     chex.assert_trees_all_equal_shapes_and_dtypes(after.params, state.params)
 
 
+@pytest.mark.slow
 def test_flax_train_state_donated(mesh):
     momentum = efopt.per_worker(optax.trace(0.9), axis_name=AXIS)
     tx = optax.chain(momentum, feedback(), optax.sgd(LR))
@@ -740,7 +742,7 @@ NNX = {
 }
 
 
-@pytest.mark.parametrize("way", [slow(n, when=n == "model") for n in NNX])
+@pytest.mark.parametrize("way", [slow(n, when=n != "optimizer") for n in NNX])
 def test_nnx(mesh, way):
     tx = optax.chain(feedback(efopt.top_k(k=2)), optax.sgd(LR))
     step, carry, params_of = NNX[way](tx)

@@ -570,7 +570,7 @@ def test_keys_are_folded_under_shard_map_and_when_made_inside():
         del s
         return tx.update(g, tx.init(g))
 
-    want = jax.vmap(tx.update, axis_name=AXIS)(
+    want = jax.jit(jax.vmap(tx.update, axis_name=AXIS))(
         zeros, efopt.stack_workers(tx.init(jnp.zeros(D)), N)
     )[0]
     for f in (step, made):
@@ -601,7 +601,8 @@ def test_fold_keys_is_a_bool():
 # Flax.
 
 
-@pytest.mark.parametrize("how", ["from flax import serialization", slow("import flax")])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["from flax import serialization", "import flax"])
 def test_flax_may_be_imported_at_any_time(how):
     program = f"""
         import jax.numpy as jnp, efopt
