@@ -24,7 +24,7 @@ from efopt.ground.dtypes import compute_dtype
 
 # Coordinates that may be joined in one bucket; a larger leaf has a bucket of its own.
 BUCKET_SIZE = 1 << 20
-# Leaves that may be. More would not be joined in one program by XLA's GPU compiler.
+# Leaves that may be. XLA's GPU compiler joins these in one program, but not hundreds.
 FEW = 32
 
 
