@@ -114,6 +114,25 @@ class Blocks:
         """The blocks as those count them who write one payload a row."""
         return self
 
+    def joined(self, x: jax.Array, axis: int) -> jax.Array:
+        """What belongs to the places of one axis of each block, as one writes it.
+
+        Args:
+          x: ``(n, shape[axis], ...)``.
+          axis: The axis of a block.
+
+        Returns:
+          The same; of blocks that zeros fill up, what belongs to their own places, one
+          behind the other: ``(1, places, ...)``, a row for :meth:`whole`.
+        """
+        del axis
+        return x
+
+    def apart(self, x: jax.Array, axis: int) -> jax.Array:
+        """Inverse of :meth:`joined`, with zeros for what is filled up."""
+        del axis
+        return x
+
     def valid(self) -> jax.Array:
         """Valid coordinates of each block, int32 ``(n,)``."""
         if self.count is None:

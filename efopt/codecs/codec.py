@@ -166,6 +166,16 @@ class Codec:
         del size
         return None
 
+    def fills(self, block: tuple[int, ...]) -> bool:
+        """Whether zeros may fill up leaves that are blocks of this shape.
+
+        They then share a batch with larger ones. Of a codec that is written for
+        ``efopt.codecs.padded.Padded``: a leaf is one block, in its own order; what is
+        sent is that of the blocks as they are, and what it says of the zeros is zero.
+        """
+        del block
+        return False
+
     def block_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The view ``(num_blocks, *block)`` in which a non-empty leaf is compressed."""
         size = math.prod(shape)

@@ -7,6 +7,7 @@ ever made.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efopt.codecs import lanes
+from efopt.codecs import lanes, padded
 from efopt.codecs.blocks import Blocks
 from efopt.codecs.codec import Codec
 from efopt.ground.barriers import cut_once, once
@@ -43,6 +44,8 @@ class Bucket:
       numbers: The number of each leaf's first block in the whole tree.
       rows: Into which leaves of unequal sizes are folded, side by side; 0: blocks are
         equal.
+      own: The shape of each leaf as a block, which zeros fill up to ``block``; empty:
+        blocks are equal.
     """
 
     codec: Codec
@@ -54,6 +57,7 @@ class Bucket:
     kind: Hashable
     numbers: tuple[int, ...]
     rows: int = 0
+    own: tuple[tuple[int, ...], ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,7 +65,7 @@ class Bucket:
 
     def parted(self, x: jax.Array) -> jax.Array:
         """The bucket as an array whose last axis is cut into leaves."""
-        return x.reshape(self.rows or 1, -1)
+        return x.reshape(self.rows, -1) if self.rows > 1 else x.reshape(-1)
 
     def lengths(self) -> tuple[int, ...]:
         """How much of that axis each leaf takes: more than belongs to it, if padded."""
@@ -73,6 +77,12 @@ class Bucket:
         """Where each leaf starts in that axis."""
         return [0, *map(int, np.cumsum(self.lengths())[:-1])]
 
+    def flat(self, j: int, part: jax.Array) -> jax.Array:
+        """The leaf in place ``j``, of what it takes of that axis, as it is cut."""
+        if self.own:
+            return padded.cut_back(part.reshape(self.block), self.own[j])
+        return part.reshape(-1)[: self.sizes[j]]
+
     def blocks(self, valid: Mapping[int, jax.Array] | None = None) -> Blocks:
         """What codecs may know of the blocks.
 
@@ -81,6 +91,10 @@ class Bucket:
             of their coordinates are none here. int32, shape=().
         """
         valid = {} if valid is None else valid
+        if self.own:
+            index = jnp.asarray(np.asarray(self.numbers, np.uint32))
+            known = (None, None, self.block, self.dtype, self.own)
+            return padded.Padded(index, *known)
         if self.shape[0] > BUCKET_SIZE and self.leaves[0] not in valid:
             return self._blocks_of_one()
         index, counts, dynamic = [], [], False
@@ -169,27 +183,31 @@ class Layout:
             if len(b.leaves) > 1:
                 shared.append((b, x))
             else:
-                for i, size in zip(b.leaves, b.sizes, strict=True):
-                    flat = x.reshape(-1)[:size]
-                    arrays[i] = b.codec.unflatten(flat, self.shapes[i])
+                i = b.leaves[0]
+                arrays[i] = b.codec.unflatten(b.flat(0, x), self.shapes[i])
         if not shared:
             return arrays
         pieces = cut_once(
             [b.parted(x) for b, x in shared],
-            [b.lengths() if b.rows else b.sizes for b, _ in shared],
+            [b.lengths() if b.rows or b.own else b.sizes for b, _ in shared],
             [b.starts() for b, _ in shared],
             axis=-1,
         )
         for (b, _), parts in zip(shared, pieces, strict=True):
-            for i, size, part in zip(b.leaves, b.sizes, parts, strict=True):
-                flat = part.reshape(-1)[:size]
-                arrays[i] = b.codec.unflatten(flat, self.shapes[i])
+            for j, (i, part) in enumerate(zip(b.leaves, parts, strict=True)):
+                arrays[i] = b.codec.unflatten(b.flat(j, part), self.shapes[i])
         return arrays
 
     def join_blocked(self, trees: Sequence[Any]) -> list[Any]:
-        """Trees of arrays with the block axis first: one a leaf to one a bucket."""
+        """Trees of arrays with the block axis first: one a leaf to one a bucket.
+
+        Those of blocks of unequal shapes along the second axis: ``(1, places, ...)``.
+        """
         return [
-            jax.tree.map(_concatenate, *(trees[i] for i in b.leaves))
+            jax.tree.map(
+                functools.partial(_concatenate, axis=1 if b.own else 0),
+                *(trees[i] for i in b.leaves),
+            )
             for b in self.buckets
         ]
 
@@ -202,19 +220,22 @@ class Layout:
             for b, (arrays, _) in zip(self.buckets, flat, strict=True)
             if len(b.leaves) > 1
         ]
-        pieces = iter(
-            cut_once(
-                [x for _, arrays in shared for x in arrays],
-                [b.num_blocks for b, arrays in shared for _ in arrays],
-            )
-        )
+        lengths = []
+        for b, arrays in shared:
+            old = [jax.tree.leaves(before[i]) for i in b.leaves]
+            for j, _ in enumerate(arrays):
+                lengths.append([x[j].shape[1] for x in old] if b.own else b.num_blocks)
+        whole = [x[0] if b.own else x for b, arrays in shared for x in arrays]
+        pieces = iter(cut_once(whole, lengths))
         for b, (arrays, treedef) in zip(self.buckets, flat, strict=True):
             if len(b.leaves) == 1:
                 out[b.leaves[0]] = treedef.unflatten(arrays)
                 continue
             parts = [next(pieces) for _ in arrays]
             for j, i in enumerate(b.leaves):
-                out[i] = treedef.unflatten([part[j] for part in parts])
+                old = jax.tree.leaves(before[i])
+                own = [p[j].reshape(x.shape) for p, x in zip(parts, old, strict=True)]
+                out[i] = treedef.unflatten(own)
         return out
 
 
@@ -222,11 +243,16 @@ def _join(b: Bucket, arrays: Sequence[jax.Array]) -> jax.Array:
     if b.rows:
         folded = [lanes.fold(b.codec.flatten(arrays[i]), b.rows) for i in b.leaves]
         return jnp.concatenate(folded, axis=1).reshape(b.shape)
+    if b.own:
+        pairs = zip(b.leaves, b.own, strict=True)
+        whole = [arrays[i].reshape(1, *own) for i, own in pairs]
+        return jnp.concatenate([padded.fill_up(x, (1, *b.block)) for x in whole])
     parts = []
     for i, n, size in zip(b.leaves, b.num_blocks, b.sizes, strict=True):
         # Not a concatenation with zeros, which would be one more copy.
         padding = n * math.prod(b.block) - size
-        parts.append(jnp.pad(b.codec.flatten(arrays[i]), (0, padding)))
+        flat = b.codec.flatten(arrays[i])
+        parts.append(lax.pad(flat, np.zeros((), flat.dtype), [(0, padding, 0)]))
     return _concatenate(*parts).reshape(b.shape)
 
 
@@ -266,7 +292,7 @@ def lay_out(
             alike = (leaves, sizes, counts, block, dtype, kind, numbers)
             buckets.append(Bucket(codec, *alike))
     if side_by_side:
-        buckets = _side_by_side(buckets)
+        buckets = _filled_up(_side_by_side(buckets))
     return Layout(tuple(shapes), tuple(buckets))
 
 
@@ -293,6 +319,35 @@ def _side_by_side(buckets: Sequence[Bucket]) -> list[Bucket]:
     return out
 
 
+def _filled_up(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Blocks of unequal shapes in a few buckets, where a codec lets zeros fill them."""
+    groups: dict[Any, list[Bucket]] = {}
+    for i, b in enumerate(buckets):
+        alike = (b.codec, b.dtype, b.kind) if b.codec.fills(b.block) else i
+        groups.setdefault(alike, []).append(b)
+    out = []
+    for same in groups.values():
+        number: dict[tuple[int, ...], int] = {}
+        for b in same:
+            number[b.block] = number.get(b.block, 0) + len(b.leaves)
+        for block, members in padded.classes(number):
+            few = [b for b in same if b.block in members]
+            if len(members) == 1:
+                out.extend(few)
+                continue
+            leaves = [
+                ((*leaf, b.block), 1)
+                for b in few
+                for leaf in zip(b.leaves, b.sizes, b.numbers, strict=True)
+            ]
+            for run in _runs(leaves, math.prod(block), False):
+                each, ones = zip(*run, strict=True)
+                chosen, sizes, numbers, own = zip(*each, strict=True)
+                alike = (chosen, sizes, ones, block, few[0].dtype, few[0].kind)
+                out.append(Bucket(few[0].codec, *alike, numbers, own=own))
+    return out
+
+
 def _runs(members, block_size, alone):
     """Splits ``(leaf, num_blocks)`` pairs into runs that may be joined.
 
@@ -313,6 +368,6 @@ def _runs(members, block_size, alone):
         yield run
 
 
-def _concatenate(*parts: jax.Array) -> jax.Array:
+def _concatenate(*parts: jax.Array, axis: int = 0) -> jax.Array:
     # A state that was restored may hold NumPy arrays.
-    return jnp.asarray(parts[0]) if len(parts) == 1 else jnp.concatenate(parts)
+    return jnp.asarray(parts[0]) if len(parts) == 1 else jnp.concatenate(parts, axis)

@@ -22,6 +22,7 @@ from efopt.ground.checks import keyword_only
 from efopt.ground.dtypes import compute_dtype
 from efopt.ground.randomness import hash_words, normal
 
+SMALL = 1 << 13  # coordinates of a matrix that zeros may fill up to a larger one
 UNROLLED = 8  # columns that are orthonormalised without a loop
 
 
@@ -105,6 +106,11 @@ class PowerSGD(Codec):
         cut = self.split if self.split > 0 else len(shape) + self.split
         return min(max(cut, 1), len(shape) - 1)
 
+    def fills(self, block):
+        # Not with values that are blocks themselves, one to a matrix.
+        small = math.prod(block) <= SMALL
+        return small and self.values.exact and self.shards is None
+
     def init(self, shape, dtype):
         n, _, columns = self.block_shape(shape)
         if self.shards is not None:  # drawn at the first step, where devices are known
@@ -118,7 +124,7 @@ class PowerSGD(Codec):
         q = yield Batch(_normal(x.dtype), words)
         if self.warm_start:
             # A column that has died out, as in a matrix of lower rank, starts anew.
-            state = state.astype(x.dtype)
+            state = blocks.apart(state.astype(x.dtype), 1)
             alive = jnp.any(state != 0, axis=1, keepdims=True)
             alive = alive if self.shards is None else self.shards.any(alive)
             q = jnp.where(alive, state, q)
@@ -127,15 +133,15 @@ class PowerSGD(Codec):
         size = rows * columns if self.shards is None else self.shards.size
         scale = 2.0 ** -math.ceil(math.log2(size))
         product = matmul("bnm,bmr->bnr", x, q * scale)  # Algorithm 1, line 3
-        ask = functools.partial(nested.ask, self.values, blocks=blocks, turn=turn)
-        ask = functools.partial(ask, dtype=x.dtype)
+        ask = functools.partial(self._ask, blocks=blocks, turn=turn)
         p = yield from self._left(product, ask)  # lines 4 and 5
         product = across(p * scale, x)  # line 6
         mean, own = yield from self._right(product, ask)  # line 7
         back = p * (1 / scale)
         average = of_factors(back, mean)  # line 11
         rest = x - of_factors(back, own)
-        return plain(average, blocks, turn), rest, mean if self.warm_start else ()
+        state = blocks.joined(mean, 1) if self.warm_start else ()
+        return plain(average, blocks, turn), rest, state
 
     def _words(self, index, columns, step):
         """What the start is drawn from, the same on every worker.
@@ -149,6 +155,12 @@ class PowerSGD(Codec):
         rank = np.uint32(self.rank)
         place = column[:, None] * rank + jnp.arange(rank, dtype=jnp.uint32)[None, :]
         return hash_words(key, place[None])
+
+    def _ask(self, product, number, blocks, turn):
+        """The mean over workers of factors, and what this worker has said."""
+        given, whole = blocks.joined(product, number), blocks.whole()
+        given = nested.ask(self.values, given, whole, product.dtype, turn, number)
+        return tuple(blocks.apart(x, number) for x in (yield from given))
 
     def _left(self, product, ask):
         """The mean over workers of ``M Q``, orthonormal: this device's rows."""

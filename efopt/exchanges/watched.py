@@ -131,7 +131,7 @@ def _by_leaf(layout: Layout, xs: Sequence[jax.Array], axes: Any) -> jax.Array:
         else:
             if b.rows:
                 inside = jnp.asarray(lanes.inside(b.sizes, b.rows))
-                x = jnp.where(inside, b.parted(x), 0)
+                x = jnp.where(inside, x.reshape(b.rows, -1), 0)
                 rows, lengths = _square(x, axis=0), b.lengths()
             else:
                 rows, lengths = _square(x, axis=tuple(range(1, x.ndim))), b.num_blocks

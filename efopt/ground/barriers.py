@@ -15,6 +15,8 @@ from jax import lax
 
 # Coordinates from which a wall is worth the time to compile it.
 LARGE = 1 << 16
+# Numbers that come out of one branch: each takes room for as long as one is needed.
+FEW = 64
 
 
 def once(tree: Any, by: jax.Array | None = None) -> Any:
@@ -72,7 +74,7 @@ def cut_once(
     whole, unknown = once_with(joined, starts)
     return [
         [
-            lax.dynamic_slice_in_dim(x, start, size, axis)
+            lax.dynamic_slice_in_dim(x, start, size, axis, allow_negative_indices=False)
             for start, size in zip(offsets, some, strict=True)
         ]
         for x, offsets, some in zip(whole, unknown, sizes, strict=True)
@@ -131,13 +133,21 @@ def _walled(arrays: Any, numbers: Any, by: jax.Array | None) -> Any:
 
     def branch(arrays):
         # The CPU compiler drops barriers before it fuses, but not a branch.
-        nothing = [[0 for _ in some] for some in numbers]
-        return lax.cond(
-            _never(arrays[-1] if by is None else by),
-            lambda xs: (jax.tree.map(jnp.negative, xs), told(nothing)),
-            lambda xs: (xs, told(numbers)),
-            arrays,
+        never = _never(arrays[-1] if by is None else by)
+        unlike = sorted({i for some in numbers for i in some})
+        unknown: dict[int, jax.Array] = {}
+        for start in range(0, len(unlike), FEW):
+            few = unlike[start : start + FEW]
+            out = lax.cond(
+                never,
+                lambda few=few: [jnp.int32(0) for _ in few],
+                lambda few=few: [jnp.int32(i) for i in few],
+            )
+            unknown.update(zip(few, out, strict=True))
+        whole = lax.cond(
+            never, lambda xs: jax.tree.map(jnp.negative, xs), lambda xs: xs, arrays
         )
+        return whole, [[unknown[i] for i in some] for some in numbers]
 
     return lax.platform_dependent(arrays, cpu=branch, default=barrier)
 

@@ -111,7 +111,7 @@ def test_a_residual_that_was_cast_is_still_what_is_owed():
     tx = efopt.error_feedback(efopt.top_k(k=1))
     state = tx.init(jnp.zeros(4))
     state = state._replace(residual=jnp.asarray([1.0, 2.0, 3.0, 4.0], jnp.bfloat16))
-    updates, state = tx.update(jnp.full(4, 0.5), state)
+    updates, state = jax.jit(tx.update)(jnp.full(4, 0.5), state)
     np.testing.assert_array_equal(updates, [0, 0, 0, 4.5])
     np.testing.assert_array_equal(
         state.residual.astype(jnp.float32), [1.5, 2.5, 3.5, 0]

@@ -111,7 +111,7 @@ def trained(name, tx):
 
 @pytest.mark.parametrize(
     "name",
-    [slow(n, when=n not in ("lookahead", "muon", "adafactor")) for n in OPTIMIZERS],
+    [slow(n, when=n not in ("muon", "adafactor")) for n in OPTIMIZERS],
 )
 def test_behind_the_identity_an_optimizer_is_itself(name):
     make = OPTIMIZERS[name]

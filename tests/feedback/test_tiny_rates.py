@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from workers_under_test import slow
 
 import efopt
 
@@ -18,7 +19,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("rates", TINY.values(), ids=TINY)
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("jit", [slow(False, id="eager"), pytest.param(True, id="jit")])
 def test_parameters_minus_what_is_owed_follow_sgd(rates, jit):
     schedule = lambda count: jnp.asarray(rates, jnp.float32)[count]  # noqa: E731
     tx = efopt.error_feedback(efopt.top_k(k=1), learning_rate=schedule)

@@ -50,7 +50,7 @@ def test_plan_takes_arrays_and_structs_alike():
     )
 
 
-@pytest.mark.parametrize("n", [2, 3, 100])
+@pytest.mark.parametrize("n", [slow(2), 3, slow(100)])
 def test_time_is_messages_by_latency_and_bytes_by_bandwidth(n):
     link = {"bandwidth": 8e6, "latency": 1e-3}  # a byte a microsecond
     p = wire.plan(

@@ -376,7 +376,7 @@ def test_what_ends_one_method_on_gpus_leaves_the_others(monkeypatch, tmp_path, c
     hybrid = example(monkeypatch, "benchmarks", "gpu_hybrid")
     script = tmp_path / "unlucky.py"
     script.write_text(UNLUCKY)
-    args = argparse.Namespace(gpus=2, cpu=True, one_host=False, limit=3, target=None)
+    args = argparse.Namespace(gpus=2, cpu=True, one_host=False, limit=10, target=None)
     methods = ["one", "fails", "two", "dies", "three", "stands still", "four", "fails"]
     found = []
     for name, told in hybrid.launch_all(script, methods, args):
@@ -384,10 +384,22 @@ def test_what_ends_one_method_on_gpus_leaves_the_others(monkeypatch, tmp_path, c
         args.target = len(found)  # what is found is known to processes that start anew
     assert found == [("one", None), ("two", None), ("three", 2), ("four", 3)]
     told = capsys.readouterr().err
-    assert "ended with [None, 3]" in told and "nothing was heard for 3 s" in told
+    assert "ended with [None, 3]" in told and "nothing was heard for 10 s" in told
     args.limit, ends = 600, time.monotonic() + 2
     assert not list(hybrid.launch_all(script, ["stands still", "one"], args, ends))
     assert "no time is left" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_thresholds_sets_a_constant_and_marks_what_is_in_use(tmp_path):
+    size = "--size --layers 1 --width 64 --vocabulary 512 --count"
+    options = "--only AT_ONCE --output found.json", size
+    done = run("benchmarks/thresholds.py", *" ".join(options).split(), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ((name, rows),) = json.loads((tmp_path / "found.json").read_text())["rows"].items()
+    assert name.startswith("efopt.exchanges.exchange.AT_ONCE")
+    assert [value for value, row in rows.items() if row["in use"]] == ["8"]
+    assert rows["1"]["bytes_a_coordinate"] > 2 * rows["8"]["bytes_a_coordinate"]
 
 
 @pytest.mark.slow
@@ -400,7 +412,7 @@ for found in '{"one": 1}', "a warning", '{"one": 1, "two": 2}':
     print(found, flush=True)
 time.sleep(600)
 """)
-    found = list(gpu.child(script, {}, "fast", 3))
+    found = list(gpu.child(script, {}, "fast", 10))
     assert found == [{"one": 1}, {"one": 1, "two": 2}]
 
 
