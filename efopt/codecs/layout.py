@@ -25,6 +25,8 @@ from efopt.ground.dtypes import compute_dtype
 
 # Coordinates that may be joined in one bucket; a larger leaf has a bucket of its own.
 BUCKET_SIZE = 1 << 20
+# Leaves that may be. XLA's GPU compiler joins these in one program, but not hundreds.
+FEW = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,13 +282,15 @@ def lay_out(
         groups.setdefault((codec, tuple(block), dtype, kinds[i]), []).append((i, n))
     buckets, start = [], 0
     for (codec, block, dtype, kind), members in groups.items():
+        first = {}  # the number of a leaf's first block: in the order of the leaves
+        for i, n in members:
+            first[i], start = start, start + n
         for run in _runs(members, math.prod(block), codec.exact):
             leaves, counts = zip(*run, strict=True)
             sizes = tuple(math.prod(shapes[i]) for i in leaves)
-            numbers = tuple(int(n) for n in start + np.cumsum([0, *counts[:-1]]))
+            numbers = tuple(first[i] for i in leaves)
             alike = (leaves, sizes, counts, block, dtype, kind, numbers)
             buckets.append(Bucket(codec, *alike))
-            start += sum(counts)
     if side_by_side:
         buckets = _filled_up(_side_by_side(buckets))
     return Layout(tuple(shapes), tuple(buckets))
@@ -345,16 +349,23 @@ def _filled_up(buckets: Sequence[Bucket]) -> list[Bucket]:
 
 
 def _runs(members, block_size, alone):
-    """Splits ``(leaf, num_blocks)`` pairs into runs of at most ``BUCKET_SIZE``."""
+    """Splits ``(leaf, num_blocks)`` pairs into runs that may be joined.
+
+    A large leaf between small ones does not part them: it is a run by itself.
+    """
     run, filled = [], 0
     for member in members:
         size = member[1] * block_size
-        if run and (alone or filled + size > BUCKET_SIZE):
+        if alone or size > BUCKET_SIZE // 2:
+            yield [member]
+            continue
+        if len(run) == FEW or filled + size > BUCKET_SIZE:
             yield run
             run, filled = [], 0
         run.append(member)
         filled += size
-    yield run
+    if run:
+        yield run
 
 
 def _concatenate(*parts: jax.Array, axis: int = 0) -> jax.Array:

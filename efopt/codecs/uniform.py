@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from efopt.codecs.codec import Codec
+from efopt.codecs.blocks import Blocks
+from efopt.codecs.codec import Codec, Message
 from efopt.ground import bits
+from efopt.ground.barriers import LARGE
 from efopt.ground.randomness import private_bits
 from efopt.ground.sums import block_sum
 
 FRACTION = 23  # binary digits after the point of a coordinate in units of its step
+WHOLE = 64  # levels from which a symbol is a byte of its own
 ROUNDED_UP = 1 + 2.0**-7  # by how much a step may exceed scale / levels
 
 
@@ -45,8 +48,18 @@ class Uniform(Codec, abc.ABC):
         return self.stochastic
 
     def encode(self, x, blocks, turn):
+        return self._encoded(x, blocks, turn, lambda symbols: symbols)
+
+    def write(self, x, blocks, turn):
+        # In one pass with the rest; what shares a byte is packed behind it.
+        wall = self._computes_rest(blocks) and self.steps() < WHOLE
+        kept = lax.optimization_barrier if wall else lambda symbols: symbols
+        payload = self._encoded(x, blocks, turn, kept)
+        return Message(self, payload, blocks, turn).once()
+
+    def _encoded(self, x, blocks, turn, kept):
         whole, step = self._rounded(x, blocks, turn)
-        symbols = (whole + np.int32(self.steps())).astype(jnp.uint8)
+        symbols = kept((whole + np.int32(self.steps())).astype(jnp.uint8))
         step = step.astype(jnp.bfloat16 if step.dtype == jnp.float32 else step.dtype)
         return {"values": _pack(symbols, self.steps()), "step": step[:, None]}
 
@@ -78,11 +91,8 @@ class Uniform(Codec, abc.ABC):
         return whole.astype(dtype) * payload["step"].astype(dtype)
 
     def rest(self, x, payload, blocks, turn):
-        """A whole byte as computed, not as packed: an accelerator reads it once less.
-
-        What shares a byte would have to be kept unpacked for it.
-        """
-        if self.steps() < 64:
+        """As computed, not as packed: an accelerator reads the blocks once less."""
+        if not self._computes_rest(blocks):
             return super().rest(x, payload, blocks, turn)
 
         def computed(x, payload):
@@ -94,6 +104,9 @@ class Uniform(Codec, abc.ABC):
             return x - self.decode(payload, blocks, turn)
 
         return lax.platform_dependent(x, payload, cpu=packed, default=computed)
+
+    def _computes_rest(self, blocks: Blocks) -> bool:
+        return self.steps() >= WHOLE or blocks.coordinates >= LARGE
 
     def omega(self, shape):
         if not self.stochastic:

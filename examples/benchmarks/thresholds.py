@@ -31,8 +31,11 @@ NEVER = 1 << 62
 CHOICES = [
     ("efopt.compressors.top_k._chunk", "top_k 1 % of 1024", "stacked", [1, 4, 8, 16]),
     ("efopt.compressors.top_k.FEW", "top_k 1 % of 1024", "stacked", [0, 64]),
+    ("efopt.compressors.top_k.LONG", "top_k 1 % of 4096", "stacked", [1 << 12, NEVER]),
+    ("efopt.codecs.layout.FEW", "top_k 1 % of 1024", "many", [8, 32, NEVER]),
     ("efopt.ground.sums.LARGE", "scaled_sign, 1024", "stacked", [1 << 16, NEVER]),
     ("efopt.exchanges.exchange.AT_ONCE", "mean of 8 signs", "stacked", [1, 2, 8]),
+    ("efopt.exchanges.exchange.TOGETHER", "mean of 8 signs", "many", [0, 1 << 26]),
     ("efopt.compressors.power_sgd.UNROLLED", "power_sgd", "many", [0, 8]),
     ("efopt.compressors.count_sketch.UNROLLED", "in a sketch", "many", [0, 16]),
     ("efopt.compressors.count_sketch.LANE", "in a sketch", "many", [0, 1 << 13]),

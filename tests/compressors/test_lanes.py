@@ -75,3 +75,20 @@ def test_a_program_grows_little_by_a_leaf_of_another_size(compressor):
     few, many = operations(range(50, 54)), operations(range(50, 62))
     # Added, padded, cut twice, and rounded or reshaped between.
     assert (many - few) / 8 <= 45, (few, many)
+
+
+def test_small_leaves_are_joined_past_a_large_one():
+    """Their random numbers are those of their places in the tree all the same."""
+    sizes = [100, 1 << 20, 100, 200, 1 << 20, 100]
+    codecs = [efopt.scaled_sign(16).codec] * len(sizes)
+    dtypes = [np.dtype("float32")] * len(sizes)
+    layout = lay_out(codecs, [(size,) for size in sizes], dtypes)
+    assert sorted(b.leaves for b in layout.buckets) == [(0, 2, 3, 5), (1,), (4,)]
+    numbers = {
+        i: n for b in layout.buckets for i, n in zip(b.leaves, b.numbers, strict=True)
+    }
+    blocks = [-(-size // 16) for size in sizes]
+    assert [numbers[i] for i in range(len(sizes))] == [
+        0,
+        *np.cumsum(blocks)[:-1].tolist(),
+    ]

@@ -1,6 +1,7 @@
 """What single compressors of the catalogue promise, beyond the common contract."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -422,3 +423,20 @@ def test_a_leaf_that_fills_no_whole_blocks_is_written_without_its_padding():
     compiled = jax.jit(tx.update).lower(leaf, state).compile()
     copies = compiled.memory_analysis().temp_size_in_bytes / (4 * leaf.size)
     assert copies < 0.5  # two, if update and residual were padded
+
+
+@pytest.mark.parametrize(("size", "k"), [(4096, 41), (1000, 10), (100, 3), (64, 60)])
+def test_largest_are_the_same_in_three_rows_as_in_one(size, k):
+    """Those of a GPU; ties, infinities and what is no number too."""
+    module = importlib.import_module("efopt.compressors.top_k")
+    rng = np.random.default_rng(0)
+    x = np.round(rng.standard_normal((4, size)), 1).astype(np.float32)
+    x[0], x[1, 5], x[1, 9] = 0, np.nan, -np.inf
+
+    @jax.jit
+    def both(x):
+        three = module._ranked(x, k, module._chunks(size, k))
+        return three, jax.lax.top_k(jnp.abs(x), k)[1]
+
+    given, expected = both(x)
+    np.testing.assert_array_equal(given, expected)

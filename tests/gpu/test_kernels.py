@@ -59,6 +59,7 @@ def compiled(tx, placed):
         pytest.param(efopt.sign(), None, 15, 24.3, 13, id="sign"),
         pytest.param(efopt.scaled_sign(1024), None, 21, 29.3, 14, id="scaled_sign"),
         pytest.param(efopt.quantize(8), None, 16, 26.2, 156, id="quantize"),
+        pytest.param(efopt.quantize(4), None, 21, 27.2, 156, id="in-4-bits"),
         pytest.param(efopt.power_sgd(4), None, 156, 32.3, 404, id="power_sgd"),
         pytest.param(BLOCK, efopt.quantize(8), 25, 20.4, 12, id="in-8-bits"),
     ],
