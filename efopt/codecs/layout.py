@@ -183,8 +183,8 @@ class Layout:
             if len(b.leaves) > 1:
                 shared.append((b, x))
             else:
-                i = b.leaves[0]
-                arrays[i] = b.codec.unflatten(b.flat(0, x), self.shapes[i])
+                for i in b.leaves:
+                    arrays[i] = b.codec.unflatten(b.flat(0, x), self.shapes[i])
         if not shared:
             return arrays
         pieces = cut_once(
