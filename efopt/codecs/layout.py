@@ -25,7 +25,8 @@ from efopt.ground.dtypes import compute_dtype
 
 # Coordinates that may be joined in one bucket; a larger leaf has a bucket of its own.
 BUCKET_SIZE = 1 << 20
-# Leaves that may be. XLA's GPU compiler joins these in one program, but not hundreds.
+# Leaves of equal blocks that may be: XLA's GPU compiler joins these in one kernel, but
+# not hundreds. Of unlike shapes any number: each program more has to be compiled.
 FEW = 32
 
 
@@ -285,7 +286,8 @@ def lay_out(
         first = {}  # the number of a leaf's first block: in the order of the leaves
         for i, n in members:
             first[i], start = start, start + n
-        for run in _runs(members, math.prod(block), codec.exact):
+        most = 1 if codec.exact else FEW
+        for run in _runs(members, math.prod(block), most):
             leaves, counts = zip(*run, strict=True)
             sizes = tuple(math.prod(shapes[i]) for i in leaves)
             numbers = tuple(first[i] for i in leaves)
@@ -311,7 +313,7 @@ def _side_by_side(buckets: Sequence[Bucket]) -> list[Bucket]:
             continue
         for b in same:
             leaves.extend(zip(b.leaves, b.sizes, b.numbers, strict=True))
-        for run in _runs([(leaf, leaf[1]) for leaf in leaves], 1, False):
+        for run in _runs([(leaf, leaf[1]) for leaf in leaves], 1, most=len(leaves)):
             chosen, sizes, numbers = zip(*(leaf for leaf, _ in run), strict=True)
             block, ones = (rows * sum(lanes.widths(sizes, rows)),), (1,) * len(sizes)
             alike = (chosen, sizes, ones, block, first.dtype, first.kind, numbers)
@@ -340,7 +342,7 @@ def _filled_up(buckets: Sequence[Bucket]) -> list[Bucket]:
                 for b in few
                 for leaf in zip(b.leaves, b.sizes, b.numbers, strict=True)
             ]
-            for run in _runs(leaves, math.prod(block), False):
+            for run in _runs(leaves, math.prod(block), most=len(leaves)):
                 each, ones = zip(*run, strict=True)
                 chosen, sizes, numbers, own = zip(*each, strict=True)
                 alike = (chosen, sizes, ones, block, few[0].dtype, few[0].kind)
@@ -348,18 +350,18 @@ def _filled_up(buckets: Sequence[Bucket]) -> list[Bucket]:
     return out
 
 
-def _runs(members, block_size, alone):
-    """Splits ``(leaf, num_blocks)`` pairs into runs that may be joined.
+def _runs(members, block_size, most):
+    """Splits ``(leaf, num_blocks)`` pairs into runs of at most so many, to be joined.
 
     A large leaf between small ones does not part them: it is a run by itself.
     """
     run, filled = [], 0
     for member in members:
         size = member[1] * block_size
-        if alone or size > BUCKET_SIZE // 2:
+        if size > BUCKET_SIZE // 2:
             yield [member]
             continue
-        if len(run) == FEW or filled + size > BUCKET_SIZE:
+        if run and (len(run) >= most or filled + size > BUCKET_SIZE):
             yield run
             run, filled = [], 0
         run.append(member)

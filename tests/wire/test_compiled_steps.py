@@ -142,7 +142,10 @@ def test_bytes_of_two_phase_do_not_grow_with_workers():
 
 
 def test_the_program_does_not_grow_with_leaves_as_a_decode_per_leaf_would():
-    """Ten times the leaves: the decode loop stays one loop of the same few programs."""
+    """Ten times the leaves: the decode loop stays one loop of the same few programs.
+
+    Up to 32 leaves are joined in one of these.
+    """
 
     def loops(leaves):
         mesh = make_mesh("auto")
@@ -162,4 +165,6 @@ def test_the_program_does_not_grow_with_leaves_as_a_decode_per_leaf_would():
         text = jax.jit(fn).lower(grads, state).as_text()
         return text.count("stablehlo.while"), text.count("stablehlo.shift_right")
 
-    assert loops(60) == loops(6)
+    few, thirty, sixty = loops(3), loops(30), loops(60)
+    assert thirty == few
+    assert sixty[0] == few[0] and sixty[1] <= 2 * few[1]
