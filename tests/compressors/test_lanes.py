@@ -77,6 +77,20 @@ def test_a_program_grows_little_by_a_leaf_of_another_size(compressor):
     assert (many - few) / 8 <= 45, (few, many)
 
 
+@pytest.mark.parametrize(
+    ("compressor", "programs"),
+    [(COMPRESSORS[0], 1), (COMPRESSORS[1], 1), (efopt.scaled_sign(64), 11)],
+    ids=str,
+)
+def test_hundreds_of_leaves_of_many_shapes_are_a_few_programs(compressor, programs):
+    """Each is to be compiled; of equal blocks it is 32 leaves, and a short one here."""
+    shapes = [(i % 50 + 3, 2 * (i % 50) + 5) for i in range(300)]
+    codecs = compressor.codec.assign([np.zeros(s, np.float32) for s in shapes])
+    buckets = lay_out(codecs, shapes, [np.dtype("float32")] * 300).buckets
+    assert len(buckets) == programs
+    assert sorted(i for b in buckets for i in b.leaves) == list(range(300))
+
+
 def test_small_leaves_are_joined_past_a_large_one():
     """Their random numbers are those of their places in the tree all the same."""
     sizes = [100, 1 << 20, 100, 200, 1 << 20, 100]
