@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from efopt.codecs.blocks import Blocks
+from efopt.codecs.padded import fill_up
 from efopt.codecs.runs import UnequalRuns, run_sums
 from efopt.ground.barriers import once
 
@@ -27,8 +27,7 @@ def widths(sizes: Sequence[int], rows: int) -> tuple[int, ...]:
 def fold(x: jax.Array, rows: int) -> jax.Array:
     """A flat leaf as some rows."""
     (width,) = widths([x.size], rows)
-    zero = np.zeros((), x.dtype)
-    return lax.pad(x, zero, [(0, rows * width - x.size, 0)]).reshape(rows, width)
+    return fill_up(x, (rows * width,)).reshape(rows, width)
 
 
 def inside(sizes: Sequence[int], rows: int) -> np.ndarray:

@@ -249,11 +249,10 @@ def _join(b: Bucket, arrays: Sequence[jax.Array]) -> jax.Array:
         whole = [arrays[i].reshape(1, *own) for i, own in pairs]
         return jnp.concatenate([padded.fill_up(x, (1, *b.block)) for x in whole])
     parts = []
-    for i, n, size in zip(b.leaves, b.num_blocks, b.sizes, strict=True):
+    for i, n in zip(b.leaves, b.num_blocks, strict=True):
         # Not a concatenation with zeros, which would be one more copy.
-        padding = n * math.prod(b.block) - size
-        flat = b.codec.flatten(arrays[i])
-        parts.append(lax.pad(flat, np.zeros((), flat.dtype), [(0, padding, 0)]))
+        whole = (n * math.prod(b.block),)
+        parts.append(padded.fill_up(b.codec.flatten(arrays[i]), whole))
     return _concatenate(*parts).reshape(b.shape)
 
 
